@@ -1,0 +1,71 @@
+/* sparsecomp: C ABI of the CPU kernels. No torch, Python or ONNX Runtime types cross it.
+ *
+ * All pointers are to contiguous memory unless a leading dimension is given. Every function that returns int gives
+ * SPARSECOMP_OK or an error code; sparsecomp_error_text() puts it in words. No function keeps a pointer it was given.
+ */
+#ifndef SPARSECOMP_H
+#define SPARSECOMP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define SPARSECOMP_API __attribute__((visibility("default")))
+#else
+#define SPARSECOMP_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { SPARSECOMP_OK = 0, SPARSECOMP_INVALID = 1, SPARSECOMP_UNSUPPORTED = 2, SPARSECOMP_NO_MEMORY = 3 };
+
+/* Element types of weights and activations. */
+enum { SPARSECOMP_F32 = 0, SPARSECOMP_F16 = 1, SPARSECOMP_BF16 = 2, SPARSECOMP_I8 = 3 };
+
+/* An N:M weight [out_features, in_features]; mask_rows consecutive rows share their metadata (1: none do). */
+typedef struct sparsecomp_nm {
+  int64_t out_features;
+  int64_t in_features;
+  int32_t n;
+  int32_t m;
+  int32_t mask_rows;
+  int32_t dtype;
+} sparsecomp_nm;
+
+SPARSECOMP_API const char* sparsecomp_error_text(int code);
+
+/* Name of the instruction set in use: "avx512_bf16", "avx512", "avx2", "neon" or "reference". Chosen once at load from
+ * CPUID and OS state; the environment variable SPARSECOMP_ISA names a lower one. */
+SPARSECOMP_API const char* sparsecomp_isa(void);
+/* All instruction sets this machine can run, best first, separated by commas. */
+SPARSECOMP_API const char* sparsecomp_isa_available(void);
+
+/* Bytes of the kernel layout of a weight; -1 if the description is not valid. */
+SPARSECOMP_API int64_t sparsecomp_nm_values_bytes(const sparsecomp_nm* weight);
+SPARSECOMP_API int64_t sparsecomp_nm_metadata_bytes(const sparsecomp_nm* weight);
+
+/* canonical form (docs/format.md) -> kernel layout, and back exactly. The layout does not depend on the ISA. */
+SPARSECOMP_API int sparsecomp_nm_pack(const sparsecomp_nm* weight, const void* canonical_values,
+                                      const uint8_t* canonical_metadata, void* values, void* metadata);
+SPARSECOMP_API int sparsecomp_nm_unpack(const sparsecomp_nm* weight, const void* values, const void* metadata,
+                                        void* canonical_values, uint8_t* canonical_metadata);
+/* kernel layout -> dense weight [out_features, in_features] of the weight's dtype. */
+SPARSECOMP_API int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const void* values, const void* metadata,
+                                          void* dense, int threads);
+
+/* y [batch, out_features] = x [batch, in_features] W^T + bias; x, y and bias have the weight's dtype, sums are fp32.
+ * ldx and ldy are in elements; bias may be NULL; threads <= 0 means all cores. */
+SPARSECOMP_API int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata,
+                                        const void* x, int64_t ldx, int64_t batch, const void* bias, void* y,
+                                        int64_t ldy, int threads);
+
+/* Measured peaks of this machine, for the roofline bound. */
+SPARSECOMP_API double sparsecomp_measure_flops(int32_t dtype, int threads);      /* multiply-adds count as 2, per second */
+SPARSECOMP_API double sparsecomp_measure_read_bandwidth(int threads);            /* bytes per second, DRAM */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

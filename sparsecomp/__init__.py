@@ -1,0 +1,1 @@
+"""sparsecomp: a hardware-aware semi-structured sparsity compiler."""

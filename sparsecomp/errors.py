@@ -1,0 +1,25 @@
+"""The errors a user can meet. Every message is one sentence: what was got, what is allowed, how to fix it."""
+
+
+class SparsecompError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class PatternError(SparsecompError, ValueError):
+    """A pattern that cannot be parsed, or a weight that does not fit its pattern."""
+
+
+class FormatError(SparsecompError, ValueError):
+    """A file or a packed tensor that is truncated, tampered with, of another version or of the wrong shape."""
+
+
+class BackendError(SparsecompError, RuntimeError):
+    """A kernel that cannot run this request on this machine, with the reason."""
+
+
+class CalibrationError(SparsecompError, ValueError):
+    """Calibration data that is missing, of the wrong size or not finite."""
+
+
+class ModelError(SparsecompError, ValueError):
+    """A model or layer that cannot be treated as asked."""

@@ -1,0 +1,241 @@
+"""The canonical packed format: a weight that fits its pattern -> values + metadata, and back exactly.
+
+docs/format.md is the specification this file implements. Knows nothing of kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsecomp.errors import FormatError, PatternError
+from sparsecomp.pack.bits import pack_positions, packed_bytes, unpack_positions
+from sparsecomp.patterns import NM, VNM, VNM_KEPT_COLUMNS, Block, Pattern, Unstructured, parse, row_nm
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight [out, in] in canonical form.
+
+    N:M and V:N:M: ``values`` [out, groups*N] and ``metadata`` uint8 [ceil(out/mask_rows), bytes].
+    Block: ``values`` [kept, rows, cols] in row-major block order and ``metadata`` uint8
+    [block rows, ceil(block columns / 8)], a bitmap of the kept blocks, least significant bit first.
+    """
+
+    values: Tensor
+    metadata: Tensor
+    pattern: Pattern
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the stored weights."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and metadata."""
+        return self.values.nbytes + self.metadata.nbytes
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the dense weight [out, in] of the same dtype."""
+        return self.shape[0] * self.shape[1] * self.values.element_size()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PackedWeight:
+        """The same weight elsewhere or in another of the supported dtypes (rounded as ``Tensor.to`` rounds)."""
+        if dtype is not None and dtype not in DTYPES:
+            raise PatternError(f"dtype {dtype} cannot be packed; use one of {_dtype_names()}")
+        values = self.values.to(device=device, dtype=dtype)
+        if not bool(torch.isfinite(values).all()):
+            raise PatternError(f"the weights overflow {values.dtype}; keep {self.dtype} or use torch.bfloat16")
+        return replace(self, values=values, metadata=self.metadata.to(device=device))
+
+    def unpack(self) -> Tensor:
+        """The dense weight [out, in]: the exact inverse of ``pack`` (-0.0 having become +0.0)."""
+        if isinstance(self.pattern, Block):
+            return _unpack_block(self, self.pattern)
+        positions = self.positions()
+        out, columns = self.shape
+        nm = _stored_nm(self.pattern)
+        dense = torch.zeros(out, nm.groups(columns), nm.m, dtype=self.dtype, device=self.device)
+        dense.scatter_(2, positions.to(torch.int64), self.values.view(out, nm.groups(columns), nm.n))
+        return dense.flatten(1)[:, :columns].contiguous()
+
+    def positions(self) -> Tensor:
+        """In-group positions, uint8 [out, groups, N], ascending in each group. N:M and V:N:M only."""
+        nm = _stored_nm(self.pattern)
+        out, columns = self.shape
+        positions = unpack_positions(self.metadata, nm.slots(columns), nm.index_bits)
+        positions = positions.view(self.metadata.shape[0], nm.groups(columns), nm.n)
+        return positions.repeat_interleave(nm.mask_rows, dim=0)[:out]
+
+    def validate(self) -> PackedWeight:
+        """This weight, once every invariant of the format has been checked.
+
+        Raises FormatError for shapes, dtypes, positions or values that no packer writes.
+        """
+        out, columns = self.shape
+        if self.values.dtype not in DTYPES or self.metadata.dtype != torch.uint8:
+            raise FormatError(
+                f"packed tensors are {self.values.dtype} values and {self.metadata.dtype} metadata; "
+                f"values must be one of {_dtype_names()} and metadata torch.uint8"
+            )
+        if isinstance(self.pattern, Block):
+            _validate_block(self, self.pattern)
+        else:
+            nm = _stored_nm(self.pattern, FormatError)
+            slots = nm.slots(columns)
+            want = ((out, slots), (-(-out // nm.mask_rows), packed_bytes(slots, nm.index_bits)))
+            got = (tuple(self.values.shape), tuple(self.metadata.shape))
+            if got != want:
+                raise FormatError(
+                    f"packed tensors have shapes {got[0]} and {got[1]}; a {self.pattern} weight of shape "
+                    f"{self.shape} has values {want[0]} and metadata {want[1]}"
+                )
+            positions = self.positions()
+            if not bool((positions[..., 1:] > positions[..., :-1]).all()):
+                raise FormatError("metadata holds positions that do not ascend within a group; the file is damaged")
+        if not bool(torch.isfinite(self.values).all()):
+            raise FormatError("values hold NaN or Inf; the file is damaged or was not written by this package")
+        return self
+
+
+def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
+    """Pack a dense weight [out, in] (fp32, fp16, bf16 or int8) that fits ``pattern``.
+
+    ``in`` that is no multiple of the group is padded with zeros inside the packed form only.
+    Raises PatternError for a weight that breaks the pattern, naming the first offending group; nothing is dropped.
+    """
+    pattern = parse(pattern)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise PatternError(f"pack takes a weight of shape [out, in], got {got}; reshape it to two dimensions")
+    if weight.dtype not in DTYPES:
+        raise PatternError(f"pack takes dtypes {_dtype_names()}, got {weight.dtype}; convert the weight first")
+    if isinstance(pattern, Unstructured):
+        raise PatternError(
+            f'"{pattern}" is a mask-only pattern and has no packed form; keep the layer dense or choose an N:M or block pattern'
+        )
+    weight = weight.detach()
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        row, column = (~finite).nonzero()[0].tolist()
+        raise PatternError(
+            f"weight[{row}, {column}] is {weight[row, column].item()}; packed weights must be finite, repair the weight first"
+        )
+    weight = torch.where(weight == 0, torch.zeros_like(weight), weight)  # -0.0 becomes +0.0
+    if isinstance(pattern, Block):
+        return _pack_block(weight, pattern)
+    if isinstance(pattern, VNM):
+        _check_shared_columns(weight, pattern)
+    return _pack_nm(weight, _stored_nm(pattern), pattern)
+
+
+def _pack_nm(weight: Tensor, nm: NM, pattern: Pattern) -> PackedWeight:
+    out, columns = weight.shape
+    groups = nm.groups(columns)
+    padded = functional.pad(weight, (0, groups * nm.m - columns)).view(out, groups, nm.m)
+    used = _pad_rows(padded != 0, nm.mask_rows)
+    used = used.view(used.shape[0] // nm.mask_rows, nm.mask_rows, groups, nm.m).any(dim=1)
+    count = used.sum(dim=2, dtype=torch.uint8)
+    over = count > nm.n
+    if bool(over.any()):
+        tile, group = over.nonzero()[0].tolist()
+        row = tile * nm.mask_rows
+        rows = f"row {row}" if nm.mask_rows == 1 else f"rows {row} to {min(row + nm.mask_rows, out) - 1} together"
+        raise PatternError(
+            f"weight breaks {pattern} in {rows}, group {group} (columns {group * nm.m} to "
+            f"{min((group + 1) * nm.m, columns) - 1}): {int(count[tile, group])} nonzeros, at most {nm.n} allowed; "
+            f"prune it first, for example with method='magnitude'"
+        )
+    # free slots are filled at the lowest unused positions, so that positions ascend strictly
+    free = ~used
+    take = used | (free & (free.cumsum(dim=2, dtype=torch.uint8) <= (nm.n - count).unsqueeze(2)))
+    index = torch.arange(nm.m, dtype=torch.uint8, device=weight.device).expand_as(take)
+    metadata = pack_positions(index[take].view(take.shape[0], groups * nm.n), nm.index_bits)
+    rows_take = take.repeat_interleave(nm.mask_rows, dim=0)[:out] if nm.mask_rows > 1 else take
+    values = padded[rows_take].view(out, groups * nm.n)
+    return PackedWeight(values, metadata, pattern, (out, columns))
+
+
+def _check_shared_columns(weight: Tensor, pattern: VNM) -> None:
+    out, columns = weight.shape
+    groups = -(-columns // pattern.m)
+    used = _pad_rows(functional.pad(weight != 0, (0, groups * pattern.m - columns)), pattern.v)
+    count = used.view(used.shape[0] // pattern.v, pattern.v, groups, pattern.m).any(dim=1).sum(dim=2)
+    over = count > VNM_KEPT_COLUMNS
+    if bool(over.any()):
+        tile, group = over.nonzero()[0].tolist()
+        raise PatternError(
+            f"weight breaks {pattern} in rows {tile * pattern.v} to {min((tile + 1) * pattern.v, out) - 1}, group {group}: "
+            f"{int(count[tile, group])} columns in use, at most {VNM_KEPT_COLUMNS} allowed; prune it to {pattern} first"
+        )
+
+
+def _pad_rows(tensor: Tensor, multiple: int) -> Tensor:
+    missing = -tensor.shape[0] % multiple
+    return tensor if missing == 0 else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+
+def _pack_block(weight: Tensor, pattern: Block) -> PackedWeight:
+    out, columns = weight.shape
+    down, across = pattern.grid(out, columns)
+    padded = functional.pad(weight, (0, across * pattern.cols - columns, 0, down * pattern.rows - out))
+    blocks = padded.view(down, pattern.rows, across, pattern.cols).transpose(1, 2)
+    kept = (blocks != 0).flatten(2).any(dim=2)
+    count, allowed = int(kept.sum()), pattern.kept_blocks(out, columns)
+    if count > allowed:
+        raise PatternError(
+            f"weight breaks {pattern}: {count} of {down * across} blocks hold nonzeros, at most {allowed} allowed; prune it first"
+        )
+    metadata = pack_positions(kept.to(torch.uint8), 1)
+    return PackedWeight(blocks[kept].contiguous(), metadata, pattern, (out, columns))
+
+
+def _kept_blocks(packed: PackedWeight, pattern: Block) -> Tensor:
+    _, across = pattern.grid(*packed.shape)
+    return unpack_positions(packed.metadata, across, 1).to(torch.bool)
+
+
+def _unpack_block(packed: PackedWeight, pattern: Block) -> Tensor:
+    out, columns = packed.shape
+    down, across = pattern.grid(out, columns)
+    blocks = torch.zeros(down, across, pattern.rows, pattern.cols, dtype=packed.dtype, device=packed.device)
+    blocks[_kept_blocks(packed, pattern)] = packed.values
+    dense = blocks.transpose(1, 2).reshape(down * pattern.rows, across * pattern.cols)
+    return dense[:out, :columns].contiguous()
+
+
+def _validate_block(packed: PackedWeight, pattern: Block) -> None:
+    down, across = pattern.grid(*packed.shape)
+    want = (down, packed_bytes(across, 1))
+    if tuple(packed.metadata.shape) != want:
+        raise FormatError(f"block metadata has shape {tuple(packed.metadata.shape)}; this weight needs {want}")
+    kept = int(_kept_blocks(packed, pattern).sum())
+    want_values = (kept, pattern.rows, pattern.cols)
+    if tuple(packed.values.shape) != want_values or kept > pattern.kept_blocks(*packed.shape):
+        raise FormatError(f"block values have shape {tuple(packed.values.shape)}; the bitmap names {want_values}")
+
+
+def _stored_nm(pattern: Pattern, error: Callable[[str], Exception] = PatternError) -> NM:
+    nm = row_nm(pattern)
+    if nm is None:
+        raise error(f'"{pattern}" is not stored as N:M groups; it has no in-group positions')
+    return nm
+
+
+def _dtype_names() -> str:
+    return ", ".join(str(dtype) for dtype in DTYPES)
+
