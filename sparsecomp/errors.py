@@ -23,3 +23,7 @@ class CalibrationError(SparsecompError, ValueError):
 
 class ModelError(SparsecompError, ValueError):
     """A model or layer that cannot be treated as asked."""
+
+
+class MethodError(SparsecompError, ValueError):
+    """A pruning method that does not exist, or that lacks what it needs."""
