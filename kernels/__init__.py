@@ -1,0 +1,1 @@
+"""Device kernels in Triton. They take plain tensors and know nothing of the package but its patterns."""

@@ -1,0 +1,28 @@
+"""What every GPU backend asks of the machine: a CUDA device that is new enough. Knows nothing of any one backend."""
+
+from __future__ import annotations
+
+import torch
+
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def missing_cuda() -> str | None:
+    """None if torch sees an NVIDIA GPU of compute capability 8.0 or newer, else the reason why not."""
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is built for ROCm; install a CUDA build of torch"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; check the NVIDIA driver and CUDA_VISIBLE_DEVICES"
+    reasons = [too_old(f"cuda:{index}") for index in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+def too_old(device: str) -> str | None:
+    """None if that CUDA device has compute capability 8.0 or newer, else the reason why not."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= MINIMUM_CAPABILITY:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has compute capability {major}.{minor}; 8.0 (Ampere) or newer is needed"

@@ -1,0 +1,111 @@
+"""N:M weights on NVIDIA GPUs: decompressed in registers and multiplied by dense tensor-core products.
+
+Takes a ``PackedWeight`` and gives the slot-plane layout of ``sparsecomp.kernels.nm_decompress``. Triton is imported on
+first use, never with this module. Knows nothing of nn, plan or prune.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsecomp.backends.cuda import missing_cuda, too_old
+from sparsecomp.backends.registry import Backend, Kernel, Request
+from sparsecomp.errors import BackendError
+from sparsecomp.pack.bits import pack_positions, unpack_positions
+from sparsecomp.pack.format import PackedWeight
+from sparsecomp.patterns import NM, Pattern, row_nm
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MINIMUM_TRITON = (3, 6)
+_DTYPE_NAMES = "torch.float16, torch.bfloat16 and torch.float32"
+
+
+class TritonBackend(Backend):
+    """One Triton kernel for every N:M and V:N:M pattern, any shape, with fp16, bf16 or fp32 weights."""
+
+    name = "triton"
+
+    def missing(self) -> str | None:
+        """None if there is a GPU of compute capability 8.0 and Triton 3.6, or newer, else the reason why not."""
+        return missing_cuda() or _missing_triton()
+
+    def supports(self, request: Request) -> str | None:
+        """None if the kernel runs this request, else the reason why not. Every shape and batch size is fine."""
+        if torch.device(request.device).type != "cuda":
+            return f"runs on cuda, not on {request.device}"
+        if row_nm(request.pattern) is None:
+            return f"has no kernel for {request.pattern}; N:M and V:N:M patterns only"
+        if request.dtype not in DTYPES:
+            return f"has no kernel for {request.dtype}; {_DTYPE_NAMES} only"
+        return self.missing() or too_old(request.device)
+
+    def prepare(self, packed: PackedWeight) -> Kernel:
+        """Slot planes: values [out, N, G] and positions uint8 [ceil(out / mask_rows), N, G * plane bits / 8].
+
+        G is the group count rounded up to 8; plane s holds the s-th kept weight of every group, so that threads read
+        neighbouring groups in whole 16-byte words whatever N is. Raises BackendError for another pattern or dtype.
+        """
+        kernels = _kernels()
+        nm = _nm(packed.pattern)
+        if packed.dtype not in DTYPES:
+            raise BackendError(f"the triton backend has no kernel for {packed.dtype}; {_DTYPE_NAMES} only")
+        out, columns = packed.shape
+        groups = nm.groups(columns)
+        padding = (0, -groups % kernels.GROUP_BLOCK)
+        values = functional.pad(packed.values.view(out, groups, nm.n).transpose(1, 2), padding).contiguous()
+        positions = unpack_positions(packed.metadata, nm.slots(columns), nm.index_bits)
+        tiles = positions.shape[0]
+        planes = functional.pad(positions.view(tiles, groups, nm.n).transpose(1, 2), padding)
+        rows = planes.reshape(tiles * nm.n, planes.shape[2])
+        octets = pack_positions(rows, kernels.plane_bits(nm))
+        metadata = octets.view(tiles, nm.n, octets.shape[1])
+        return Kernel(self.name, (values, metadata), packed.pattern, packed.shape, packed.dtype)
+
+    def restore(self, kernel: Kernel) -> PackedWeight:
+        """The canonical form, byte for byte the one that ``prepare`` was given."""
+        kernels = _kernels()
+        nm = _nm(kernel.pattern)
+        planes, metadata = kernel.tensors
+        out, columns = kernel.shape
+        groups = nm.groups(columns)
+        tiles = metadata.shape[0]
+        values = planes[:, :, :groups].transpose(1, 2).reshape(out, groups * nm.n)
+        rows = unpack_positions(metadata.flatten(0, 1), planes.shape[2], kernels.plane_bits(nm))
+        positions = rows.view(tiles, nm.n, planes.shape[2])[:, :, :groups].transpose(1, 2).reshape(tiles, groups * nm.n)
+        return PackedWeight(values, pack_positions(positions, nm.index_bits), kernel.pattern, kernel.shape)
+
+    def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y [batch, out] on torch's current stream; the first call of a tile and a pattern compiles it (under 1 s)."""
+        values, positions = kernel.tensors
+        with torch.cuda.device(x.get_device()):
+            y: Tensor = _kernels().nm_linear(x, values, positions, bias, _nm(kernel.pattern), kernel.shape[0])
+        return y
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType:
+    return import_module("sparsecomp.kernels.nm_decompress")
+
+
+def _nm(pattern: Pattern) -> NM:
+    nm = row_nm(pattern)
+    if nm is None:
+        raise BackendError(f"the triton backend has no kernel for {pattern}; N:M and V:N:M patterns only")
+    return nm
+
+
+def _missing_triton() -> str | None:
+    try:
+        version = import_module("triton").__version__
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install sparsecomp[triton]"
+    wanted = ".".join(str(part) for part in MINIMUM_TRITON)
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
+        return f"Triton {version} is too old; install {wanted} or newer"
+    return None

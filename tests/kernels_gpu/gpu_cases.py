@@ -1,0 +1,75 @@
+"""Random weights that fit a pattern, and the product in float64 with the error that fp32 accumulation may add to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsecomp.patterns import VNM, VNM_KEPT_COLUMNS, parse, row_nm
+
+UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense weight [out, in] that fits a pattern, and what it is multiplied with."""
+
+    weight: Tensor
+    pattern: str
+    x: Tensor
+    bias: Tensor | None
+
+
+def _top(scores: Tensor, count: int) -> Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count, dim=-1).indices, True)
+
+
+def random_weight(pattern: str, out: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """A weight that fits an N:M or V:N:M pattern; a tenth of what the pattern keeps is zero, and so is a whole row."""
+    generator = torch.Generator().manual_seed(seed)
+    parsed = parse(pattern)
+    nm = row_nm(parsed)
+    assert nm is not None
+    groups = nm.groups(columns)
+    scores = torch.rand(-(-out // nm.mask_rows), groups, nm.m, generator=generator)
+    mask = _top(scores, nm.n).repeat_interleave(nm.mask_rows, dim=0)[:out]
+    if isinstance(parsed, VNM):
+        tiles = torch.rand(-(-out // parsed.v), groups, nm.m, generator=generator)
+        shared = _top(tiles, VNM_KEPT_COLUMNS).repeat_interleave(parsed.v, dim=0)[:out]
+        mask = _top(scores * shared, nm.n)
+    dense = torch.randn(out, groups, nm.m, generator=generator).to(dtype)
+    dense = dense * (mask & (torch.rand(dense.shape, generator=generator) > 0.1))
+    dense[out // 2 : out // 2 + 1] = 0
+    return dense.flatten(1)[:, :columns].contiguous()
+
+
+def random_case(
+    pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype, with_bias: bool = True, row_gap: int = 0
+) -> Case:
+    """A case of that shape; the rows of ``x`` lie ``columns + row_gap`` elements apart, NaN between them."""
+    weight = random_weight(pattern, out, columns, dtype, seed=out * 1000 + columns)
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, columns + row_gap, generator=generator).to(dtype)
+    x[:, columns:] = torch.nan
+    x = x[:, :columns]
+    bias = torch.randn(out, generator=generator).to(dtype) if with_bias else None
+    return Case(weight, pattern, x, bias)
+
+
+def assert_close_to_float64(y: Tensor, case: Case) -> None:
+    """|y - float64 product| is within one rounding to the dtype and the worst of an fp32 sum of that length."""
+    assert y.dtype == case.x.dtype
+    weight, x = case.weight.double(), case.x.double()
+    bias = torch.zeros(weight.shape[0]).double() if case.bias is None else case.bias.double()
+    exact = functional.linear(x, weight, bias)
+    assert y.shape == exact.shape
+    magnitude = functional.linear(x.abs(), weight.abs(), bias.abs())
+    summed = (case.x.shape[1] + 1) * 2.0**-23 * magnitude
+    allowed = UNIT_ROUNDOFF[y.dtype] * (exact.abs() + summed) + summed + SMALLEST[y.dtype]
+    error = (y.cpu().double() - exact).abs()
+    # not "error > allowed": a NaN must fail
+    assert bool((error <= allowed).all()), f"error exceeds its bound by {(error - allowed).max().item():.3g}"

@@ -1,0 +1,63 @@
+"""The machine code of every tile the kernel may choose, on every supported architecture. No GPU is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+from sparsecomp.kernels.nm_decompress import Tile, choose_tile
+from triton_compiler import MachineCode, compile_kernel
+
+from sparsecomp.patterns import NM
+
+CAPABILITIES = (80, 86, 89, 90)
+# bytes of shared memory that one block may have
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+MATRIX = [
+    *((NM(n, m), BRAIN, batch, True) for n, m in ((2, 4), (8, 16)) for batch in (1, 32, 128)),
+    *((NM(n, m), BRAIN, 1, True) for n, m in ((1, 4), (4, 8), (5, 16))),
+    *((NM(2, 4), HALF, batch, False) for batch in (1, 128)),
+    *((NM(2, 4), SINGLE, batch, True) for batch in (1, 32)),
+    (NM(8, 16), SINGLE, 1, False),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+def _compile(capability: int, nm: NM, dtype: torch.dtype, tile: Tile, aligned: bool, folder: Path) -> MachineCode:
+    code = compile_kernel(capability, nm, dtype, tile, aligned, folder)
+    assert code.instructions["EXIT"] > 0, "the listing was not read"
+    return code
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("nm", "dtype", "batch", "aligned"), MATRIX, ids=str)
+def test_machine_code(capability: int, nm: NM, dtype: torch.dtype, batch: int, aligned: bool, tmp_path: Path) -> None:
+    tile = choose_tile(dtype, batch)
+    code = _compile(capability, nm, dtype, tile, aligned, tmp_path)
+    assert not code.spills
+    assert code.shared <= SHARED[capability]
+    assert code.instructions["LDGSTS"] > 0, "nothing is copied ahead of its use"
+    tensor_core = {op for op in ("HMMA", "HGMMA") if code.instructions[op] > 0}
+    if dtype == SINGLE:
+        # tf32 would round the weights to 10 bits
+        assert not tensor_core and code.instructions["FFMA"] > 0
+    elif capability == 90 and tile.out >= 64:
+        assert tensor_core == {"HGMMA"}
+    else:
+        assert tensor_core == {"HMMA"}
+
+
+def test_spills_are_noticed(tmp_path: Path) -> None:
+    assert _compile(80, NM(2, 4), BRAIN, Tile(256, 128, 64, 4, 2), True, tmp_path).spills

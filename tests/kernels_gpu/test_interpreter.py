@@ -1,0 +1,60 @@
+"""The decompressing kernel against float64, run by Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_cases import Case, assert_close_to_float64, random_case
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton_interpreter import interpret
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+CASES = {
+    **{
+        f"{pattern}-{dtype}".replace("torch.", ""): random_case(pattern, 40, 144, 3, dtype)
+        for pattern in ("2:4", "1:4", "4:8", "8:16", "5:16")
+        for dtype in (HALF, BRAIN, SINGLE)
+    },
+    **{
+        f"{pattern}-patterns": random_case(pattern, 33, 70, 5, HALF)
+        for pattern in ("1:2", "2:2", "3:4", "4:4", "1:8", "7:8", "1:16", "15:16", "16:16", "2:4@v4", "4:2:8", "8:2:16")
+    },
+    "batch 1": random_case("2:4", 96, 256, 1, BRAIN),
+    "batch 17 fills part of a wider tile": random_case("2:4", 65, 130, 17, HALF),
+    "batch 70 fills two tiles": random_case("8:16", 70, 90, 70, BRAIN),
+    "batch 0": random_case("2:4", 8, 16, 0, HALF),
+    "one weight": random_case("2:4", 1, 1, 1, SINGLE),
+    "in 7, less than a group of 8": random_case("4:8", 5, 7, 2, SINGLE),
+    "in 257, one column over a step": random_case("2:4", 31, 257, 4, HALF),
+    "fp32 in wide batches": random_case("5:16", 70, 100, 33, SINGLE),
+    "no bias": random_case("2:4", 32, 64, 16, HALF, with_bias=False),
+    "rows of x apart": random_case("2:4", 32, 64, 6, HALF, row_gap=5),
+    "rows of x apart, NaN inside a step": random_case("2:4", 32, 70, 6, HALF, row_gap=200),
+}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, torch.Tensor]:
+    return dict(zip(CASES, interpret(list(CASES.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_float64(name: str, results: dict[str, torch.Tensor]) -> None:
+    assert_close_to_float64(results[name], CASES[name])
+
+
+def test_the_bound_notices_a_nan(results: dict[str, torch.Tensor]) -> None:
+    y = results["2:4-float16"].clone()
+    y[1, 2] = torch.nan
+    with pytest.raises(AssertionError, match="exceeds its bound"):
+        assert_close_to_float64(y, CASES["2:4-float16"])
+
+
+def test_the_bound_notices_one_lost_weight(results: dict[str, torch.Tensor]) -> None:
+    case = CASES["2:4-float16"]
+    weight = case.weight.clone()
+    weight[0, weight[0].abs().argmax()] = 0
+    with pytest.raises(AssertionError, match="exceeds its bound"):
+        assert_close_to_float64(results["2:4-float16"], Case(weight, case.pattern, case.x, case.bias))

@@ -1,0 +1,80 @@
+"""The GPU backends on a GPU: the same bound against float64, CUDA graphs, streams and strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_cases import Case, assert_close_to_float64, random_case
+
+from sparsecomp.backends.cusparselt import CusparseltBackend
+from sparsecomp.backends.registry import Backend, Request
+from sparsecomp.backends.triton import TritonBackend
+from sparsecomp.pack.format import pack
+from sparsecomp.patterns import parse
+
+pytestmark = pytest.mark.gpu
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+
+
+def _need(backend: Backend) -> None:
+    reason = backend.missing()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def _run(backend: Backend, case: Case) -> torch.Tensor:
+    packed = pack(case.weight.cuda(), case.pattern)
+    kernel = backend.prepare(packed)
+    restored = backend.restore(kernel)
+    assert torch.equal(restored.values, packed.values) and torch.equal(restored.metadata, packed.metadata)
+    return backend.run(kernel, case.x.cuda(), None if case.bias is None else case.bias.cuda())
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "4:8", "8:16", "5:16", "16:16", "2:4@v4", "64:2:8"])
+@pytest.mark.parametrize("batch", [0, 1, 17, 32, 129])
+def test_triton_matches_float64(pattern: str, dtype: torch.dtype, batch: int) -> None:
+    _need(TritonBackend())
+    case = random_case(pattern, 333, 777, batch, dtype, row_gap=3)
+    assert_close_to_float64(_run(TritonBackend(), case), case)
+
+
+@pytest.mark.parametrize("batch", [1, 256])
+def test_triton_on_a_large_layer(batch: int) -> None:
+    _need(TritonBackend())
+    case = random_case("2:4", 4096, 4096, batch, BRAIN)
+    assert_close_to_float64(_run(TritonBackend(), case), case)
+
+
+def test_triton_replays_in_a_cuda_graph() -> None:
+    backend = TritonBackend()
+    _need(backend)
+    case = random_case("2:4", 256, 512, 4, HALF)
+    kernel = backend.prepare(pack(case.weight.cuda(), case.pattern))
+    assert case.bias is not None
+    x, bias = torch.zeros(4, 512, dtype=HALF, device="cuda"), case.bias.cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        backend.run(kernel, x, bias)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y = backend.run(kernel, x, bias)
+    x.copy_(case.x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_close_to_float64(y, case)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize(("out", "columns"), [(16, 16), (48, 2064), (512, 768)])
+@pytest.mark.parametrize("batch", [0, 1, 9, 64])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_cusparselt_matches_float64(dtype: torch.dtype, out: int, columns: int, batch: int, with_bias: bool) -> None:
+    backend = CusparseltBackend()
+    _need(backend)
+    request = Request(parse("2:4"), (out, columns), dtype, "cuda", batch)
+    assert backend.supports(request) is None
+    case = random_case("2:4", out, columns, batch, dtype, with_bias, row_gap=2)
+    assert_close_to_float64(_run(backend, case), case)

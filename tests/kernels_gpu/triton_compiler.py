@@ -1,0 +1,75 @@
+"""Compiles the decompressing kernel for a GPU that need not be there, and reads the machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from sparsecomp.kernels import nm_decompress
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparsecomp.patterns import NM
+
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What ptxas made: how often each instruction occurs, and registers, stack and shared memory in bytes."""
+
+    instructions: Counter[str]
+    registers: int
+    stack: int
+    shared: int
+
+    @property
+    def spills(self) -> bool:
+        """Whether anything of a thread lives in local memory."""
+        return self.stack > 0 or self.instructions["LDL"] + self.instructions["STL"] > 0
+
+
+def compile_kernel(
+    capability: int, nm: NM, dtype: torch.dtype, tile: nm_decompress.Tile, aligned: bool, folder: Path
+) -> MachineCode:
+    """The kernel for ``sm_<capability>``; ``aligned`` is what a launch finds when every size is a multiple of 16."""
+    kernel = nm_decompress.nm_linear_kernel
+    constants = {
+        "N": nm.n,
+        "M": nm.m,
+        "BITS": nm_decompress.plane_bits(nm),
+        "MASK_ROWS": nm.mask_rows,
+        "HAS_BIAS": True,
+        "TILE_OUT": tile.out,
+        "TILE_BATCH": tile.batch,
+        "TILE_COLUMNS": tile.columns,
+    }
+    pointer = "*" + _NAMES[dtype]
+    types = {"x": pointer, "values": pointer, "positions": "*u8", "bias": pointer, "y": pointer}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    multiples = {*types, "out_features", "in_features", "stride_x", "stride_y"} if aligned else {*types}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in multiples}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, divisible),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    listing = _output("nvdisasm", "-c", str(cubin))
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _output("cuobjdump", "-res-usage", str(cubin)))
+    assert usage is not None
+    # a line is /*address*/ [@predicate] OPCODE.modifiers operands
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", listing, re.MULTILINE)
+    return MachineCode(Counter(opcodes), int(usage[1]), int(usage[2]), compiled.metadata.shared)
+
+
+def _output(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
