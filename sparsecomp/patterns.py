@@ -33,10 +33,11 @@ class NM:
     mask_rows: int = 1
 
     def __post_init__(self) -> None:
+        """Refuse a geometry outside the grammar."""
         if self.m not in GROUP_SIZES or not 1 <= self.n <= self.m:
             raise PatternError(f'pattern "{self.n}:{self.m}" has no such group; {_ALLOWED}')
         if self.mask_rows < 1:
-            raise PatternError(f"mask_rows={self.mask_rows} is not a row count; use 1 or more rows for a shared mask")
+            raise PatternError(f'pattern "{self.n}:{self.m}@v{self.mask_rows}" shares masks among no rows; {_ALLOWED}')
 
     @property
     def density(self) -> float:
@@ -57,18 +58,20 @@ class NM:
         return self.groups(in_features) * self.n
 
     def __str__(self) -> str:
+        """The name that parses back to this value."""
         return f"{self.n}:{self.m}" + (f"@v{self.mask_rows}" if self.mask_rows > 1 else "")
 
 
 @dataclass(frozen=True)
 class VNM:
-    """V:N:M (VENOM, Castro et al. 2023): in every tile of V rows by M columns 4 columns are kept, and 2 of them in each row."""
+    """V:N:M (VENOM, Castro et al. 2023): a tile of V rows by M columns keeps 4 columns, 2 of them in each row."""
 
     v: int
     n: int
     m: int
 
     def __post_init__(self) -> None:
+        """Refuse a geometry outside the grammar."""
         if self.v < 1 or self.n != 2 or self.m not in VNM_GROUP_SIZES:
             raise PatternError(f'pattern "{self.v}:{self.n}:{self.m}" is no V:N:M pattern; {_ALLOWED}')
 
@@ -83,6 +86,7 @@ class VNM:
         return NM(self.n, self.m)
 
     def __str__(self) -> str:
+        """The name that parses back to this value."""
         return f"{self.v}:{self.n}:{self.m}"
 
 
@@ -95,6 +99,7 @@ class Block:
     keep: float
 
     def __post_init__(self) -> None:
+        """Refuse a geometry outside the grammar."""
         if self.rows < 1 or self.cols < 1 or not 0.0 < self.keep <= 1.0:
             raise PatternError(f'pattern "{self}" needs positive block sides and a density in (0, 1]; {_ALLOWED}')
 
@@ -113,7 +118,8 @@ class Block:
         return math.ceil(self.keep * down * across - 1e-9)
 
     def __str__(self) -> str:
-        return f"block{self.rows}x{self.cols}:{self.keep:g}"
+        """The name that parses back to this value."""
+        return f"block{self.rows}x{self.cols}:{_density_name(self.keep)}"
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,7 @@ class Unstructured:
     keep: float
 
     def __post_init__(self) -> None:
+        """Refuse a geometry outside the grammar."""
         if not 0.0 < self.keep <= 1.0:
             raise PatternError(f'pattern "{self}" needs a density in (0, 1]; {_ALLOWED}')
 
@@ -136,7 +143,8 @@ class Unstructured:
         return math.ceil(self.keep * in_features - 1e-9)
 
     def __str__(self) -> str:
-        return f"unstructured:{self.keep:g}"
+        """The name that parses back to this value."""
+        return f"unstructured:{_density_name(self.keep)}"
 
 
 Pattern = NM | VNM | Block | Unstructured
@@ -145,6 +153,11 @@ _NM = re.compile(r"(\d+):(\d+)(?:@v(\d+))?")
 _VNM = re.compile(r"(\d+):(\d+):(\d+)")
 _BLOCK = re.compile(r"block(\d+)x(\d+):([0-9.]+(?:e-?\d+)?)")
 _UNSTRUCTURED = re.compile(r"unstructured:([0-9.]+(?:e-?\d+)?)")
+
+
+def _density_name(keep: float) -> str:
+    short = f"{keep:g}"
+    return short if float(short) == keep else repr(keep)  # a name parses back to the same value
 
 
 def _density(text: str, name: str) -> float:

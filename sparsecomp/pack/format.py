@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -57,10 +58,16 @@ class PackedWeight:
         """The same weight elsewhere or in another of the supported dtypes (rounded as ``Tensor.to`` rounds)."""
         if dtype is not None and dtype not in DTYPES:
             raise PatternError(f"dtype {dtype} cannot be packed; use one of {_dtype_names()}")
-        values = self.values.to(device=device, dtype=dtype)
+        moved = replace(self, values=self.values.to(device=device), metadata=self.metadata.to(device=device))
+        if dtype is None or dtype == self.dtype:
+            return moved
+        values = moved.values.to(dtype)
         if not bool(torch.isfinite(values).all()):
             raise PatternError(f"the weights overflow {values.dtype}; keep {self.dtype} or use torch.bfloat16")
-        return replace(self, values=values, metadata=self.metadata.to(device=device))
+        if bool(((values == 0) & (moved.values != 0)).any()):
+            # a weight rounded to zero frees its slot, and free slots have a place of their own
+            return pack(moved.unpack().to(dtype), self.pattern)
+        return replace(moved, values=values)
 
     def unpack(self) -> Tensor:
         """The dense weight [out, in]: the exact inverse of ``pack`` (-0.0 having become +0.0)."""
@@ -109,7 +116,20 @@ class PackedWeight:
                 raise FormatError("metadata holds positions that do not ascend within a group; the file is damaged")
         if not bool(torch.isfinite(self.values).all()):
             raise FormatError("values hold NaN or Inf; the file is damaged or was not written by this package")
+        self._check_canonical()
         return self
+
+    def _check_canonical(self) -> None:
+        """Tails, fill rule, -0.0, unused bits and shared columns: exactly one packed form belongs to a weight."""
+        try:
+            again = pack(self.unpack(), self.pattern)
+        except PatternError as error:
+            raise FormatError(f"the packed tensors hold no {self.pattern} weight ({error})") from error
+        same = torch.equal(_bits(again.values), _bits(self.values)) and torch.equal(again.metadata, self.metadata)
+        if not same:
+            raise FormatError(
+                f"the packed tensors are not the canonical form of a {self.pattern} weight; pack the dense weight again"
+            )
 
 
 def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
@@ -126,16 +146,11 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
         raise PatternError(f"pack takes dtypes {_dtype_names()}, got {weight.dtype}; convert the weight first")
     if isinstance(pattern, Unstructured):
         raise PatternError(
-            f'"{pattern}" is a mask-only pattern and has no packed form; keep the layer dense or choose an N:M or block pattern'
+            f'"{pattern}" is a mask-only pattern and has no packed form; '
+            "keep the layer dense or choose an N:M or block pattern"
         )
     weight = weight.detach()
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        row, column = (~finite).nonzero()[0].tolist()
-        raise PatternError(
-            f"weight[{row}, {column}] is {weight[row, column].item()}; packed weights must be finite, repair the weight first"
-        )
-    weight = torch.where(weight == 0, torch.zeros_like(weight), weight)  # -0.0 becomes +0.0
+    _check_finite(weight)
     if isinstance(pattern, Block):
         return _pack_block(weight, pattern)
     if isinstance(pattern, VNM):
@@ -146,10 +161,14 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
 def _pack_nm(weight: Tensor, nm: NM, pattern: Pattern) -> PackedWeight:
     out, columns = weight.shape
     groups = nm.groups(columns)
-    padded = functional.pad(weight, (0, groups * nm.m - columns)).view(out, groups, nm.m)
+    missing = groups * nm.m - columns
+    padded = (functional.pad(weight, (0, missing)) if missing else weight).reshape(out, groups, nm.m)
     used = _pad_rows(padded != 0, nm.mask_rows)
-    used = used.view(used.shape[0] // nm.mask_rows, nm.mask_rows, groups, nm.m).any(dim=1)
-    count = used.sum(dim=2, dtype=torch.uint8)
+    if nm.mask_rows > 1:
+        used = used.view(used.shape[0] // nm.mask_rows, nm.mask_rows, groups, nm.m).any(dim=1)
+    codes = _group_codes(used)
+    counts, table = _position_table(nm.n, nm.m)
+    count = counts.to(weight.device)[codes]
     over = count > nm.n
     if bool(over.any()):
         tile, group = over.nonzero()[0].tolist()
@@ -160,14 +179,50 @@ def _pack_nm(weight: Tensor, nm: NM, pattern: Pattern) -> PackedWeight:
             f"{min((group + 1) * nm.m, columns) - 1}): {int(count[tile, group])} nonzeros, at most {nm.n} allowed; "
             f"prune it first, for example with method='magnitude'"
         )
-    # free slots are filled at the lowest unused positions, so that positions ascend strictly
-    free = ~used
-    take = used | (free & (free.cumsum(dim=2, dtype=torch.uint8) <= (nm.n - count).unsqueeze(2)))
-    index = torch.arange(nm.m, dtype=torch.uint8, device=weight.device).expand_as(take)
-    metadata = pack_positions(index[take].view(take.shape[0], groups * nm.n), nm.index_bits)
-    rows_take = take.repeat_interleave(nm.mask_rows, dim=0)[:out] if nm.mask_rows > 1 else take
-    values = padded[rows_take].view(out, groups * nm.n)
-    return PackedWeight(values, metadata, pattern, (out, columns))
+    positions = table.to(weight.device).index_select(0, codes.flatten()).view(*codes.shape, nm.n)
+    metadata = pack_positions(positions.flatten(1), nm.index_bits)
+    if nm.mask_rows > 1:
+        positions = positions.repeat_interleave(nm.mask_rows, dim=0)[:out]
+    values = padded.gather(2, positions.to(torch.int64)).flatten(1)
+    return PackedWeight(_positive_zero(values), metadata, pattern, (out, columns))
+
+
+def _check_finite(weight: Tensor) -> None:
+    if not weight.dtype.is_floating_point or weight.numel() == 0:
+        return
+    # one pass and no temporary; NaN wins both reductions
+    if bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+        return
+    row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+    raise PatternError(
+        f"weight[{row}, {column}] is {weight[row, column].item()}; "
+        "packed weights must be finite, repair the weight first"
+    )
+
+
+def _positive_zero(values: Tensor) -> Tensor:
+    return values + 0  # IEEE 754: -0.0 + 0 is +0.0, every other value is unchanged
+
+
+def _group_codes(used: Tensor) -> Tensor:
+    """Bool [rows, groups, M] -> int32 [rows, groups]: bit j says that position j is in use."""
+    codes = torch.zeros(used.shape[:2], dtype=torch.int32, device=used.device)
+    for j in range(used.shape[2]):
+        codes |= used[..., j].to(torch.int32) << j
+    return codes
+
+
+@cache
+def _position_table(n: int, m: int) -> tuple[Tensor, Tensor]:
+    """For every group code: its count of used positions, and the N positions stored, uint8 [2**M, N].
+
+    Free slots are filled at the lowest unused positions, so that positions ascend strictly.
+    """
+    bits = torch.arange(m, device="cpu")
+    used = (torch.arange(2**m, device="cpu").unsqueeze(1) >> bits) & 1
+    # unused positions sort behind the used ones, in ascending order; the first N are the ones stored
+    order = torch.where(used == 1, bits, bits + m).sort(dim=1).values[:, :n] % m
+    return used.sum(dim=1).to(torch.uint8), order.sort(dim=1).values.to(torch.uint8)
 
 
 def _check_shared_columns(weight: Tensor, pattern: VNM) -> None:
@@ -179,8 +234,9 @@ def _check_shared_columns(weight: Tensor, pattern: VNM) -> None:
     if bool(over.any()):
         tile, group = over.nonzero()[0].tolist()
         raise PatternError(
-            f"weight breaks {pattern} in rows {tile * pattern.v} to {min((tile + 1) * pattern.v, out) - 1}, group {group}: "
-            f"{int(count[tile, group])} columns in use, at most {VNM_KEPT_COLUMNS} allowed; prune it to {pattern} first"
+            f"weight breaks {pattern} in rows {tile * pattern.v} to {min((tile + 1) * pattern.v, out) - 1}, "
+            f"group {group}: {int(count[tile, group])} columns in use, at most {VNM_KEPT_COLUMNS} allowed; "
+            f"prune it to {pattern} first"
         )
 
 
@@ -198,10 +254,11 @@ def _pack_block(weight: Tensor, pattern: Block) -> PackedWeight:
     count, allowed = int(kept.sum()), pattern.kept_blocks(out, columns)
     if count > allowed:
         raise PatternError(
-            f"weight breaks {pattern}: {count} of {down * across} blocks hold nonzeros, at most {allowed} allowed; prune it first"
+            f"weight breaks {pattern}: {count} of {down * across} blocks hold nonzeros, "
+            f"at most {allowed} allowed; prune it first"
         )
     metadata = pack_positions(kept.to(torch.uint8), 1)
-    return PackedWeight(blocks[kept].contiguous(), metadata, pattern, (out, columns))
+    return PackedWeight(_positive_zero(blocks[kept]), metadata, pattern, (out, columns))
 
 
 def _kept_blocks(packed: PackedWeight, pattern: Block) -> Tensor:
@@ -236,6 +293,9 @@ def _stored_nm(pattern: Pattern, error: Callable[[str], Exception] = PatternErro
     return nm
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor
+
+
 def _dtype_names() -> str:
     return ", ".join(str(dtype) for dtype in DTYPES)
-

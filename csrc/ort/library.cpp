@@ -1,0 +1,74 @@
+// Entry points of the operator library: ONNX Runtime calls RegisterCustomOps for every session that registers it.
+#include <array>
+#include <stdexcept>
+
+#include "nm_linear.hpp"
+#include "ort_api.hpp"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using sparsecomp::ort::Api;
+using sparsecomp::ort::NMLinear;
+
+// One operator for one element type, as the runtime sees it; C functions find their data behind the structure.
+struct Op : OrtCustomOp {
+  int element_type;
+  int32_t dtype;
+
+  Op(int onnx_type, int32_t weight_type) : OrtCustomOp{}, element_type(onnx_type), dtype(weight_type) {
+    version = sparsecomp::ort::kCustomOpVersion;
+    CreateKernel = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info) -> void* {
+      const Op* self = static_cast<const Op*>(op);
+      return new NMLinear(Api(api), info, self->dtype);
+    };
+    GetName = [](const OrtCustomOp*) { return "NMLinear"; };
+    GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+    GetInputType = [](const OrtCustomOp* op, size_t index) -> int {
+      return index == sparsecomp::ort::kMetadata ? int{sparsecomp::ort::kUint8}
+                                                 : static_cast<const Op*>(op)->element_type;
+    };
+    GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return sparsecomp::ort::kInputs; };
+    GetOutputType = [](const OrtCustomOp* op, size_t) -> int { return static_cast<const Op*>(op)->element_type; };
+    GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+    KernelCompute = [](void* kernel, OrtKernelContext* context) { static_cast<NMLinear*>(kernel)->compute(context); };
+    KernelDestroy = [](void* kernel) { delete static_cast<NMLinear*>(kernel); };
+    GetInputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return sparsecomp::ort::kRequired; };
+    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return sparsecomp::ort::kRequired; };
+  }
+};
+
+// Sessions keep pointers to the operators and their domain and tell nobody when they end, so there is one set for all.
+OrtCustomOpDomain* shared_domain(const Api& api) {
+  static const std::array<Op, 3> ops = {Op(sparsecomp::ort::kFloat, SPARSECOMP_F32),
+                                        Op(sparsecomp::ort::kFloat16, SPARSECOMP_F16),
+                                        Op(sparsecomp::ort::kBfloat16, SPARSECOMP_BF16)};
+  static OrtCustomOpDomain* const domain = [&api] {
+    OrtCustomOpDomain* made = api.create_domain("sparsecomp");
+    for (const Op& op : ops) api.add_op(made, &op);
+    return made;
+  }();
+  return domain;
+}
+
+}  // namespace
+
+EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  const OrtApi* table = base->GetApi(sparsecomp::ort::kApiVersion);
+  if (!table) {
+    // a status cannot be made without a table; version 1 has the same slots
+    const OrtApi* oldest = base->GetApi(1);
+    return oldest ? Api(oldest).make_status("sparsecomp needs ONNX Runtime 1.17 or newer") : nullptr;
+  }
+  const Api api(table);
+  try {
+    api.add_domain(options, shared_domain(api));
+  } catch (const std::exception& error) {
+    return api.make_status(error.what());
+  }
+  return nullptr;
+}
+
+// For tests: how often the kernel ran in this process.
+EXPORT int64_t sparsecomp_ort_runs() { return sparsecomp::ort::runs(); }

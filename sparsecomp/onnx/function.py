@@ -1,0 +1,91 @@
+"""The operator ``sparsecomp::NMLinear`` as an ONNX function made of standard operators.
+
+y [..., out] = x [..., in] W^T + bias, W given by the canonical ``values`` and ``metadata`` of docs/format.md.
+A runtime that knows the operator runs it; every other one inlines this body. Its constants depend on initialisers only,
+so that a runtime which folds constants is left with one dense MatMul.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsecomp.onnx.extra import require
+
+DOMAIN = "sparsecomp"
+OPERATOR = "NMLinear"
+OPERATOR_VERSION = 1
+MIN_OPSET = 18  # the first with BitwiseAnd and with the axes of ReduceSum as an input
+
+# Positions are read bit by bit, because fields of three bits cross bytes. Weights are scattered in float32, which holds
+# every weight dtype exactly, and cast to the dtype of x last. All constants are typed, so that none depends on x.
+_BODY = """
+<opset_import: ["" : {opset}], domain: "{domain}">
+{operator} <n, m, mask_rows, index_bits, in_features, weight_type> (x, values, metadata, bias) => (y)
+{{
+    zero = Constant <value_ints: ints = [0]> ()
+    one = Constant <value_ints: ints = [1]> ()
+    two = Constant <value_ints: ints = [2]> ()
+    minus_one = Constant <value_ints: ints = [-1]> ()
+    zero_scalar = Constant <value_int: int = 0> ()
+    one_scalar = Constant <value_int: int = 1> ()
+    n_scalar = Constant <value_int: int = @n> ()
+    m_scalar = Constant <value_int: int = @m> ()
+    mask_rows_scalar = Constant <value_int: int = @mask_rows> ()
+    index_bits_scalar = Constant <value_int: int = @index_bits> ()
+    in_scalar = Constant <value_int: int = @in_features> ()
+    mask_rows_1 = Reshape (mask_rows_scalar, one)
+    index_bits_1 = Reshape (index_bits_scalar, one)
+    in_1 = Reshape (in_scalar, one)
+    out_1 = Shape <start: int = 0, end: int = 1> (values)
+    slots_1 = Shape <start: int = 1, end: int = 2> (values)
+    slots_scalar = Squeeze (slots_1, zero)
+
+    shifts = Constant <value = uint8[8] {{0, 1, 2, 3, 4, 5, 6, 7}}> ()
+    lowest = Constant <value = uint8[1] {{1}}> ()
+    powers = Constant <value = int32[4] {{1, 2, 4, 8}}> ()
+    octets = Unsqueeze (metadata, minus_one)
+    shifted = BitShift <direction = "RIGHT"> (octets, shifts)
+    bits = BitwiseAnd (shifted, lowest)
+    row_shape = Concat <axis: int = 0> (zero, minus_one)
+    stream = Reshape (bits, row_shape)
+    used = Mul (slots_1, index_bits_1)
+    fields = Slice (stream, zero, used, one)
+    field_shape = Concat <axis: int = 0> (zero, slots_1, index_bits_1)
+    field_bits = Reshape (fields, field_shape)
+    field_bits_wide = Cast <to: int = 6> (field_bits)
+    place_values = Slice (powers, zero, index_bits_1, zero)
+    weighted = Mul (field_bits_wide, place_values)
+    positions_narrow = ReduceSum <keepdims: int = 0> (weighted, two)
+    positions = Cast <to: int = 7> (positions_narrow)
+
+    slot = Range (zero_scalar, slots_scalar, one_scalar)
+    group = Div (slot, n_scalar)
+    group_start = Mul (group, m_scalar)
+    tile_columns = Add (positions, group_start)
+    tiles = Unsqueeze (tile_columns, one)
+    repeats = Concat <axis: int = 0> (one, mask_rows_1, one)
+    repeated = Expand (tiles, repeats)
+    flat_shape = Concat <axis: int = 0> (minus_one, slots_1)
+    all_columns = Reshape (repeated, flat_shape)
+    columns = Slice (all_columns, zero, out_1, zero)
+
+    groups_scalar = Div (slots_scalar, n_scalar)
+    width_scalar = Mul (groups_scalar, m_scalar)
+    width_1 = Reshape (width_scalar, one)
+    padded_shape = Concat <axis: int = 0> (out_1, width_1)
+    blank = ConstantOfShape <value = float[1] {{0.0}}> (padded_shape)
+    updates = Cast <to: int = 1> (values)
+    padded = ScatterElements <axis: int = 1> (blank, columns, updates)
+    dense_wide = Slice (padded, zero, in_1, one)
+    dense = Cast <to: int = @weight_type> (dense_wide)
+    weight = Transpose <perm: ints = [1, 0]> (dense)
+    product = MatMul (x, weight)
+    y = Add (product, bias)
+}}
+"""
+
+
+def nm_linear_function(opset: int) -> Any:
+    """The function as an ``onnx.FunctionProto`` at this opset, which must be that of the model it is attached to."""
+    parser = require("onnx.parser")
+    return parser.parse_function(_BODY.format(opset=opset, domain=DOMAIN, operator=OPERATOR))

@@ -1,0 +1,277 @@
+"""A model with SparseLinear layers <-> one file, checked as a whole before a model is touched.
+
+Knows SparseLinear and the contents of a file; must not know kernels or backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecomp.container import FORMAT_VERSION, Contents, LayerEntry, key, read, some, write
+from sparsecomp.display import table
+from sparsecomp.errors import FormatError, ModelError
+from sparsecomp.layers import LayerTable, find_linears, replace_layer
+from sparsecomp.nn import SparseLinear
+from sparsecomp.pack import PackedWeight
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """What a file says of one sparse layer."""
+
+    name: str
+    pattern: str
+    shape: tuple[int, int]
+    dtype: str
+    bias: bool
+    nbytes: int
+    dense_nbytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a file holds. ``nbytes`` counts all tensors, ``dense_nbytes`` the same model with dense layers."""
+
+    path: Path
+    format_version: str
+    package_version: str
+    layers: tuple[SavedLayer, ...]
+    other_tensors: int
+    nbytes: int
+    dense_nbytes: int
+    metadata: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """One line on the file and a table of its sparse layers."""
+        rows = [
+            (
+                w.name,
+                w.pattern,
+                f"{w.shape[0]}x{w.shape[1]}",
+                w.dtype,
+                "yes" if w.bias else "no",
+                w.dense_nbytes,
+                w.nbytes,
+            )
+            for w in self.layers
+        ]
+        title = (
+            f"{self.path}: format {self.format_version}, written by sparsecomp {self.package_version}; "
+            f"{len(self.layers)} sparse layers, {self.other_tensors} other tensors, "
+            f"{self.nbytes} bytes of weights ({self.dense_nbytes} dense)"
+        )
+        columns = ("layer", "pattern", ">shape", "dtype", "bias", ">dense bytes", ">bytes")
+        return "\n".join(
+            [table(columns, rows, title=title), *(f"{name}: {text}" for name, text in self.metadata.items())]
+        )
+
+
+def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the model's whole state_dict and its sparse layers' patterns to ``path``, through a temporary file.
+
+    ``metadata`` is text of your own, which ``inspect`` gives back. Tensors that share memory are stored once.
+
+    Raises ModelError for state_dict entries that are no tensors with content.
+    """
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            got = "on the meta device" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ModelError(f'state_dict entry "{name}" is {got}; a file holds tensors with content only')
+    tensors, aliases = _without_aliases(state, _twins(model))
+    layers = {
+        name: LayerEntry(
+            str(layer.pattern), (layer.out_features, layer.in_features), layer.dtype, layer.bias is not None
+        )
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, SparseLinear)
+    }
+    write(Path(path), tensors, layers, aliases, metadata or {})
+
+
+def load(path: str | Path, into: nn.Module) -> nn.Module:
+    """Load ``path`` into a model of the class that was saved, dense or sparse, and return it.
+
+    The layers that were saved sparse become SparseLinear layers on the device of the layer they replace; all
+    other tensors are copied in place. Everything is checked first: any error leaves the model as it was.
+    If the model itself is one linear layer, it cannot change in place and the new layer is returned.
+
+    Raises FormatError for a file that is truncated, damaged, of another version, or of another model than ``into``.
+    """
+    contents = read(Path(path))
+    state = contents.state()
+    modules = dict(into.named_modules(remove_duplicate=False))
+    linears = find_linears(into)
+    layers: dict[str, SparseLinear] = {}
+    made: set[int] = set()
+    for name, packed in contents.layers.items():
+        old = _replaceable(path, name, packed, name in contents.biased, modules.get(name), linears)
+        if id(old) not in made:  # one module under two names is replaced once
+            made.add(id(old))
+            layers[name] = _new_layer(packed, state.get(key(name, "bias")), old)
+    own = into.state_dict()
+    within = tuple(key(name, "") for name in contents.layers)
+    others = {entry: value for entry, value in state.items() if not entry.startswith(within)}
+    _check_state(path, {entry: value for entry, value in own.items() if not entry.startswith(within)}, others)
+    _check_unknown(path, contents, state)
+    if "" in layers:
+        return layers[""]
+    for name, layer in layers.items():
+        replace_layer(into, name, layer)
+    with torch.no_grad():
+        for entry, value in others.items():
+            own[entry].copy_(value)
+    return into
+
+
+def inspect(path: str | Path) -> Summary:
+    """What a file holds, after the same checks of the file itself that ``load`` makes. Raises FormatError."""
+    contents = read(Path(path))
+    layers = tuple(
+        SavedLayer(
+            name,
+            str(packed.pattern),
+            packed.shape,
+            str(packed.dtype).removeprefix("torch."),
+            name in contents.biased,
+            packed.nbytes,
+            packed.dense_nbytes,
+        )
+        for name, packed in contents.layers.items()
+    )
+    total = sum(tensor.nbytes for tensor in contents.tensors.values())
+    stored = {entry for entry in contents.tensors if entry.rpartition(".")[0] in contents.layers}
+    saved_once = [layer for layer in layers if key(layer.name, "values") in stored]
+    return Summary(
+        Path(path),
+        FORMAT_VERSION,
+        contents.package_version,
+        layers,
+        len(contents.tensors) - len(stored),
+        total,
+        total + sum(layer.dense_nbytes - layer.nbytes for layer in saved_once),
+        contents.metadata,
+    )
+
+
+# --- saving -----------------------------------------------------------------------------------------------------
+
+
+def _twins(model: nn.Module) -> dict[str, str]:
+    """{key: stored key} for a SparseLinear under several names: its canonical tensors are made anew for each."""
+    first: dict[nn.Module, str] = {}
+    twins: dict[str, str] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, SparseLinear) and first.setdefault(layer, name) != name:
+            twins |= {key(name, part): key(first[layer], part) for part in ("values", "metadata")}
+    return twins
+
+
+def _without_aliases(state: Mapping[str, Tensor], twins: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Contiguous tensors on the CPU that share no memory, and {key: stored key} for those that are the same tensor."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    stored: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for entry, value in state.items():
+        place = _place(value)
+        if entry in twins or (value.numel() and place in stored):
+            aliases[entry] = twins.get(entry) or stored[place]
+            continue
+        stored[place] = entry
+        plain = value.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.nbytes() != plain.nbytes or storage.data_ptr() in storages:
+            plain = plain.clone()  # a view of a larger or shared storage becomes a tensor of its own
+        storages.add(plain.untyped_storage().data_ptr())
+        tensors[entry] = plain
+    return tensors, aliases
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+# --- loading ----------------------------------------------------------------------------------------------------
+
+
+def _replaceable(
+    path: str | Path, name: str, packed: PackedWeight, biased: bool, old: nn.Module | None, linears: LayerTable
+) -> nn.Module:
+    """The layer of the model that the saved one replaces. Raises FormatError if it does not fit."""
+    where = f'{path}: sparse layer "{name}"'
+    if isinstance(old, SparseLinear):
+        shape, dtype, has_bias = (old.out_features, old.in_features), old.dtype, old.bias is not None
+    else:
+        ref = next((ref for ref in linears.values() if name == ref.name or name in ref.aliases), None)
+        if ref is None or old is None:
+            reason = linears.skipped.get(name, "it has no such linear layer")
+            raise FormatError(f"{where} has no place in the model: {reason}; load it into the class that was saved")
+        shape, dtype, has_bias = ref.shape, ref.dtype, ref.bias is not None
+    if shape != packed.shape:
+        raise FormatError(f"{where} has shape {packed.shape}, the model's layer has {shape}; use a model of that size")
+    if dtype != packed.dtype:
+        raise FormatError(
+            f"{where} is {packed.dtype}, the model's layer is {dtype}; convert the model first with .to()"
+        )
+    if has_bias != biased:
+        raise FormatError(f"{where} has {'a' if biased else 'no'} bias, the model's layer is the other way round")
+    return old
+
+
+def _new_layer(packed: PackedWeight, bias: Tensor | None, old: nn.Module) -> SparseLinear:
+    old_bias = old.bias
+    assert old_bias is None or isinstance(old_bias, Tensor)
+    if isinstance(old, SparseLinear):
+        device = old.device
+    else:
+        weight = old.weight
+        assert isinstance(weight, Tensor)
+        device = weight.device
+    layer = SparseLinear.from_packed(packed.to(device), bias)
+    if layer.bias is not None and old_bias is not None:
+        layer.bias.requires_grad_(old_bias.requires_grad)
+    return layer.train(old.training)
+
+
+def _check_state(path: str | Path, own: Mapping[str, Any], loaded: Mapping[str, Tensor]) -> None:
+    """Raises FormatError unless ``loaded`` can be copied into ``own``, entry by entry."""
+    missing, unexpected = sorted(set(own) - set(loaded)), sorted(set(loaded) - set(own))
+    if missing or unexpected:
+        parts = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(unexpected)} too many"] * bool(unexpected)
+        raise FormatError(f"{path} {' and '.join(parts)} for this model; load it into the class that was saved")
+    tied: dict[tuple[Any, ...], str] = {}
+    for entry, value in loaded.items():
+        mine = own[entry]
+        if mine.shape != value.shape:
+            raise FormatError(
+                f'{path}: "{entry}" has shape {tuple(value.shape)}, the model wants {tuple(mine.shape)}; '
+                "load it into a model of the class and size that was saved"
+            )
+        if mine.dtype != value.dtype:
+            raise FormatError(
+                f'{path}: "{entry}" is {value.dtype}, the model has {mine.dtype}; convert the model first with .to()'
+            )
+        if mine.is_meta:
+            raise FormatError(f'the model has "{entry}" on the meta device; give it memory first with .to_empty()')
+        first = tied.setdefault(_place(mine), entry) if mine.numel() else entry
+        if first != entry and not torch.equal(loaded[first], value):
+            raise FormatError(
+                f'{path}: "{first}" and "{entry}" differ, the model ties them to one tensor; untie them before loading'
+            )
+
+
+def _check_unknown(path: str | Path, contents: Contents, state: Mapping[str, Tensor]) -> None:
+    """Raises FormatError for tensors below a sparse layer that no SparseLinear has."""
+    within = tuple(key(name, "") for name in contents.layers)
+    known = {key(name, part) for name in contents.layers for part in ("values", "metadata")}
+    known |= {key(name, "bias") for name in contents.biased}
+    unknown = sorted(entry for entry in state if entry.startswith(within) and entry not in known)
+    if unknown:
+        raise FormatError(f"{path} has {some(unknown)} too many; a sparse layer has values, metadata and bias")
