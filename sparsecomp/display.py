@@ -22,7 +22,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str |
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
     buffer = StringIO()
-    Console(file=buffer, width=400, color_system=None, markup=False, highlight=False).print(drawn)
+    Console(file=buffer, width=4000, color_system=None, markup=False, highlight=False).print(drawn)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
 
 

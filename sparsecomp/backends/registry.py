@@ -1,19 +1,33 @@
 """Which backends there are, which of them can run a request, and why the others cannot.
 
-Takes a ``PackedWeight`` and gives a ``Kernel`` (the weight in one backend's layout). Knows nothing of nn, plan or prune.
+Takes a ``PackedWeight``, gives a ``Kernel`` (the weight in one backend's layout). Knows nothing of nn, plan or prune.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sparsecomp.errors import BackendError
 from sparsecomp.pack.format import PackedWeight
 from sparsecomp.patterns import Pattern
+
+# In the order in which they are preferred: sparse kernels, then a dense product of the unpacked weight, then the truth.
+_ADAPTERS = (
+    ("sparsecomp.backends.cusparselt", "CusparseltBackend"),
+    ("sparsecomp.backends.triton", "TritonBackend"),
+    ("sparsecomp.backends.cpu", "CpuBackend"),
+    ("sparsecomp.backends.dense", "DenseBackend"),
+    ("sparsecomp.backends.reference", "ReferenceBackend"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,13 +43,17 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A weight [out, in] prepared for one backend: the only copy a live layer holds."""
+    """A weight [out, in] prepared for one backend: the only copy a live layer holds.
+
+    ``arguments`` are constants the backend derived from the other fields, so that no call derives them again.
+    """
 
     backend: str
     tensors: tuple[Tensor, ...]
     pattern: Pattern
     shape: tuple[int, int]
     dtype: torch.dtype
+    arguments: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +82,44 @@ class Backend(ABC):
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form back from the layout, exactly."""
 
+    def adopt(
+        self, tensors: tuple[Tensor, ...], pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Kernel:
+        """The kernel whose layout these tensors, prepared earlier by this backend, already are."""
+        return Kernel(self.name, tensors, pattern, shape, dtype)
+
+    def dense(self, kernel: Kernel) -> Tensor:
+        """The dense weight [out, in] of the kernel's dtype, as a temporary."""
+        return self.restore(kernel).unpack()
+
     @abstractmethod
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out] for x [batch, in] of the kernel's dtype and device; ``x`` may have any row stride."""
+
+
+@lru_cache(maxsize=1)
+def backends() -> Mapping[str, Backend]:
+    """Every backend by name, in order of preference; no optional package is imported by asking."""
+    adapters = [getattr(import_module(module), name)() for module, name in _ADAPTERS]
+    return MappingProxyType({adapter.name: adapter for adapter in adapters})
+
+
+def explain(request: Request) -> list[tuple[str, str | None]]:
+    """Each backend's answer to a request, in order of preference: its name, and None or the reason why it cannot."""
+    return [(name, backend.missing() or backend.supports(request)) for name, backend in backends().items()]
+
+
+def choose(request: Request) -> str:
+    """Name of the first backend that runs a request.
+
+    Raises BackendError with every backend's reason if none does.
+    """
+    answers = explain(request)
+    for name, reason in answers:
+        if reason is None:
+            return name
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in answers)
+    raise BackendError(
+        f"no backend runs a {request.pattern} weight of shape {request.shape} in {request.dtype} on {request.device} "
+        f"({reasons}); convert the layer to torch.float32 or keep it dense"
+    )

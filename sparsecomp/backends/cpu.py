@@ -1,0 +1,141 @@
+"""Adapter of the compiled CPU kernels (C ABI, raw pointers): N:M and V:N:M weights in fp32, fp16 and bf16.
+
+Gives a Kernel of two byte tensors in the layout of csrc/include/sparsecomp.h. Knows no instruction set.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sparsecomp.backends.registry import Backend, Kernel, Request
+from sparsecomp.errors import BackendError
+from sparsecomp.pack.bits import packed_bytes
+from sparsecomp.pack.format import PackedWeight
+from sparsecomp.patterns import NM, Pattern, row_nm
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+
+
+@lru_cache(maxsize=1)
+def native() -> ModuleType | str:
+    """The compiled extension, or the reason why it cannot be used here."""
+    try:
+        module = import_module("sparsecomp._native")
+        module.isa()
+    except ImportError as error:
+        return f"the compiled extension is not there ({error}); install the package with a C++ compiler available"
+    except RuntimeError as error:
+        return f"the compiled extension refuses this machine: {error}"
+    return module
+
+
+def _require_native() -> ModuleType:
+    module = native()
+    if isinstance(module, str):
+        raise BackendError(f"the cpu backend cannot run: {module}")
+    return module
+
+
+def _stored(pattern: Pattern) -> NM:
+    nm = row_nm(pattern)
+    if nm is None:
+        raise BackendError(f'"{pattern}" is not stored as N:M groups; the cpu backend runs N:M and V:N:M patterns')
+    return nm
+
+
+class CpuBackend(Backend):
+    """The kernels of the C library, with as many threads as torch uses."""
+
+    name = "cpu"
+
+    def missing(self) -> str | None:
+        """None if the compiled extension is loaded, else why it is not."""
+        module = native()
+        return module if isinstance(module, str) else None
+
+    def supports(self, request: Request) -> str | None:
+        """None for N:M and V:N:M in fp32, fp16 and bf16 on the CPU, else the reason."""
+        if request.device != "cpu":
+            return f"runs on cpu, not on {request.device}"
+        if row_nm(request.pattern) is None:
+            return f"has no kernel for {request.pattern}; N:M and V:N:M patterns only"
+        if request.dtype not in DTYPE_CODES or request.dtype == torch.int8:
+            return f"has no kernel for {request.dtype}; torch.float32, torch.float16 and torch.bfloat16 only"
+        return None
+
+    def adopt(
+        self, tensors: tuple[Tensor, ...], pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Kernel:
+        """The kernel whose layout these two byte tensors already are; BackendError if their sizes say otherwise."""
+        module, nm = _require_native(), _stored(pattern)
+        arguments = (*shape, nm.n, nm.m, nm.mask_rows, DTYPE_CODES[dtype])
+        sizes = module.nm_values_bytes(*arguments), module.nm_metadata_bytes(*arguments)
+        # the library reads raw memory, so sizes are checked wherever tensors come from outside
+        if tuple(tensor.nbytes for tensor in tensors) != sizes or not all(each.is_contiguous() for each in tensors):
+            got = ", ".join(str(tensor.nbytes) for tensor in tensors)
+            raise BackendError(
+                f"a {pattern} layout of shape {shape} in {dtype} takes contiguous tensors of {sizes[0]} and {sizes[1]} "
+                f"bytes, got {got}; prepare it with SparseLinear"
+            )
+        return Kernel(self.name, tensors, pattern, shape, dtype, arguments)
+
+    def prepare(self, packed: PackedWeight) -> Kernel:
+        """The layout of ``packed``, which must be on the CPU."""
+        module, nm = _require_native(), _stored(packed.pattern)
+        arguments = (*packed.shape, nm.n, nm.m, nm.mask_rows, DTYPE_CODES[packed.dtype])
+        values = torch.empty(module.nm_values_bytes(*arguments), dtype=torch.uint8)
+        metadata = torch.empty(module.nm_metadata_bytes(*arguments), dtype=torch.uint8)
+        canonical = packed.values.detach().contiguous(), packed.metadata.contiguous()
+        pointers = (tensor.data_ptr() for tensor in (*canonical, values, metadata))
+        module.nm_pack(*arguments, *pointers)
+        return self.adopt((values, metadata), packed.pattern, packed.shape, packed.dtype)
+
+    def restore(self, kernel: Kernel) -> PackedWeight:
+        """The canonical form, bit for bit what ``prepare`` was given."""
+        nm, (out, columns) = _stored(kernel.pattern), kernel.shape
+        slots = nm.slots(columns)
+        values = torch.empty(out, slots, dtype=kernel.dtype)
+        metadata = torch.empty(-(-out // nm.mask_rows), packed_bytes(slots, nm.index_bits), dtype=torch.uint8)
+        pointers = (tensor.data_ptr() for tensor in (*kernel.tensors, values, metadata))
+        _require_native().nm_unpack(*kernel.arguments, *pointers)
+        return PackedWeight(values, metadata, kernel.pattern, kernel.shape)
+
+    def dense(self, kernel: Kernel) -> Tensor:
+        """The dense weight [out, in], written straight from the layout."""
+        weight = torch.empty(kernel.shape, dtype=kernel.dtype)
+        values, metadata = kernel.tensors
+        pointers = (values.data_ptr(), metadata.data_ptr(), weight.data_ptr())
+        _require_native().nm_to_dense(*kernel.arguments, *pointers, torch.get_num_threads())
+        return weight
+
+    def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y [batch, out] in one call of the library; only ``x`` with strided columns is copied."""
+        batch, columns = x.shape
+        out = kernel.shape[0]
+        y = torch.empty((batch, out), dtype=kernel.dtype)
+        if batch == 0 or out == 0:
+            return y
+        step = x.stride(0)
+        if x.stride(1) != 1 or step < columns:
+            # a single row and a single column may carry any stride
+            x, step = x.contiguous(), columns
+        values, metadata = kernel.tensors
+        # pointers are read at every call: a tensor whose storage was replaced is then followed, not read after free
+        _require_native().nm_linear(
+            *kernel.arguments,
+            values.data_ptr(),
+            metadata.data_ptr(),
+            x.data_ptr(),
+            step,
+            batch,
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            out,
+            torch.get_num_threads(),
+        )
+        return y

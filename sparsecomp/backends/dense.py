@@ -1,0 +1,44 @@
+"""Adapter that unpacks the weight into a temporary at every call and multiplies with torch: correct for every pattern.
+
+Holds the canonical tensors only, so it costs no memory and serves what has no kernel. Knows no kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsecomp.backends.registry import Backend, Kernel, Request
+from sparsecomp.pack.format import PackedWeight
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class DenseBackend(Backend):
+    """torch's own linear on a dense temporary."""
+
+    name = "dense"
+
+    def missing(self) -> str | None:
+        """None: torch is always there."""
+        return None
+
+    def supports(self, request: Request) -> str | None:
+        """None for every packable pattern in a floating dtype, else the reason."""
+        if request.dtype not in FLOAT_DTYPES:
+            return f"multiplies in torch.float32, torch.float16 and torch.bfloat16, not in {request.dtype}"
+        return None
+
+    def prepare(self, packed: PackedWeight) -> Kernel:
+        """The canonical tensors themselves."""
+        return Kernel(self.name, (packed.values, packed.metadata), packed.pattern, packed.shape, packed.dtype)
+
+    def restore(self, kernel: Kernel) -> PackedWeight:
+        """The canonical tensors themselves."""
+        values, metadata = kernel.tensors
+        return PackedWeight(values, metadata, kernel.pattern, kernel.shape)
+
+    def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y [batch, out], the dense weight being freed before it returns."""
+        return functional.linear(x, self.dense(kernel), bias)

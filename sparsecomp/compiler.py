@@ -1,0 +1,140 @@
+"""Wires plan -> prune -> pack -> swap. Takes a model and a Plan or pattern, gives it with SparseLinears in place.
+
+Has no logic of its own: the plan decides, prune changes weights, pack refuses those that do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from sparsecomp.calibration import Calibration
+from sparsecomp.display import progress
+from sparsecomp.errors import CalibrationError, ModelError, SparsecompError
+from sparsecomp.layers import Globs, LayerTable, find_linears, replace_layer, require_layers
+from sparsecomp.nn import SparseLinear
+from sparsecomp.patterns import Pattern, parse
+from sparsecomp.plan import Plan, plan
+from sparsecomp.report import Summary, summarise
+
+_PLAN = "_sparsecomp_plan"
+
+
+def compile(
+    model: nn.Module,
+    plan_or_pattern: Plan | str | Pattern | Sequence[str | Pattern] = "2:4",
+    *,
+    calibration: Calibration | None = None,
+    method: str | None = None,
+    only: Globs = None,
+    skip: Globs = None,
+    batch: int | Sequence[int] = (1, 128),
+    where: Literal["faster", "everywhere"] = "faster",
+    max_error: float | None = None,
+) -> nn.Module:
+    """Replace linear layers of ``model`` by packed SparseLinears, in place, and return the model.
+
+    With a Plan its decisions are followed. With a pattern a plan is made first (``batch`` and ``max_error`` as in
+    ``plan``), and layers in which dense is faster stay dense, untouched; ``where="everywhere"`` packs every layer in
+    one pattern without measuring. ``report(model)`` gives the plan, ``summary(model)`` the result.
+
+    Weights must fit their pattern already (PatternError names the layer and group that do not), unless ``method`` names
+    a pruning method; ``calibration`` gives the Gram matrices where the method needs them.
+
+    Raises the errors of ``plan`` and ``prune_weight``, and ModelError for a plan of another model. The model is
+    untouched if anything is raised.
+    """
+    found = require_layers(find_linears(model, only, skip))
+    if isinstance(plan_or_pattern, Plan):
+        decided: Plan | None = plan_or_pattern
+    elif where == "faster":
+        decided = plan(
+            model, plan_or_pattern, batch=batch, only=only, skip=skip, calibration=calibration, max_error=max_error
+        )
+    elif where == "everywhere":
+        decided = None
+    else:
+        raise ModelError(f'where="{where}" is not known; use "faster" or "everywhere"')
+    choices = _choices(decided, plan_or_pattern, found)
+    layers = {
+        name: _sparse(found, name, *choice, method, calibration)
+        for name, choice in progress(list(choices.items()), "pruning and packing" if method else "packing")
+    }
+    _swap(model, layers, found)
+    if decided is not None:
+        setattr(model, _PLAN, decided)
+    return model
+
+
+def report(model: nn.Module) -> Plan | None:
+    """The plan that ``compile`` followed for this model, or None if it followed none."""
+    found = getattr(model, _PLAN, None)
+    return found if isinstance(found, Plan) else None
+
+
+def summary(model: nn.Module, batch: Sequence[int] = (1, 32)) -> Summary:
+    """Every sparse layer of ``model`` with bytes, kernel, measured times, speedup and bound at these batch sizes.
+
+    Times come from the cache of measurements where they are known. Raises ModelError for a model without sparse layers.
+    """
+    followed = report(model)
+    return summarise(model, batch, {} if followed is None else {**followed.stayed_dense, **followed.skipped})
+
+
+def _choices(
+    decided: Plan | None, pattern: Plan | str | Pattern | Sequence[str | Pattern], found: LayerTable
+) -> dict[str, tuple[Pattern, int | None]]:
+    """Pattern and ``dense_above`` of each layer to be packed."""
+    if decided is None:
+        if isinstance(pattern, Plan) or (isinstance(pattern, Sequence) and not isinstance(pattern, str)):
+            raise ModelError('where="everywhere" packs every layer in one pattern; give one, or use where="faster"')
+        if pattern == "auto":
+            raise ModelError('where="everywhere" takes a named pattern; pattern "auto" needs where="faster"')
+        return {name: (parse(pattern), None) for name in found}
+    choices: dict[str, tuple[Pattern, int | None]] = {}
+    for name, layer in decided.sparse.items():
+        if name in found.skipped:
+            continue
+        if name not in found or found[name].shape != layer.shape:
+            raise ModelError(
+                f'the plan has a layer "{name}" of shape {layer.shape}, which this model lacks; plan this model'
+            )
+        assert layer.pattern is not None
+        choices[name] = (layer.pattern, layer.dense_above)
+    return choices
+
+
+def _sparse(
+    found: LayerTable,
+    name: str,
+    pattern: Pattern,
+    dense_above: int | None,
+    method: str | None,
+    calibration: Calibration | None,
+) -> SparseLinear:
+    if calibration is not None and name not in calibration and method is not None:
+        raise CalibrationError(f'calibration has no layer "{name}"; calibrate this model or use skip')
+    gram = None if calibration is None or method is None else calibration[name].gram
+    try:
+        with torch.no_grad():
+            layer = SparseLinear.from_linear(found[name].as_linear(), pattern, method, gram)
+    except SparsecompError as error:
+        raise type(error)(f"{name}: {error}") from error
+    layer.dense_above = dense_above
+    return layer
+
+
+def _swap(model: nn.Module, layers: dict[str, SparseLinear], found: LayerTable) -> None:
+    """Put all layers in place, or none."""
+    done: list[str] = []
+    try:
+        for name, layer in layers.items():
+            replace_layer(model, name, layer)
+            done.append(name)
+    except Exception:
+        for name in done:
+            replace_layer(model, name, found[name].module)
+        raise

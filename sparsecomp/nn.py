@@ -1,0 +1,403 @@
+"""SparseLinear: a drop-in for nn.Linear that holds its weight once, as the layout of one kernel.
+
+Takes a PackedWeight and gives a module; the canonical form comes back exactly when it is saved, copied or moved.
+Knows nothing of plans, masks or models.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsecomp import ops
+from sparsecomp.backends import registry
+from sparsecomp.backends.registry import Kernel, Request
+from sparsecomp.errors import ModelError, SparsecompError
+from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.patterns import Block, Pattern, parse, row_nm
+from sparsecomp.readonly import NO_WEIGHT_GRADIENT, DenseCopy
+
+if TYPE_CHECKING:
+    from sparsecomp.report import Explanation
+
+_FORMAT_VERSION = 1
+
+
+class SparseLinear(nn.Module):
+    """y = x W^T + b with W [out_features, in_features] packed in ``pattern``.
+
+    x is [..., in_features] of the layer's dtype, y [..., out_features]. Under autocast x may be fp32, fp16 or bf16 and
+    y has the dtype nn.Linear's would have; the weight stays in its own dtype, so a float32 layer computes in float32
+    there and rounds its result. Gradients reach x and the bias; the weight has none.
+
+    A new layer is all zeros, ready for ``load_state_dict``. ``state_dict`` holds ``values`` and ``metadata`` of the
+    canonical format, and ``bias``. The pattern and shape are facts of the constructor. ``dense_above`` is the batch
+    from which a dense product of the unpacked weight was measured to be faster on this machine, or None; it is not
+    part of the state_dict. ``backend`` pins one backend by name.
+
+    Raises ModelError for a weight that no backend runs and PatternError for a pattern that cannot be packed.
+    """
+
+    _version = _FORMAT_VERSION
+    dense_above: int | None
+    bias: nn.Parameter | None
+
+    def __init__(  # noqa: D107  (the class says it)
+        self,
+        in_features: int,
+        out_features: int,
+        pattern: str | Pattern = "2:4",
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        dtype = dtype or torch.get_default_dtype()
+        place = torch.device(device) if device is not None else torch.get_default_device()
+        packed = _zero_weight(parse(pattern), (out_features, in_features), place, dtype)
+        parameter = nn.Parameter(torch.zeros(out_features, device=place, dtype=dtype)) if bias else None
+        self._build(packed, parameter, backend)
+
+    def _build(self, packed: PackedWeight, bias: nn.Parameter | None, backend: str | None) -> None:
+        self.out_features, self.in_features = packed.shape
+        self.pattern = packed.pattern
+        self._wanted = backend
+        self._layout: tuple[str, ...] = ()
+        self.register_parameter("bias", bias)
+        self._hold(self._prepared(packed))
+
+    @classmethod
+    def from_packed(
+        cls, packed: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None
+    ) -> SparseLinear:
+        """A layer of that weight and bias [out]; the bias is copied to the weight's device and dtype.
+
+        ``backend`` pins one backend by name; otherwise the first one that runs the weight on its device is taken.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        parameter = None
+        if bias is not None:
+            if tuple(bias.shape) != (packed.shape[0],):
+                raise ModelError(f"bias has shape {tuple(bias.shape)}; this weight takes ({packed.shape[0]},)")
+            copy = bias.detach().to(packed.device, packed.dtype, copy=True).contiguous()
+            parameter = nn.Parameter(copy, requires_grad=bias.requires_grad or not isinstance(bias, nn.Parameter))
+        layer._build(packed, parameter, backend)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        pattern: str | Pattern = "2:4",
+        method: str | None = None,
+        gram: Tensor | None = None,
+        *,
+        backend: str | None = None,
+    ) -> SparseLinear:
+        """A packed copy of ``linear``, which stays as it is.
+
+        Without ``method`` the weight must fit ``pattern`` already (PatternError names the first group that does not).
+        With one it is pruned first; ``gram`` [in, in] is X^T X of the layer's inputs for methods that need it.
+        """
+        weight = linear.weight.detach()
+        if method is not None:
+            from sparsecomp.prune import prune_weight
+
+            weight = prune_weight(weight, pattern, method=method, gram=gram).weight.to(weight.dtype)
+        layer = cls.from_packed(pack(weight, pattern), linear.bias, backend=backend)
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The same layer as nn.Linear, zeros in place, exactly; the way back for training."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(registry.backends()[self.kernel.backend].dense(self.kernel))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def packed(self) -> PackedWeight:
+        """The canonical form of the weight, exactly; treat its tensors as read-only."""
+        return registry.backends()[self.kernel.backend].restore(self.kernel)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the weight, which is that of x and y."""
+        return self.kernel.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.kernel.tensors[0].device
+
+    @property
+    def weight(self) -> Tensor:
+        """A dense copy [out, in], built at every access and for reading only: training it raises ModelError."""
+        if torch.compiler.is_compiling():
+            return ops.to_dense(self._tensors(), *self._facts())
+        return registry.backends()[self.kernel.backend].dense(self.kernel).detach().as_subclass(DenseCopy)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a new ``weight``; anything else is set as on any module."""
+        if name == "weight":
+            raise ModelError(f"layer.weight cannot be set: {NO_WEIGHT_GRADIENT}")
+        super().__setattr__(name, value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> SparseLinear:
+        """Set requires_grad of the bias. The packed weight never has a gradient; to train it, train ``to_linear()``."""
+        return super().requires_grad_(requires_grad)
+
+    # --- the kernel -------------------------------------------------------------------------------------------------
+
+    def _prepared(self, packed: PackedWeight) -> Kernel:
+        """The layout of ``packed`` for its device and dtype; nothing of the layer changes."""
+        if packed.device.type == "meta":
+            name = "dense"
+        else:
+            request = Request(packed.pattern, packed.shape, packed.dtype, packed.device.type, batch=1)
+            name = self._wanted or registry.choose(request)
+            if name not in registry.backends():
+                raise ModelError(f'backend "{name}" is not known; use one of {", ".join(registry.backends())}')
+            backend = registry.backends()[name]
+            if reason := backend.missing() or backend.supports(request):
+                raise ModelError(f'backend "{name}" {reason}; leave backend=None to have one chosen')
+        return registry.backends()[name].prepare(packed)
+
+    def _hold(self, kernel: Kernel, shared: bool = False) -> None:
+        """Make ``kernel`` the layer's only weight."""
+        for name in self._layout:
+            del self._buffers[name]
+        self.kernel = kernel
+        self.dense_above = None
+        self._layout = tuple(f"layout_{index}" for index in range(len(kernel.tensors)))
+        self._name, self._on_cpu = str(kernel.pattern), kernel.tensors[0].is_cpu
+        self._run = registry.backends()[kernel.backend].run
+        for name, tensor in zip(self._layout, kernel.tensors, strict=True):
+            self.register_buffer(name, tensor.share_memory_() if shared else tensor, persistent=False)  # type: ignore[no-untyped-call]
+
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._layout]
+
+    def _facts(self) -> tuple[str, str, int, int, torch.dtype]:
+        return self.kernel.backend, self._name, self.out_features, self.in_features, self.kernel.dtype
+
+    # --- the product ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out_features] for x [..., in_features]; any number of dimensions, any strides, no row at all."""
+        if not torch.compiler.is_compiling() and type(x) is Tensor and _nobody_watches():
+            kernel, parameters = self.kernel, self._parameters
+            # self.bias costs a failed lookup first; it is asked only where a parametrization took the parameter away
+            bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+            shape = x.shape
+            if x.dtype is kernel.dtype and shape and shape[-1] == self.in_features and self._may_bypass(x, bias):
+                if len(shape) != 2:
+                    x = ops.rows(x)
+                if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+                    y = ops.differentiable(x, bias, kernel, self.dense_above)
+                elif self.dense_above is None:
+                    y = self._run(kernel, x, bias)
+                else:
+                    y = ops.apply(kernel, x, bias, self.dense_above)
+                return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
+        return self._dispatched(x)
+
+    def _may_bypass(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether ``x`` and ``bias`` are plain tensors of this kernel; the dispatcher repairs or names the others."""
+        kernel = self.kernel
+        if x.layout is not torch.strided or x.is_neg() or not (x.is_cpu if self._on_cpu else x.device == self.device):
+            return False
+        # the binding reads raw memory, so a bias that was replaced by hand is looked at first
+        if bias is not None and not (
+            bias.dtype is kernel.dtype
+            and bias.shape[0] == self.out_features
+            and bias.is_contiguous()
+            and (bias.is_cpu if self._on_cpu else bias.device == x.device)
+        ):
+            return False
+        return kernel.backend == "cpu" or not any(tensor.requires_grad for tensor in kernel.tensors)
+
+    def _dispatched(self, x: Tensor) -> Tensor:
+        """The product through the dispatcher: autograd, compilers, modes and subclasses see one operator."""
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ModelError(
+                f"input has shape {tuple(x.shape)}; this layer takes [..., {self.in_features}], "
+                f"so reshape it or check the layer before"
+            )
+        device, dtype = x.device.type, self.kernel.dtype
+        if device != self._tensors()[0].device.type:
+            raise ModelError(
+                f"input is on {x.device} and the layer on {self._tensors()[0].device}; move one of them with .to()"
+            )
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        target = torch.get_autocast_dtype(device) if autocast else None
+        if not torch.compiler.is_compiling() and _transformed():
+            # no rule of the operator is known to torch.func and dual numbers; those of torch's linear are
+            return functional.linear(x, ops.to_dense(self._tensors(), *self._facts()), self.bias)
+        if target is not None and x.is_floating_point() and x.dtype != torch.float64:
+            if dtype not in (torch.float32, target):
+                # neither 16-bit format holds the other, so the weight is cast as nn.Linear would cast it
+                return functional.linear(x, ops.to_dense(self._tensors(), *self._facts()), self.bias)
+            x = x.to(dtype)
+        if x.dtype != dtype:
+            raise ModelError(
+                f"input has dtype {x.dtype}; this layer computes in {dtype}, so convert one with .to() or use autocast"
+            )
+        y = ops.linear(x, self._tensors(), self.bias, *self._facts(), self.dense_above)
+        return y if target is None else y.to(target)
+
+    # --- saved, copied, moved ---------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Move or convert through the canonical form; ``fn`` is asked on one element where it leads."""
+        probe = fn(torch.empty(1, dtype=self.dtype, device=self.device))
+        shared = probe.is_cpu and probe.is_shared()  # type: ignore[no-untyped-call]
+        kernel = None
+        if shared or probe.dtype != self.dtype or probe.device != self.device:
+            kernel = self._prepared(_moved(self.packed(), probe.device, probe.dtype))
+        layout = {name: self._buffers.pop(name) for name in self._layout}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers.update(layout)
+        if kernel is not None:
+            self._hold(kernel, shared)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The module with the canonical form in place of the layout."""
+        state = dict(self.__dict__)
+        state["_buffers"] = {name: value for name, value in self._buffers.items() if name not in self._layout}
+        state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - set(self._layout)
+        state["packed"] = self.packed()
+        for name in ("kernel", "_run", "_layout", "_name", "_on_cpu"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Prepare the layout anew for this machine."""
+        state = dict(state)
+        packed, dense_above = state.pop("packed"), state.pop("dense_above")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._layout = ()
+        self._hold(self._prepared(packed))
+        self.dense_above = dense_above
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        packed = self.packed()
+        destination[prefix + "values"] = packed.values
+        destination[prefix + "metadata"] = packed.metadata
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # the shapes alone do not always tell two patterns apart
+        notes = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if notes is not None:
+            notes["pattern"] = str(self.pattern)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the canonical form, checked; whatever is wrong is reported and the layer stays as it was."""
+        names = prefix + "values", prefix + "metadata"
+        rest = {key: value for key, value in state_dict.items() if key not in names}
+        absent = [name for name in names if name not in state_dict]
+        missing_keys.extend(absent)
+        kernel = None
+        if not absent:
+            try:
+                kernel = self._loaded(state_dict[names[0]], state_dict[names[1]], local_metadata)
+            except (SparsecompError, RuntimeError) as error:
+                error_msgs.append(f'While loading "{prefix[:-1]}": {error}')
+                return
+        errors: list[str] = []
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+        error_msgs.extend(errors)
+        if kernel is not None and not errors:
+            self._hold(kernel)
+
+    def _loaded(self, values: Tensor, metadata: Tensor, notes: dict[str, Any]) -> Kernel:
+        if notes.get("version", _FORMAT_VERSION) > _FORMAT_VERSION:
+            raise ModelError(f"the state has version {notes['version']}; this package reads up to {_FORMAT_VERSION}")
+        if (pattern := notes.get("pattern", self._name)) != self._name:
+            raise ModelError(f"the state holds a {pattern} weight; this layer was made for {self._name}")
+        packed = PackedWeight(values.detach(), metadata.detach(), self.pattern, (self.out_features, self.in_features))
+        packed.validate()
+        if notes.get("assign_to_params_buffers", False):
+            return self._prepared(packed)
+        if self.device.type == "meta":
+            warnings.warn("loading into a layer on the meta device does nothing; pass assign=True", stacklevel=4)
+            return self.kernel
+        return self._prepared(_moved(packed, self.device, self.dtype))
+
+    # --- the report -------------------------------------------------------------------------------------------------
+
+    def explain(self, batch: int = 1) -> Explanation:
+        """Which kernel runs a batch of that many rows, why, its bound, and what was rejected; printable."""
+        from sparsecomp.report import explain_kernel
+
+        return explain_kernel(self.kernel, batch, self.dense_above, self._wanted)
+
+    def extra_repr(self) -> str:
+        """Sizes, pattern, dtype, kernel, and bytes beside those of the dense weight."""
+        dense = self.out_features * self.in_features * self.dtype.itemsize
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"pattern={self.pattern}, dtype={self.dtype}, kernel={self.kernel.backend}, "
+            f"bytes={self.kernel.nbytes} of {dense} dense"
+        )
+
+
+def _nobody_watches() -> bool:
+    """Whether no mode, transform, trace or dual level wants to see this call: the dispatcher may then be bypassed."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+        or _transformed()
+    )
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or a level of forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _zero_weight(pattern: Pattern, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> PackedWeight:
+    """The packed all-zero weight [out, in], without its dense form where rows are alike."""
+    out, columns = shape
+    nm = row_nm(pattern)
+    if isinstance(pattern, Block) or nm is None:
+        packed = pack(torch.zeros(shape, dtype=dtype, device="cpu"), pattern)
+    else:
+        row = pack(torch.zeros(1, columns, dtype=dtype, device="cpu"), nm)
+        values = torch.zeros(out, nm.slots(columns), dtype=dtype, device="cpu")
+        metadata = row.metadata.repeat(-(-out // nm.mask_rows), 1)
+        packed = PackedWeight(values, metadata, pattern, shape)
+    return _moved(packed, device, dtype)
+
+
+def _moved(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> PackedWeight:
+    """The weight elsewhere; to the meta device without content, from it as zeros."""
+    if device.type == "meta":
+        return replace(packed, values=packed.values.to(device, dtype), metadata=packed.metadata.to(device))
+    if packed.device.type == "meta":
+        return _zero_weight(packed.pattern, packed.shape, device, dtype)
+    try:
+        return packed.to(device, dtype)
+    except SparsecompError as error:
+        raise ModelError(f"the layer cannot become {dtype}: {error}; or take layer.to_linear() there") from error

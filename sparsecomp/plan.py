@@ -1,0 +1,310 @@
+"""Which layers of a model go sparse, in which pattern, and why: measured on this machine, no weight touched.
+
+Takes a model and candidate patterns, gives a Plan. Prunes nothing in the model, packs nothing, swaps nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecomp import cost, tune
+from sparsecomp.backends import registry
+from sparsecomp.backends.registry import Request
+from sparsecomp.calibration import Calibration
+from sparsecomp.cost import Bound
+from sparsecomp.device import Device, detect
+from sparsecomp.display import progress, table
+from sparsecomp.errors import BackendError, ModelError, PatternError
+from sparsecomp.layers import Globs, LinearRef, find_linears, require_layers
+from sparsecomp.patterns import Pattern, Unstructured, parse
+from sparsecomp.report import microseconds, taken_seconds
+from sparsecomp.tune import DENSE, SPARSE, UNPACKED, Measurement
+
+# a ratio this close to 1 is within what two measurements of the same code differ by
+NOISE = 0.97
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer. ``pattern`` is None where it stays dense, with the ``reason`` in words.
+
+    Times in seconds by batch, dense and with ``tried``, the pattern of the decision; empty where nothing was measured.
+    ``dense_above`` is the batch from which the sparse layer unpacks its weight for a dense product, or None. ``error``
+    is the relative layer error of a plain pruning to ``tried``, where ``max_error`` asked for it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: Pattern | None
+    reason: str
+    tried: Pattern | None
+    dense: Mapping[int, float]
+    sparse: Mapping[int, float]
+    bound: Mapping[int, Bound]
+    dense_above: int | None = None
+    error: float | None = None
+
+    @property
+    def speedup(self) -> Mapping[int, float]:
+        """Dense time over sparse time by batch."""
+        return {batch: self.dense[batch] / self.sparse[batch] for batch in self.sparse}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for every layer that could be sparse, in the order of the model; the layers left out, with reasons."""
+
+    device: Device
+    batches: tuple[int, ...]
+    layers: tuple[LayerPlan, ...]
+    skipped: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        """The decision for the layer of that name; KeyError if the plan has none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        """Decisions in the order of the model."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """How many layers were decided."""
+        return len(self.layers)
+
+    @property
+    def sparse(self) -> Mapping[str, LayerPlan]:
+        """The layers that go sparse, by name."""
+        return {layer.name: layer for layer in self.layers if layer.pattern is not None}
+
+    @property
+    def stayed_dense(self) -> Mapping[str, str]:
+        """The layers that stay dense, by name, each with the reason."""
+        return {layer.name: layer.reason for layer in self.layers if layer.pattern is None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "device": self.device.describe(),
+            "batches": list(self.batches),
+            "skipped": dict(self.skipped),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "pattern": None if layer.pattern is None else str(layer.pattern),
+                    "reason": layer.reason,
+                    "dense_seconds": {str(batch): value for batch, value in layer.dense.items()},
+                    "sparse_seconds": {str(batch): value for batch, value in layer.sparse.items()},
+                    "bound": {str(batch): value.value for batch, value in layer.bound.items()},
+                    "dense_above": layer.dense_above,
+                    "error": layer.error,
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        """A table, one row a layer, then the layers that were left out."""
+        columns = ["layer", ">out x in", "runs"]
+        for batch in self.batches:
+            columns += [f">dense b{batch}", ">sparse", ">speedup", ">bound"]
+        with_error = any(layer.error is not None for layer in self.layers)
+        columns += [">error", "why"] if with_error else ["why"]
+        drawn = table(columns, [self._cells(layer, with_error) for layer in self.layers], self.device.describe())
+        return "\n".join([drawn, *(f"skipped: {name}: {reason}" for name, reason in self.skipped.items())])
+
+    def _cells(self, layer: LayerPlan, with_error: bool) -> list[object]:
+        cells: list[object] = [layer.name, f"{layer.shape[0]}x{layer.shape[1]}", str(layer.pattern or "dense")]
+        for batch in self.batches:
+            if batch in layer.sparse:
+                dense, sparse = layer.dense[batch], layer.sparse[batch]
+                cells += [microseconds(dense), microseconds(sparse), f"{dense / sparse:.2f}x"]
+            else:
+                cells += ["", "", ""]
+            cells.append(str(layer.bound.get(batch, "")))
+        if with_error:
+            cells.append("" if layer.error is None else f"{layer.error:.3f}")
+        return [*cells, layer.reason]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One pattern tried on one shape."""
+
+    pattern: Pattern
+    dense: Mapping[int, float]
+    sparse: Mapping[int, float]
+    bound: Mapping[int, Bound]
+    dense_above: int | None
+    mean: float
+    refusal: str | None
+
+
+def plan(
+    model: nn.Module,
+    pattern: str | Pattern | Sequence[str | Pattern] = "2:4",
+    *,
+    device: str = "auto",
+    batch: int | Sequence[int] = (1, 128),
+    only: Globs = None,
+    skip: Globs = None,
+    calibration: Calibration | None = None,
+    max_error: float | None = None,
+    min_speedup: float = 1.0,
+    measure: bool = True,
+) -> Plan:
+    """Decide layer by layer what this machine can turn into speed. No weight is touched.
+
+    ``pattern`` is one pattern, "auto" (the machine's natural group at density 1/2), or several candidates of which the
+    fastest whose error stays within ``max_error`` is taken. The error is that of plain pruning: Wanda's on the Gram
+    matrices of ``calibration`` if given, else magnitude's on the weight. ``batch`` counts rows (tokens) of x.
+    ``device`` is "auto" (where the model is), "cpu" or "cuda".
+
+    A layer goes sparse if at no batch it is slower than dense beyond measurement noise, and if the geometric mean of
+    its speedups exceeds ``min_speedup``; otherwise it stays dense, and the plan holds both times. With
+    ``measure=False`` the bound stands in for the measured speedup, and the reason says so.
+
+    Raises PatternError for a pattern that cannot be packed, ModelError for a model without linear layers and for
+    batches that are no sizes, BackendError for a device that is not there.
+    """
+    batches = _batches(batch)
+    found = require_layers(find_linears(model, only, skip))
+    kind = next(iter(found.values())).device.type if device == "auto" else device
+    where = detect(kind)
+    patterns = _candidates(pattern, where)
+    tried: dict[tuple[Pattern, tuple[int, int], torch.dtype], _Trial | str] = {}
+    layers = []
+    for name, ref in progress(list(found.items()), "measuring layers"):
+        trials: list[_Trial] = []
+        refusals: list[str] = []
+        for candidate in patterns:
+            key = (candidate, ref.shape, ref.dtype)
+            if key not in tried:
+                tried[key] = _try(candidate, ref, where, batches, min_speedup, measure)
+            trial = tried[key]
+            if isinstance(trial, str):
+                refusals.append(trial)
+            else:
+                trials.append(trial)
+        gram = calibration[name].gram if calibration is not None and name in calibration else None
+        layers.append(_decide(name, ref, trials, refusals, gram, max_error, measure))
+    return Plan(where, batches, tuple(layers), dict(found.skipped))
+
+
+def _batches(batch: int | Sequence[int]) -> tuple[int, ...]:
+    batches = (batch,) if isinstance(batch, int) else tuple(batch)
+    if not batches or any(size < 1 for size in batches):
+        raise ModelError(f"batch={batch!r} names no batch sizes; use one or more numbers of rows, each at least 1")
+    return tuple(sorted(set(batches)))
+
+
+def _candidates(pattern: str | Pattern | Sequence[str | Pattern], device: Device) -> list[Pattern]:
+    single = isinstance(pattern, str) or not isinstance(pattern, Sequence)
+    names: Sequence[str | Pattern] = [pattern] if single else pattern  # type: ignore[list-item,assignment]
+    patterns = [device.natural_pattern() if name == "auto" else parse(name) for name in names]
+    if not patterns:
+        raise PatternError('no pattern was given; use one such as "2:4", a list of them, or "auto"')
+    for each in patterns:
+        if isinstance(each, Unstructured):
+            raise PatternError(f'"{each}" is a mask-only pattern that no kernel runs; choose N:M or block patterns')
+    return patterns
+
+
+def _try(
+    pattern: Pattern, ref: LinearRef, device: Device, batches: tuple[int, ...], min_speedup: float, measure: bool
+) -> _Trial | str:
+    """One pattern on one shape: its times and whether it is fast enough, or why it cannot run at all."""
+    requests = {size: Request(pattern, ref.shape, ref.dtype, device.kind, size) for size in batches}
+    if 0 in ref.shape:
+        return "the layer has no weights"
+    try:
+        kernel = registry.choose(requests[batches[0]])
+    except BackendError:
+        return f"{str(ref.dtype).removeprefix('torch.')} has no sparse kernel; convert the model to float32 or bfloat16"
+    if kernel == "dense":
+        reasons = dict(registry.explain(requests[batches[0]]))
+        name = "cpu" if device.kind == "cpu" else "triton"
+        return f"no sparse kernel for {pattern} here ({name}: {reasons[name]})"
+    if not measure:
+        bounds = {size: cost.bound(request, device) for size, request in requests.items()}
+        mean = _geometric_mean([each.value for each in bounds.values()])
+        refusal = None if mean > min_speedup else f"even the bound is only {mean:.2f}x"
+        return _Trial(pattern, {}, {}, bounds, None, mean, refusal)
+    measured = {size: tune.measure(request) for size, request in requests.items()}
+    above = _dense_above(measured)
+    bounds = {size: cost.bound(request, device, warm=not measured[size].cold) for size, request in requests.items()}
+    dense = {size: value.seconds[DENSE] for size, value in measured.items()}
+    sparse = {size: taken_seconds(value, size, above) for size, value in measured.items()}
+    ratios = {size: dense[size] / sparse[size] for size in batches}
+    mean = _geometric_mean(list(ratios.values()))
+    worst = min(ratios, key=lambda size: ratios[size])
+    refusal = None
+    if ratios[worst] < NOISE:
+        refusal = f"dense is faster at batch {worst}: {pattern} reaches {ratios[worst]:.2f}x"
+    elif mean <= min_speedup:
+        refusal = f"{pattern} reaches {mean:.2f}x in the mean, not above {min_speedup:g}x"
+    return _Trial(pattern, dense, sparse, bounds, above, mean, refusal)
+
+
+def _dense_above(measured: Mapping[int, Measurement]) -> int | None:
+    """The smallest batch from which unpacking and a dense product was faster at every measured batch, or None."""
+    above = None
+    for size in sorted(measured, reverse=True):
+        seconds = measured[size].seconds
+        if UNPACKED not in seconds or seconds[UNPACKED] > NOISE * seconds[SPARSE]:
+            break
+        above = size
+    return above
+
+
+def _decide(
+    name: str,
+    ref: LinearRef,
+    trials: list[_Trial],
+    refusals: list[str],
+    gram: Tensor | None,
+    max_error: float | None,
+    measured: bool,
+) -> LayerPlan:
+    fast = sorted((trial for trial in trials if trial.refusal is None), key=lambda trial: -trial.mean)
+    reasons = [*refusals, *(trial.refusal for trial in trials if trial.refusal is not None)]
+    for trial in fast:
+        error = None if max_error is None else _error(ref, trial.pattern, gram)
+        if max_error is not None and error is not None and error > max_error:
+            reasons.append(f"{trial.pattern} has an error of {error:.3f}, above {max_error:g}")
+            continue
+        how = "in the mean" if measured else "at most, by its bound; not measured"
+        return _layer_plan(name, ref, trial, trial.pattern, f"{trial.mean:.2f}x {how}", error)
+    reason = "; ".join(dict.fromkeys(reasons))
+    if not trials:
+        return LayerPlan(name, ref.shape, None, reason, None, {}, {}, {})
+    best = max(trials, key=lambda trial: trial.mean)
+    return _layer_plan(name, ref, best, None, reason, None)
+
+
+def _layer_plan(
+    name: str, ref: LinearRef, trial: _Trial, pattern: Pattern | None, reason: str, error: float | None
+) -> LayerPlan:
+    above = trial.dense_above if pattern is not None else None
+    return LayerPlan(
+        name, ref.shape, pattern, reason, trial.pattern, trial.dense, trial.sparse, trial.bound, above, error
+    )
+
+
+def _error(ref: LinearRef, pattern: Pattern, gram: Tensor | None) -> float:
+    from sparsecomp.prune import prune_weight
+
+    return prune_weight(ref.get_weight(), pattern, "magnitude" if gram is None else "wanda", gram).error
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(value) for value in values) / len(values))

@@ -1,0 +1,241 @@
+"""What a person reads about sparse layers: the explanation of one layer, the summary of a model.
+
+Takes layers, bounds and measurements that exist or can be had, gives printable values. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparsecomp import cost, tune
+from sparsecomp.backends import registry
+from sparsecomp.backends.registry import Kernel, Request
+from sparsecomp.cost import Bound
+from sparsecomp.device import Device, detect
+from sparsecomp.display import table
+from sparsecomp.errors import ModelError
+from sparsecomp.nn import SparseLinear
+from sparsecomp.tune import DENSE, SPARSE, UNPACKED, Measurement
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernel runs a request, and why; ``str()`` is for people.
+
+    ``seconds`` holds what was measured on this machine before, by candidate, or None. ``rejected`` names every other
+    backend with the reason.
+    """
+
+    request: Request
+    kernel: str
+    reason: str
+    bound: Bound | None
+    seconds: Mapping[str, float] | None
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        """Some lines: the request, the kernel, the bound, the times, the rejected."""
+        out, columns = self.request.shape
+        lines = [
+            f"{out}x{columns} {self.request.pattern} {self.request.dtype} on {self.request.device}, "
+            f"batch {self.request.batch}",
+            f"  kernel    {self.kernel}: {self.reason}",
+        ]
+        if self.bound is not None:
+            lines.append(f"  bound     {self.bound} over dense, on the measured peaks of this machine")
+        if self.seconds is None:
+            lines.append("  measured  not yet on this machine; sparsecomp.plan or sparsecomp.compile measures it")
+        else:
+            times = ", ".join(f"{name} {microseconds(value)}" for name, value in self.seconds.items())
+            lines.append(f"  measured  {times}")
+        lines += [f"  rejected  {name}: {reason}" for name, reason in self.rejected]
+        return "\n".join(lines)
+
+
+def explain_kernel(kernel: Kernel, batch: int, dense_above: int | None, wanted: str | None) -> Explanation:
+    """Why ``kernel`` runs a batch of that many rows. ``wanted`` is the backend a user pinned, if any."""
+    if batch < 0:
+        raise ModelError(f"batch={batch} is not a number of rows; use 0 or more")
+    device = kernel.tensors[0].device.type
+    request = Request(kernel.pattern, kernel.shape, kernel.dtype, device, batch)
+    if device == "meta":
+        return Explanation(request, "none", "the layer is on the meta device and has no values", None, None, ())
+    answers = dict(registry.explain(request))
+    chosen = kernel.backend
+    if wanted is not None:
+        reason = "asked for by name"
+    elif dense_above is not None and batch >= dense_above:
+        reason = f"from {dense_above} rows on, unpacking the weight and a dense product was measured to be faster"
+    else:
+        reason = "the first backend, in order of preference, that runs this request"
+    rejected = tuple(
+        (name, why or f"runs it too, comes after {chosen} in the order of preference")
+        for name, why in answers.items()
+        if name != chosen
+    )
+    where = detect(device)
+    known = tune.lookup(request, where)
+    limit = cost.bound(request, where, warm=known is None or not known.cold)
+    return Explanation(request, chosen, reason, limit, None if known is None else dict(known.seconds), rejected)
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One linear layer of a model. Times are in seconds by batch, empty for a layer that stayed dense unmeasured."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    dtype: str
+    dense_bytes: int
+    bytes: int
+    kernel: str
+    why: str
+    dense: Mapping[int, float]
+    sparse: Mapping[int, float]
+    bound: Mapping[int, Bound]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Every sparse layer of a model with its bytes, times and bounds; ``str()`` is a table with totals.
+
+    ``stayed_dense`` names the layers that could be sparse and are not, each with the reason.
+    """
+
+    device: Device
+    batches: tuple[int, ...]
+    rows: tuple[SummaryRow, ...]
+    stayed_dense: Mapping[str, str]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the weights of all rows as dense matrices."""
+        return sum(row.dense_bytes for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes the weights of all rows take now."""
+        return sum(row.bytes for row in self.rows)
+
+    def speedup(self, batch: int) -> float:
+        """Time of all rows dense over their time as they are, one call each."""
+        return sum(row.dense[batch] for row in self.rows) / sum(row.sparse[batch] for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "device": self.device.describe(),
+            "batches": list(self.batches),
+            "dense_bytes": self.dense_bytes,
+            "bytes": self.bytes,
+            "stayed_dense": dict(self.stayed_dense),
+            "layers": [
+                {
+                    "name": row.name,
+                    "shape": list(row.shape),
+                    "pattern": row.pattern,
+                    "dtype": row.dtype,
+                    "dense_bytes": row.dense_bytes,
+                    "bytes": row.bytes,
+                    "kernel": row.kernel,
+                    "why": row.why,
+                    "dense_seconds": {str(batch): value for batch, value in row.dense.items()},
+                    "sparse_seconds": {str(batch): value for batch, value in row.sparse.items()},
+                    "bound": {str(batch): value.value for batch, value in row.bound.items()},
+                }
+                for row in self.rows
+            ],
+        }
+
+    def __str__(self) -> str:
+        """A table, one row a layer, then totals and the layers that stayed dense."""
+        columns = ["layer", ">out x in", "pattern", "dtype", ">bytes dense", ">packed", "kernel"]
+        for batch in self.batches:
+            columns += [f">dense b{batch}", ">sparse", ">speedup", ">bound"]
+        columns.append("why")
+        rows = [self._cells(row) for row in self.rows]
+        total: list[object] = ["total", "", "", "", megabytes(self.dense_bytes), megabytes(self.bytes), ""]
+        for batch in self.batches:
+            dense, sparse = (sum(getattr(row, what)[batch] for row in self.rows) for what in ("dense", "sparse"))
+            ratio = f"{dense / sparse:.2f}x" if sparse else ""
+            total += [microseconds(dense), microseconds(sparse), ratio, ""]
+        rows.append([*total, "one call of each layer"])
+        drawn = table(columns, rows, title=self.device.describe())
+        return "\n".join([drawn, *(f"stayed dense: {name}: {reason}" for name, reason in self.stayed_dense.items())])
+
+    def _cells(self, row: SummaryRow) -> list[object]:
+        shape = f"{row.shape[0]}x{row.shape[1]}"
+        cells: list[object] = [row.name, shape, row.pattern, row.dtype]
+        cells += [megabytes(row.dense_bytes), megabytes(row.bytes), row.kernel]
+        for batch in self.batches:
+            dense, sparse = row.dense[batch], row.sparse[batch]
+            cells += [microseconds(dense), microseconds(sparse), f"{dense / sparse:.2f}x", str(row.bound[batch])]
+        return [*cells, row.why]
+
+
+def summarise(model: nn.Module, batch: Sequence[int], stayed_dense: Mapping[str, str]) -> Summary:
+    """Measure every sparse layer of ``model`` at these batch sizes (equal requests once; known ones not again).
+
+    Raises ModelError for a model without sparse layers.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    if not layers:
+        raise ModelError("the model has no sparse layer; make some with sparsecomp.compile")
+    kinds = {layer.device.type for layer in layers.values()}
+    if kinds - {"cpu", "cuda"} or len(kinds) > 1:
+        raise ModelError(f"sparse layers are on {', '.join(sorted(kinds))}; move the model to one cpu or cuda device")
+    device = detect(kinds.pop())
+    rows = tuple(_row(name, layer, tuple(batch), device) for name, layer in layers.items())
+    return Summary(device, tuple(batch), rows, dict(stayed_dense))
+
+
+def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Device) -> SummaryRow:
+    shape = (layer.out_features, layer.in_features)
+    requests = {batch: Request(layer.pattern, shape, layer.dtype, device.kind, batch) for batch in batches}
+    measured = {batch: tune.measure(request) for batch, request in requests.items()}
+    return SummaryRow(
+        name=name or "the model",
+        shape=shape,
+        pattern=str(layer.pattern),
+        dtype=str(layer.dtype).removeprefix("torch."),
+        dense_bytes=shape[0] * shape[1] * layer.dtype.itemsize,
+        bytes=layer.kernel.nbytes,
+        kernel=layer.kernel.backend,
+        why=_why(layer),
+        dense={batch: value.seconds[DENSE] for batch, value in measured.items()},
+        sparse={batch: taken_seconds(value, batch, layer.dense_above) for batch, value in measured.items()},
+        bound={
+            batch: cost.bound(request, device, warm=not measured[batch].cold) for batch, request in requests.items()
+        },
+    )
+
+
+def _why(layer: SparseLinear) -> str:
+    explanation = layer.explain()
+    if layer.dense_above is not None:
+        return f"dense product from {layer.dense_above} rows on"
+    if explanation.kernel != "dense":
+        return "asked for by name" if explanation.reason == "asked for by name" else "sparse kernel runs it"
+    name = "triton" if layer.device.type == "cuda" else "cpu"
+    return f"no sparse kernel ({name}: {dict(explanation.rejected)[name]})"
+
+
+def taken_seconds(measurement: Measurement, batch: int, dense_above: int | None) -> float:
+    """Seconds of the way a layer with that ``dense_above`` goes at this batch."""
+    unpacks = dense_above is not None and batch >= dense_above
+    return measurement.seconds[UNPACKED if unpacks and UNPACKED in measurement.seconds else SPARSE]
+
+
+def microseconds(seconds: float) -> str:
+    """A time as people read it, in us or ms with three figures."""
+    return f"{seconds * 1e6:.3g} us" if seconds < 999.5e-6 else f"{seconds * 1e3:.3g} ms"
+
+
+def megabytes(count: int) -> str:
+    """A size as people read it, in KB or MB (powers of 1000)."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} KB"

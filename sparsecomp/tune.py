@@ -1,0 +1,219 @@
+"""Measures the ways to run one product on this machine, and remembers the result across processes.
+
+Takes a Request, gives a Measurement. Decides nothing: the plan does.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from sparsecomp import cache
+from sparsecomp.backends import registry
+from sparsecomp.backends.cpu import native
+from sparsecomp.backends.registry import Backend, Kernel, Request
+from sparsecomp.device import Device, detect
+from sparsecomp.nn import SparseLinear
+from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.patterns import NM, VNM, Pattern
+from sparsecomp.prune.project import project
+
+SPARSE, DENSE, UNPACKED = "sparse", "dense", "unpacked"
+
+_BUDGET = 0.04  # seconds of measuring, per request
+_SAMPLE = 1e-4  # seconds one timed sample should last, far above the clock's resolution
+_MOST_SAMPLES = 41
+_COPIES_BYTES = 128 << 20  # dense bytes of weights to rotate over, at most
+_MOST_COPIES = 64
+_HOPELESS = 3.0  # a candidate this many times slower than another is not measured further
+_DISTINCT_ROWS = 256
+_STEADY = 0.25  # spread up to which a measurement is kept for other processes; a busy machine shows more
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Medians of one request on this machine.
+
+    ``seconds`` by candidate: "sparse" (the layer's kernel, named by ``kernel``), "dense" (nn.Linear), "unpacked" (the
+    weight unpacked at every call, then a dense product). ``spread`` is the interquartile range over the median.
+    ``cold`` tells whether the weights were rotated over more memory than the last-level cache holds.
+    """
+
+    kernel: str
+    seconds: Mapping[str, float]
+    spread: Mapping[str, float]
+    cold: bool
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over sparse time."""
+        return self.seconds[DENSE] / self.seconds[SPARSE]
+
+
+def measure(request: Request, *, budget: float = _BUDGET, again: bool = False) -> Measurement:
+    """The measurement of a request with a bias, from the cache where it is known.
+
+    ``budget`` is in seconds; ``again`` measures even so. Modules are called as a model calls them, so that the cost of
+    a call counts. Raises BackendError where no backend runs the request.
+    """
+    device = detect(torch.device(request.device).type)
+    if not again and (known := lookup(request, device)) is not None:
+        return known
+    copies, cold = _copies(request, device)
+    weight = random_weight(request.pattern, request.shape, request.dtype).to(request.device)
+    bias = torch.zeros(request.shape[0], dtype=request.dtype, device=request.device)
+    sparse = [SparseLinear.from_packed(weight, bias)]
+    sparse += [copy.deepcopy(sparse[0]) for _ in range(copies - 1)]
+    dense = [sparse[0].to_linear()]
+    dense += [copy.deepcopy(dense[0]) for _ in range(copies - 1)]
+    kernel = sparse[0].kernel
+    calls: dict[str, Sequence[Callable[[torch.Tensor], object]]] = {SPARSE: sparse, DENSE: dense}
+    backend = registry.backends()[kernel.backend]
+    if kernel.backend != "dense":
+        calls[UNPACKED] = [partial(_unpacked, backend, layer.kernel, bias) for layer in sparse]
+    x = torch.randn(request.batch, request.shape[1], device=request.device).to(request.dtype)
+    with torch.inference_mode():
+        samples = _interleaved(calls, x, budget)
+    measurement = Measurement(
+        kernel.backend,
+        {name: statistics.median(times) for name, times in samples.items()},
+        {name: _spread(times) for name, times in samples.items()},
+        cold,
+    )
+    if max(measurement.spread.values()) <= _STEADY:
+        cache.store("tune", _key(request, device), _as_json(measurement))
+    _known[_key(request, device)] = measurement
+    return measurement
+
+
+def lookup(request: Request, device: Device | None = None) -> Measurement | None:
+    """What is already known of a request on this machine, without measuring."""
+    device = device or detect(torch.device(request.device).type)
+    key = _key(request, device)
+    if key not in _known:
+        found = _from_json(cache.read("tune").get(key))
+        if found is None:
+            return None
+        _known[key] = found
+    return _known[key]
+
+
+def random_weight(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> PackedWeight:
+    """A packed weight [out, in] on the CPU with random values at random positions; every slot is used."""
+    out, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+    # choosing positions is the costly part, so rows repeat; blocks are counted over the whole weight
+    tile = pattern.v if isinstance(pattern, VNM) else pattern.mask_rows if isinstance(pattern, NM) else out
+    rows = min(out, -(-_DISTINCT_ROWS // max(tile, 1)) * tile)
+    mask = project(torch.rand(rows, columns, generator=generator), pattern)
+    values = torch.empty(out, columns).uniform_(0.5, 1.0, generator=generator)
+    values *= mask.repeat(-(-out // max(rows, 1)), 1)[:out]
+    return pack(values.to(dtype), pattern)
+
+
+def _unpacked(backend: Backend, kernel: Kernel, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return functional.linear(x, backend.dense(kernel), bias)
+
+
+def _copies(request: Request, device: Device) -> tuple[int, bool]:
+    """How many weights to rotate over, and whether their packed form then exceeds the last-level cache."""
+    weight = max(request.shape[0] * request.shape[1] * request.dtype.itemsize, 1)
+    packed = weight * request.pattern.density
+    wanted = int(1.5 * device.last_level_bytes // max(packed, 1)) + 1
+    copies = max(1, min(wanted, _MOST_COPIES, _COPIES_BYTES // weight))
+    return copies, copies * packed > device.last_level_bytes
+
+
+def _interleaved(
+    calls: Mapping[str, Sequence[Callable[[torch.Tensor], object]]], x: torch.Tensor, budget: float
+) -> dict[str, list[float]]:
+    """Seconds per call of each candidate; candidates take turns, so that a slow spell of the machine meets them all."""
+    for copies in calls.values():
+        copies[0](x)
+    first = {name: _timed(copies, x, 1, 1) for name, copies in calls.items()}
+    best = min(first.values())
+    running = [name for name in calls if name in (SPARSE, DENSE) or first[name] < _HOPELESS * best]
+    repeats = {name: max(1, round(_SAMPLE / max(first[name], 1e-9))) for name in running}
+    samples: dict[str, list[float]] = {name: [] for name in running}
+    samples.update({name: [first[name]] for name in calls if name not in running})
+    begin = time.perf_counter()
+    for turn in range(_MOST_SAMPLES):
+        for name in running:
+            samples[name].append(_timed(calls[name], x, repeats[name], turn * repeats[name]))
+        if turn >= 2 and time.perf_counter() - begin > budget:
+            break
+    return samples
+
+
+def _timed(copies: Sequence[Callable[[torch.Tensor], object]], x: torch.Tensor, repeats: int, offset: int) -> float:
+    count = len(copies)
+    begin = time.perf_counter()
+    for index in range(offset, offset + repeats):
+        copies[index % count](x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / repeats
+
+
+def _spread(times: list[float]) -> float:
+    if len(times) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / middle
+
+
+_known: dict[str, Measurement] = {}
+
+
+@lru_cache(maxsize=1)
+def _versions() -> str:
+    try:
+        own = version("sparsecomp")
+    except PackageNotFoundError:
+        own = "source"
+    module = native()
+    kernels = "none" if isinstance(module, str) else _digest(Path(str(module.__file__)))
+    return f"{own} kernels {kernels} torch {torch.__version__}"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def _key(request: Request, device: Device) -> str:
+    out, columns = request.shape
+    what = f"{request.pattern} {out}x{columns} {request.dtype} batch {request.batch} threads {device.threads}"
+    return f"{device.fingerprint} {_versions()} {what}"
+
+
+def _as_json(measurement: Measurement) -> dict[str, Any]:
+    return {
+        "kernel": measurement.kernel,
+        "seconds": dict(measurement.seconds),
+        "spread": dict(measurement.spread),
+        "cold": measurement.cold,
+    }
+
+
+def _from_json(entry: Any) -> Measurement | None:
+    """The measurement of a cache entry, or None for one that was not written by ``_as_json``."""
+    if not isinstance(entry, dict):
+        return None
+    kernel, seconds, spread, cold = (entry.get(name) for name in ("kernel", "seconds", "spread", "cold"))
+    if not isinstance(kernel, str) or not isinstance(seconds, dict) or not isinstance(spread, dict):
+        return None
+    times = [seconds.get(SPARSE), seconds.get(DENSE), *seconds.values()]
+    if not all(isinstance(value, float) and value > 0 for value in times):
+        return None
+    return Measurement(kernel, seconds, spread, bool(cold))

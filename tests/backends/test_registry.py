@@ -1,0 +1,71 @@
+"""Which backends there are, what they answer, and that the choice follows the answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparsecomp.backends import registry
+from sparsecomp.backends.cpu import native
+from sparsecomp.backends.registry import Request, backends, choose, explain
+from sparsecomp.errors import BackendError
+from sparsecomp.patterns import parse
+
+
+def request_of(pattern: str = "2:4", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Request:
+    return Request(parse(pattern), (32, 64), dtype, device, 8)
+
+
+def test_backends_are_named_as_they_are_listed() -> None:
+    assert list(backends()) == ["cusparselt", "triton", "cpu", "dense", "reference"]
+    assert all(backend.name == name for name, backend in backends().items())
+
+
+def test_asking_imports_no_optional_package() -> None:
+    code = (
+        "import sys; from sparsecomp.backends.registry import backends; backends(); "
+        "sys.exit(', '.join(m for m in ('triton', 'cupy', 'onnx', 'transformers') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "8:16", "64:2:8", "2:4@v4", "block16x16:0.5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_choice_is_the_first_without_a_reason(pattern: str, dtype: torch.dtype) -> None:
+    answers = explain(request_of(pattern, dtype))
+    assert [name for name, _ in answers] == list(backends())
+    first = next(name for name, reason in answers if reason is None)
+    assert choose(request_of(pattern, dtype)) == first
+    kernel_there = not isinstance(native(), str) and not pattern.startswith("block")
+    assert first == ("cpu" if kernel_there else "dense")
+
+
+def test_a_request_that_nothing_runs_names_every_reason() -> None:
+    with pytest.raises(BackendError, match=r"int8.*cpu: .*dense: .*reference: .*torch\.float32"):
+        choose(request_of(dtype=torch.int8))
+
+
+def test_missing_extension_is_a_reason_and_dense_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsecomp.backends.cpu.native", lambda: "the compiled extension is not there (test)")
+    assert dict(explain(request_of()))["cpu"] == "the compiled extension is not there (test)"
+    assert choose(request_of()) == "dense"
+    with pytest.raises(BackendError, match="not there"):
+        registry.backends()["cpu"].adopt((), parse("2:4"), (8, 8), torch.float32)
+
+
+def test_unknown_isa_is_a_reason_not_a_traceback() -> None:
+    code = "from sparsecomp.backends.registry import backends; print(backends()['cpu'].missing())"
+    if isinstance(native(), str):
+        pytest.skip("needs the compiled extension")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"SPARSECOMP_ISA": "z80", "PATH": ""},
+        check=True,
+    )
+    assert "refuses this machine" in done.stdout and "z80" in done.stdout

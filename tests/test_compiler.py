@@ -1,0 +1,195 @@
+"""From a model to packed layers in place, and never half of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparsecomp import compiler, tune
+from sparsecomp.backends.cpu import native
+from sparsecomp.calibration import calibrate
+from sparsecomp.compiler import compile, report, summary
+from sparsecomp.errors import CalibrationError, ModelError, PatternError, SparsecompError
+from sparsecomp.nn import SparseLinear
+from sparsecomp.patterns import parse
+from sparsecomp.plan import plan
+from sparsecomp.prune import prune, prune_weight
+
+needs_kernel = pytest.mark.skipif(isinstance(native(), str), reason="needs the compiled extension")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "_known", {})
+    monkeypatch.setattr(tune, "_BUDGET", 0.0)
+    monkeypatch.setattr(tune, "_COPIES_BYTES", 1 << 16)
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32, bias=False)
+        self.again = self.up  # one module under two names
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.down(self.act(self.up(x))))
+
+
+def untouched(net: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    state = net.state_dict()
+    same = state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in before)
+    return same and not any(isinstance(module, SparseLinear) for module in net.modules())
+
+
+def state_of(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "8:16", "block8x8:0.5"])
+def test_pruned_models_compute_the_same_packed(pattern: str) -> None:
+    net, x = Net(), torch.randn(5, 32)
+    prune(net, pattern)
+    with torch.no_grad():
+        want = net(x)
+        fast = compile(net, pattern, where="everywhere")
+        assert fast is net and isinstance(net.up, SparseLinear) and net.again is net.up
+        torch.testing.assert_close(net(x), want, rtol=1e-4, atol=1e-5)
+    assert isinstance(net.down, SparseLinear) and net.down.bias is None and report(net) is None
+
+
+def test_weights_that_do_not_fit_are_refused_and_nothing_changes() -> None:
+    net = Net()
+    net.up.weight.data = prune_weight(net.up.weight.data, "2:4").weight
+    before = state_of(net)
+    with pytest.raises(PatternError, match=r"down: .*row 0, group 0"):
+        compile(net, "2:4", where="everywhere")
+    assert untouched(net, before)
+
+
+def test_a_failure_while_swapping_undoes_what_was_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    before, real = state_of(net), compiler.replace_layer
+
+    def failing(model: nn.Module, name: str, module: nn.Module) -> None:
+        if name == "down" and isinstance(module, SparseLinear):
+            raise ModelError("down: refused")
+        real(model, name, module)
+
+    monkeypatch.setattr(compiler, "replace_layer", failing)
+    with pytest.raises(ModelError, match="refused"):
+        compile(net, "2:4", method="magnitude", where="everywhere")
+    assert untouched(net, before) and net.again is net.up
+
+
+def test_a_method_prunes_first() -> None:
+    net, twin = Net(), Net()
+    twin.load_state_dict(net.state_dict())
+    prune(twin, "2:4")
+    compile(net, "2:4", method="magnitude", where="everywhere")
+    assert isinstance(net.down, SparseLinear) and torch.equal(net.down.weight, twin.down.weight)
+
+
+def test_calibrated_methods_use_the_grams() -> None:
+    net = Net()
+    calibration = calibrate(net, [torch.randn(64, 32)])
+    weight = net.down.weight.detach().clone()
+    before = state_of(net)
+    with pytest.raises(CalibrationError):
+        compile(net, "2:4", method="wanda", where="everywhere")
+    assert untouched(net, before)
+    partial = replace(calibration, layers={"up": calibration["up"]})
+    with pytest.raises(CalibrationError, match='no layer "down"'):
+        compile(net, "2:4", method="wanda", where="everywhere", calibration=partial)
+    assert untouched(net, before)
+    compile(net, "2:4", method="wanda", where="everywhere", calibration=calibration)
+    assert isinstance(net.down, SparseLinear)
+    assert torch.equal(net.down.weight, prune_weight(weight, "2:4", "wanda", calibration["down"].gram).weight)
+
+
+def test_a_plan_is_followed_layer_by_layer() -> None:
+    net = Net()
+    made = plan(net, "2:4", measure=False)
+    layers = (
+        replace(made["up"], pattern=parse("8:16"), dense_above=64),
+        replace(made["down"], pattern=None, reason="dense is faster"),
+    )
+    made = replace(made, layers=layers)
+    dense = net.down.weight.detach().clone()
+    compile(net, made, method="magnitude")
+    assert isinstance(net.up, SparseLinear) and net.up.pattern == parse("8:16") and net.up.dense_above == 64
+    assert isinstance(net.down, nn.Linear) and torch.equal(net.down.weight, dense)
+    assert report(net) is made
+    shown = summary(net, batch=(1, 64))
+    assert [row.name for row in shown.rows] == ["up"] and shown.stayed_dense["down"] == "dense is faster"
+    assert "stayed dense: down: dense is faster" in str(shown) and "dense product from 64 rows on" in str(shown)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert report(twin) == made
+
+
+@needs_kernel
+def test_a_plan_of_another_model_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(32, 48))
+    made = plan(Net(), "2:4", measure=False)
+    before = state_of(net)
+    with pytest.raises(ModelError, match='"up"'):
+        compile(net, made, method="magnitude")
+    assert untouched(net, before)
+
+
+@needs_kernel
+def test_skip_wins_over_the_plan() -> None:
+    net = Net()
+    compile(net, plan(net, "2:4", measure=False), method="magnitude", skip="down")
+    assert isinstance(net.up, SparseLinear) and isinstance(net.down, nn.Linear)
+
+
+@needs_kernel
+def test_a_pattern_is_planned_and_the_report_is_complete() -> None:
+    net = Net()
+    compile(net, ["2:4", "8:16"], method="magnitude", batch=(1, 16))
+    made = report(net)
+    assert made is not None and made.batches == (1, 16) and {layer.name for layer in made} == {"up", "down"}
+    for layer in made:
+        assert isinstance(net.get_submodule(layer.name), SparseLinear) == (layer.pattern is not None)
+
+
+def test_summary_adds_up() -> None:
+    net = Net()
+    compile(net, "2:4", method="magnitude", where="everywhere")
+    shown = summary(net, batch=(1, 4))
+    assert [row.name for row in shown.rows] == ["up", "down"]
+    assert shown.dense_bytes == 2 * 32 * 48 * 4
+    assert shown.bytes == sum(net.get_submodule(row.name).kernel.nbytes for row in shown.rows) < shown.dense_bytes
+    for batch in (1, 4):
+        total = sum(row.dense[batch] for row in shown.rows) / sum(row.sparse[batch] for row in shown.rows)
+        assert shown.speedup(batch) == pytest.approx(total)
+    text = str(shown)
+    assert "total" in text and "2:4" in text and "48x32" in text
+    assert len(json.loads(json.dumps(shown.to_dict()))["layers"]) == 2
+
+
+def test_wrong_requests_are_named() -> None:
+    net = Net()
+    before = state_of(net)
+    wrong: list[tuple[object, dict[str, object], str]] = [
+        ("2:4", {"where": "nowhere"}, "everywhere"),
+        (["2:4", "8:16"], {"where": "everywhere"}, "one pattern"),
+        ("auto", {"where": "everywhere"}, "auto"),
+        ("2:4", {"only": "missing.*"}, "missing"),
+        ("2:4", {"where": "everywhere", "method": "guess"}, "guess"),
+    ]
+    for pattern, options, words in wrong:
+        with pytest.raises(SparsecompError, match=words):
+            compile(net, pattern, **options)  # type: ignore[arg-type]
+        assert untouched(net, before)
+    with pytest.raises(ModelError, match="no sparse layer"):
+        summary(net)

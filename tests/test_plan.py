@@ -1,0 +1,184 @@
+"""Decisions follow measurements, bounds and errors, and each has its reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparsecomp import cost, tune
+from sparsecomp.backends.cpu import native
+from sparsecomp.backends.registry import Request
+from sparsecomp.calibration import calibrate
+from sparsecomp.device import detect
+from sparsecomp.errors import BackendError, ModelError, PatternError
+from sparsecomp.patterns import parse
+from sparsecomp.plan import Plan, plan
+from sparsecomp.prune import prune_weight
+from sparsecomp.tune import DENSE, SPARSE, UNPACKED, Measurement
+
+needs_kernel = pytest.mark.skipif(isinstance(native(), str), reason="needs the compiled extension")
+Seconds = Callable[[Request], dict[str, float]]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "_known", {})
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seconds], list[Request]]:
+    """Replace the clock: times are a function of the request. Gives the list of requests that were measured."""
+    asked: list[Request] = []
+
+    def use(seconds: Seconds) -> list[Request]:
+        def measure(request: Request) -> Measurement:
+            asked.append(request)
+            times = seconds(request)
+            return Measurement("cpu", times, dict.fromkeys(times, 0.0), False)
+
+        monkeypatch.setattr(tune, "measure", measure)
+        monkeypatch.setattr("sparsecomp.backends.registry.choose", lambda request: "cpu")
+        return asked
+
+    return use
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32), nn.Linear(32, 48), nn.Conv1d(4, 4, 1))
+
+
+def test_faster_layers_go_sparse_and_slower_ones_stay_dense(timed: Callable[[Seconds], list[Request]]) -> None:
+    asked = timed(lambda request: {DENSE: 2e-5, SPARSE: 1e-5 if request.shape == (48, 32) else 4e-5})
+    made = plan(model(), "2:4", batch=(1, 8))
+    assert list(made.sparse) == ["0", "3"] and made["0"].pattern == parse("2:4")
+    assert made["2"].pattern is None and "dense is faster" in made["2"].reason and "0.50x" in made["2"].reason
+    assert made["0"].speedup == {1: 2.0, 8: 2.0} and "2.00x" in made["0"].reason
+    assert made["2"].dense == {1: 2e-5, 8: 2e-5} and made["2"].sparse == {1: 4e-5, 8: 4e-5}
+    assert len(asked) == 4  # two shapes at two batches: equal shapes are measured once
+    assert "4" in made.skipped
+    with pytest.raises(KeyError):
+        made["nothing"]
+
+
+def test_slower_at_one_batch_is_enough_to_stay_dense(timed: Callable[[Seconds], list[Request]]) -> None:
+    timed(lambda request: {DENSE: 1e-5, SPARSE: 0.2e-5 if request.batch == 1 else 1.1e-5})
+    made = plan(model(), "2:4", batch=(1, 8))
+    assert not made.sparse and "at batch 8" in made["0"].reason
+
+
+def test_noise_is_forgiven_where_the_mean_is_faster(timed: Callable[[Seconds], list[Request]]) -> None:
+    timed(lambda request: {DENSE: 1e-5, SPARSE: 0.5e-5 if request.batch == 1 else 1.02e-5})
+    assert len(plan(model(), "2:4", batch=(1, 8)).sparse) == 3
+    assert not plan(model(), "2:4", batch=(8,)).sparse
+    assert not plan(model(), "2:4", batch=(1, 8), min_speedup=1.5).sparse
+
+
+def test_unpacking_is_used_from_the_batch_where_it_wins(timed: Callable[[Seconds], list[Request]]) -> None:
+    def seconds(request: Request) -> dict[str, float]:
+        return {DENSE: 1e-5, SPARSE: 0.5e-5 if request.batch < 8 else 2e-5, UNPACKED: 1.01e-5}
+
+    timed(seconds)
+    made = plan(model(), "2:4", batch=(1, 4, 8, 64))
+    assert made["0"].dense_above == 8 and made["0"].pattern is not None
+    assert made["0"].sparse == {1: 0.5e-5, 4: 0.5e-5, 8: 1.01e-5, 64: 1.01e-5}
+    timed(lambda request: {**seconds(request), UNPACKED: 0.4e-5 if request.batch == 4 else 3e-5})
+    assert plan(model(), "2:4", batch=(1, 4, 8))["0"].dense_above is None  # not at every batch above
+
+
+def test_the_fastest_pattern_within_the_error_is_taken(timed: Callable[[Seconds], list[Request]]) -> None:
+    rates = {"1:4": 4.0, "2:4": 2.0, "3:4": 1.3}
+    timed(lambda request: {DENSE: 1e-5, SPARSE: 1e-5 / rates[str(request.pattern)]})
+    net = model()
+    weight = net[0].weight
+    errors = {name: prune_weight(weight, name).error for name in rates}
+    assert errors["1:4"] > errors["2:4"] > errors["3:4"]
+    names = list(rates)
+    assert str(plan(net, names)["0"].pattern) == "1:4"
+    middle = plan(net, names, max_error=(errors["1:4"] + errors["2:4"]) / 2)
+    assert str(middle["0"].pattern) == "2:4" and middle["0"].error == pytest.approx(errors["2:4"])
+    assert "2:4" in str(middle) and f"{errors['2:4']:.3f}" in str(middle)
+    none = plan(net, names, max_error=1e-6)["0"]
+    assert none.pattern is None and "above 1e-06" in none.reason
+
+
+def test_calibrated_errors_are_those_of_wanda(timed: Callable[[Seconds], list[Request]]) -> None:
+    timed(lambda request: {DENSE: 2e-5, SPARSE: 1e-5})
+    net = nn.Sequential(nn.Linear(32, 48))
+    calibration = calibrate(net, [torch.randn(200, 32)])
+    made = plan(net, "2:4", calibration=calibration, max_error=1.0)
+    want = prune_weight(net[0].weight, "2:4", "wanda", calibration["0"].gram).error
+    assert made["0"].error == pytest.approx(want)
+
+
+@needs_kernel
+def test_without_measuring_the_bound_stands_in_and_says_so() -> None:
+    made = plan(model(), "2:4", batch=4, measure=False)
+    assert set(made.sparse) == {"0", "2", "3"} and "not measured" in made["0"].reason
+    assert made["0"].sparse == {} and set(made["0"].bound) == {4}
+    assert not plan(model(), "16:16", measure=False).sparse
+
+
+def test_layers_without_a_kernel_stay_dense_with_the_reason() -> None:
+    net = nn.Sequential(nn.Linear(32, 32).double(), nn.Linear(32, 32))
+    made = plan(net, "block8x8:0.5", measure=False)
+    assert "float64 has no sparse kernel" in made["0"].reason
+    assert "no sparse kernel for block8x8:0.5" in made["1"].reason
+    assert set(made.stayed_dense) == {"0", "1"}
+
+
+@needs_kernel
+def test_automatic_pattern_is_the_natural_one() -> None:
+    made = plan(model(), "auto", measure=False)
+    assert made["0"].tried == detect("cpu").natural_pattern(0.5)
+
+
+def test_only_and_skip_select_layers() -> None:
+    made = plan(model(), "2:4", only=["0", "2"], skip="2", measure=False)
+    assert [layer.name for layer in made] == ["0"] and {"2", "3"} <= set(made.skipped)
+
+
+@needs_kernel
+def test_a_real_plan_touches_no_weight_and_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_BUDGET", 0.0)
+    net = model()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    made = plan(net, ["2:4", "8:16"], batch=(1, 4))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    text = str(made)
+    assert all(f"{layer.shape[0]}x{layer.shape[1]}" in text and layer.reason in text for layer in made)
+    assert "skipped: 4" in text and made.device.describe() in text
+    data = json.loads(json.dumps(made.to_dict()))
+    assert [layer["name"] for layer in data["layers"]] == ["0", "2", "3"] and data["batches"] == [1, 4]
+    for layer in made:
+        assert set(layer.dense) == set(layer.sparse) == {1, 4}
+        assert all(isinstance(limit, cost.Bound) for limit in layer.bound.values())
+        assert (layer.pattern is not None) == (layer.name in made.sparse)
+
+
+def test_wrong_requests_are_named() -> None:
+    with pytest.raises(ModelError, match="batch"):
+        plan(model(), "2:4", batch=(0,))
+    with pytest.raises(ModelError, match="batch"):
+        plan(model(), "2:4", batch=())
+    with pytest.raises(PatternError, match="mask-only"):
+        plan(model(), "unstructured:0.5")
+    with pytest.raises(PatternError, match="no pattern"):
+        plan(model(), [])
+    with pytest.raises(PatternError, match="not understood"):
+        plan(model(), "two of four")
+    with pytest.raises(ModelError, match="no layer"):
+        plan(nn.Sequential(nn.ReLU()), "2:4")
+    with pytest.raises(BackendError, match="tpu"):
+        plan(model(), "2:4", device="tpu")
+
+
+def test_an_empty_plan_is_a_plan() -> None:
+    made = Plan(detect("cpu"), (1,), (), {})
+    assert len(made) == 0 and not made.sparse and "layer" in str(made)

@@ -1,0 +1,149 @@
+"""Measuring: what is measured, what is remembered, and that a damaged memory is measured again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsecomp import cache, tune
+from sparsecomp.backends.registry import Request, choose
+from sparsecomp.device import detect
+from sparsecomp.patterns import Block, parse
+from sparsecomp.prune.project import project
+from sparsecomp.tune import DENSE, SPARSE, UNPACKED, lookup, measure, random_weight
+
+REQUEST = Request(parse("2:4"), (24, 40), torch.float32, "cpu", 3)
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "_memory", {})
+    monkeypatch.setattr(tune, "_known", {})
+    monkeypatch.setattr(tune, "_STEADY", float("inf"))
+    monkeypatch.setattr(tune, "_COPIES_BYTES", 1 << 16)
+    return tmp_path
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "8:16", "block8x8:0.5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_candidate_is_measured(pattern: str, dtype: torch.dtype) -> None:
+    request = replace(REQUEST, pattern=parse(pattern), dtype=dtype)
+    got = measure(request, budget=0.0)
+    assert got.kernel == choose(request)
+    assert set(got.seconds) == ({SPARSE, DENSE} if got.kernel == "dense" else {SPARSE, DENSE, UNPACKED})
+    assert set(got.spread) == set(got.seconds)
+    assert all(seconds > 0 for seconds in got.seconds.values())
+    assert got.speedup == got.seconds[DENSE] / got.seconds[SPARSE]
+
+
+def test_measurements_are_remembered_by_request_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lookup(REQUEST) is None
+    first = measure(REQUEST, budget=0.0)
+    assert lookup(REQUEST) is first and measure(REQUEST) is first
+    tune._known.clear()
+    cache._memory.clear()
+    assert lookup(REQUEST) == first  # from the file
+    for other in (
+        replace(REQUEST, batch=4),
+        replace(REQUEST, pattern=parse("1:4")),
+        replace(REQUEST, dtype=torch.bfloat16),
+        replace(REQUEST, shape=(40, 24)),
+    ):
+        assert lookup(other) is None
+    assert lookup(REQUEST, replace(detect("cpu"), isa="another")) is None
+    monkeypatch.setattr(tune, "_versions", lambda: "later")
+    assert lookup(REQUEST) is None
+
+
+def test_measurements_of_a_busy_machine_are_not_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_STEADY", -1.0)
+    first = measure(REQUEST, budget=0.0)
+    assert lookup(REQUEST) is first  # good enough for this process
+    assert not (kept / "tune.json").exists()
+
+
+def test_other_kernels_are_other_measurements(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    assert tune._digest(tmp_path / "a") != tune._digest(tmp_path / "b")
+
+
+def test_other_thread_counts_are_other_measurements() -> None:
+    measure(REQUEST, budget=0.0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert lookup(REQUEST) is None
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_measuring_again_replaces_what_was_known() -> None:
+    first = measure(REQUEST, budget=0.0)
+    assert measure(REQUEST, budget=0.0, again=True) is not first
+    assert lookup(REQUEST) is not first
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        [],
+        {},
+        {"kernel": "cpu"},
+        {"kernel": 1, "seconds": {"sparse": 1.0, "dense": 1.0}, "spread": {}},
+        {"kernel": "cpu", "seconds": {"sparse": 1.0}, "spread": {}},
+        {"kernel": "cpu", "seconds": {"sparse": -1.0, "dense": 1.0}, "spread": {}},
+        {"kernel": "cpu", "seconds": {"sparse": "fast", "dense": 1.0}, "spread": {}},
+    ],
+)
+def test_entries_nobody_wrote_are_ignored(kept: Path, entry: object) -> None:
+    measure(REQUEST, budget=0.0)
+    (key,) = json.loads((kept / "tune.json").read_text())
+    (kept / "tune.json").write_text(json.dumps({key: entry}))
+    tune._known.clear()
+    cache._memory.clear()
+    assert lookup(REQUEST) is None
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "8:16", "2:4@v4", "64:2:8", "block8x4:0.4"])
+@pytest.mark.parametrize("shape", [(70, 130), (600, 64), (3, 5), (1, 1), (0, 8), (4, 0)])
+def test_random_weights_fit_their_pattern(pattern: str, shape: tuple[int, int]) -> None:
+    weight = random_weight(parse(pattern), shape, torch.float32).validate()
+    if isinstance(weight.pattern, Block):
+        assert weight.values.shape[0] == weight.pattern.kept_blocks(*shape)
+    else:
+        assert int((weight.unpack() != 0).sum()) == int(project(torch.rand(shape), weight.pattern).sum())
+    assert torch.equal(weight.values, random_weight(parse(pattern), shape, torch.float32).values)
+
+
+def test_rotation_exceeds_the_cache_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = replace(detect("cpu"), l3_bytes=1 << 20)
+    monkeypatch.setattr(tune, "_COPIES_BYTES", 64 << 20)
+    request = replace(REQUEST, shape=(256, 256))
+    copies, cold = tune._copies(request, device)
+    assert cold and copies * 256 * 256 * 2 > 1 << 20
+    monkeypatch.setattr(tune, "_COPIES_BYTES", 1)
+    assert tune._copies(request, device) == (1, False)
+
+
+def test_hopeless_candidates_are_not_measured_on() -> None:
+    calls = {SPARSE: 0, UNPACKED: 0}
+    clock = iter(range(10**6))
+
+    def counting(name: str) -> tune.Callable[[torch.Tensor], object]:
+        def call(x: torch.Tensor) -> None:
+            calls[name] += 1
+            for _ in range(0 if name == SPARSE else 200000):
+                next(clock, None)
+
+        return call
+
+    samples = tune._interleaved({SPARSE: [counting(SPARSE)], UNPACKED: [counting(UNPACKED)]}, torch.zeros(1), 0.0)
+    assert calls[UNPACKED] == 2 and len(samples[UNPACKED]) == 1
+    assert len(samples[SPARSE]) == 3
