@@ -1,0 +1,65 @@
+# Every target sets itself up: a virtual environment in .venv, pinned packages, the compiled extension.
+# Needs python3 (3.10+) with venv and headers, make and g++. pip's own configuration decides where packages come from.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.cmake' \))
+CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench sanitize clean
+
+help:
+	@echo 'make demo      the whole job on a real model: prune, pack, run, save, export, measure (under 5 minutes)'
+	@echo 'make test      lint, types and tests'
+	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound'
+	@echo 'make lint      ruff, mypy --strict, clang-format'
+	@echo 'make sanitize  the kernel tests under AddressSanitizer and UBSan'
+	@echo 'make clean     remove everything the other targets made'
+
+setup: $(READY)
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo 'error: $(PYTHON) is not installed; on Debian or Ubuntu: apt install python3 python3-venv python3-dev' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old, 3.10 or newer is needed; name another with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'error: $(PYTHON) has no venv module; on Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Build tools live in the environment, pinned, so that a change in csrc is rebuilt in place and without a network.
+$(READY): $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
+	@command -v $${CXX:-g++} >/dev/null || { echo "error: $${CXX:-g++} is not installed; on Debian or Ubuntu: apt install g++" >&2; exit 1; }
+	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo 'error: Python.h is missing; on Debian or Ubuntu: apt install python3-dev' >&2; exit 1; }
+	$(PIP) install -q -c constraints.txt scikit-build-core cmake ninja
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# The other dense engines that make bench compares with.
+$(VENV)/.bench: $(READY)
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m sparsecomp.bench.demo
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+# Pass options through ARGS, as in: make bench ARGS='--shapes 4096x4096 --batches 1,8'
+bench: $(VENV)/.bench
+	$(BIN)/python -m sparsecomp.cli.main bench --output auto $(ARGS)
+
+# The same program runs in make test where the compiler has the sanitizers; here its whole output is shown.
+sanitize: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake --workflow --preset sanitize
+
+clean:
+	rm -rf $(VENV) build demo-out dist

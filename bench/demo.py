@@ -1,0 +1,232 @@
+"""The whole job on a real model: calibrate, prune, pack, swap, save, reload, export, run, measure. ``make demo``.
+
+Takes nothing but installed packages, prints a report and leaves it with the files in demo-out/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import sparsecomp as sc
+from sparsecomp.compiler import summary
+from sparsecomp.display import progress
+from sparsecomp.errors import SparsecompError
+
+from . import minilm
+from .demo_report import DemoResult, Latency, render
+from .harness import measure
+
+PATTERN, METHOD = "2:4", "wanda"
+# rows (tokens) of one text and of 32 texts of a typical paragraph's length
+TOKENS = 64
+BATCHES = (1, 32)
+
+
+class Embedder(nn.Module):
+    """Token ids and mask, int64 [texts, tokens] -> sentence embeddings [texts, 384]; what is exported."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """An embedder over a transformer that gives ``last_hidden_state``."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Mean-pooled embeddings of length 1."""
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return minilm.pool(hidden, attention_mask)
+
+
+def run(folder: Path) -> DemoResult:
+    """Every step in turn. Raises SparsecompError if a file does not give back what was saved in it."""
+    start = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    _say("loading all-MiniLM-L6-v2 and the texts")
+    dense, texts = minilm.load_model(), minilm.load_texts()
+    model = copy.deepcopy(dense)
+
+    _say(f"calibrating on {len(texts.calibration)} paragraphs of Python's documentation")
+    batches = minilm.batches(texts.calibration)
+    calibration = sc.calibrate(model, batches, only=minilm.ENCODER)
+
+    _say("asking the planner which layers this machine makes faster, before any weight is touched")
+    rows = tuple(batch * TOKENS for batch in BATCHES)
+    plan = sc.plan(model, PATTERN, batch=rows, only=minilm.ENCODER)
+
+    _say(f"pruning the encoder's linear layers to {PATTERN} with {METHOD}")
+    pruned = sc.prune(model, PATTERN, method=METHOD, calibration=calibration, only=minilm.ENCODER)
+
+    _say("packing and swapping them, all of them, whatever the planner would leave dense")
+    sc.compile(model, PATTERN, only=minilm.ENCODER, where="everywhere")
+    layers = summary(model, batch=rows)
+
+    _say("saving, and reloading into a fresh dense model")
+    files = {name: folder / name for name in ("minilm-2of4.safetensors", "minilm-2of4.onnx", "minilm-dense.onnx")}
+    packed_file, onnx_packed, onnx_dense = files.values()
+    sc.save(model, packed_file)
+    reloaded = sc.load(packed_file, into=minilm.load_model())
+    _require_equal(reloaded, model, texts.held_out[:8])
+
+    _say("exporting ONNX, packed and, as the baseline, the dense original")
+    example = minilm.tokens(texts.held_out[:2])
+    _export(model, example, onnx_packed, "packed")
+    _export(dense, example, onnx_dense, "dense")
+
+    _say(f"embedding {len(texts.held_out)} held-out paragraphs with each of them")
+    sessions = _sessions(onnx_packed, onnx_dense)
+    reference = minilm.embed(dense, texts.held_out)
+    sparse = minilm.embed(model, texts.held_out)
+    from_onnx = {
+        name: _embed_onnx(session, texts.held_out) for name, session in sessions.items() if name != "onnxruntime dense"
+    }
+
+    _say("measuring latency, all engines in turn (some 20 s)")
+    engines: dict[str, Callable[[dict[str, Tensor]], object]] = {
+        "torch dense": _torch_call(dense),
+        "sparsecomp, all sparse": _torch_call(model),
+        "sparsecomp, as planned": _torch_call(_as_planned(dense, model, plan)),
+        **{name: _onnx_call(session) for name, session in sessions.items()},
+    }
+    latencies = [_latency(engines, texts.held_out, batch) for batch in BATCHES]
+
+    return DemoResult(
+        device=plan.device,
+        calibration=str(calibration),
+        held_out=len(texts.held_out),
+        plan=plan,
+        pruned=pruned,
+        layers=layers,
+        rows=rows,
+        dense_bytes=sum(tensor.nbytes for tensor in dense.state_dict().values()),
+        file_bytes=packed_file.stat().st_size,
+        quality=minilm.compare(reference, sparse),
+        onnx_error={name: float((each - sparse).abs().max()) for name, each in from_onnx.items()},
+        onnx_bytes={path.name: path.stat().st_size for path in (onnx_packed, onnx_dense)},
+        latencies=latencies,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _say(text: str) -> None:
+    print(f"- {text}", file=sys.stderr, flush=True)
+
+
+def _require_equal(reloaded: nn.Module, model: nn.Module, texts: Sequence[str]) -> None:
+    if not torch.equal(minilm.embed(reloaded, texts), minilm.embed(model, texts)):
+        raise SparsecompError("the reloaded model embeds differently from the one that was saved; the file is wrong")
+
+
+def _export(model: nn.Module, example: dict[str, Tensor], path: Path, form: Any) -> None:
+    texts, tokens = torch.export.Dim("texts"), torch.export.Dim("tokens", max=512)
+    sc.export_onnx(
+        Embedder(model).eval(),
+        tuple(example.values()),
+        path,
+        form=form,
+        input_names=list(example),
+        output_names=["sentence_embedding"],
+        dynamic_shapes=({0: texts, 1: tokens}, {0: texts, 1: tokens}),
+    )
+
+
+def _sessions(packed: Path, dense: Path) -> dict[str, Any]:
+    """The packed file in stock ONNX Runtime and with our operators, and the dense baseline."""
+    import onnxruntime
+
+    threads = torch.get_num_threads()
+
+    def stock(path: Path) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    sessions = {"onnxruntime dense": stock(dense), "onnxruntime packed, stock": stock(packed)}
+    with warnings.catch_warnings():
+        # where the operator library is missing this is the stock session once more, and says nothing new
+        warnings.simplefilter("error", RuntimeWarning)
+        try:
+            sessions["onnxruntime packed, our operators"] = sc.onnx_session(packed, intra_op_num_threads=threads)
+        except RuntimeWarning as reason:
+            _say(f"without our ONNX Runtime operators: {reason}")
+    return sessions
+
+
+def _embed_onnx(session: Any, texts: Sequence[str], size: int = 32) -> Tensor:
+    parts = []
+    starts = range(0, len(texts), size)
+    for first in progress(starts, "onnxruntime", len(starts)):
+        batch = minilm.tokens(texts[first : first + size])
+        parts.append(session.run(None, {name: value.numpy() for name, value in batch.items()})[0])
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _as_planned(dense: nn.Module, sparse: nn.Module, plan: Any) -> nn.Module:
+    """The sparse model with the layers that the plan leaves dense as ordinary layers, zeros in place."""
+    model = copy.deepcopy(sparse)
+    for name in plan.stayed_dense:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, sc.SparseLinear)
+        model.set_submodule(name, layer.to_linear())
+    for name, decision in plan.sparse.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, sc.SparseLinear)
+        layer.dense_above = decision.dense_above
+    return model
+
+
+def _torch_call(model: nn.Module) -> Callable[[dict[str, Tensor]], object]:
+    def call(batch: dict[str, Tensor]) -> object:
+        with torch.inference_mode():
+            return minilm.pool(model(**batch).last_hidden_state, batch["attention_mask"])
+
+    return call
+
+
+def _onnx_call(session: Any) -> Callable[[dict[str, Tensor]], object]:
+    return lambda batch: session.run(None, {name: value.numpy() for name, value in batch.items()})
+
+
+def _latency(engines: dict[str, Callable[[dict[str, Tensor]], object]], texts: Sequence[str], batch: int) -> Latency:
+    """Time each engine on ``batch`` texts of exactly TOKENS tokens."""
+    joined = " ".join(texts)
+    words = joined.split()
+    pieces = [" ".join(words[start : start + 2 * TOKENS]) for start in range(0, batch * 2 * TOKENS, 2 * TOKENS)]
+    encoded = {name: value[:, :TOKENS].contiguous() for name, value in minilm.tokens(pieces).items()}
+    calls = {name: (lambda call=call: call(encoded)) for name, call in engines.items()}
+    return Latency(batch, TOKENS, measure(calls, seconds=6.0 if batch == 1 else 12.0, pause=0.005))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and print its report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="demo-out", help="folder for the report and the files (default demo-out)")
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.output)
+    try:
+        result = run(folder)
+    except SparsecompError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; install what the demo needs: pip install 'sparsecomp[demo]'", file=sys.stderr)
+        return 1
+    text = render(result)
+    (folder / "report.txt").write_text(text + "\n")
+    print(text)
+    print(f"\nThis report and the files are in {folder}/.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

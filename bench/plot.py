@@ -1,0 +1,126 @@
+"""The limit plot: speedup over the best dense engine against batch size, the bound drawn, as an SVG.
+
+Takes a sweep's result, gives SVG text. Knows nothing of how it was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+from xml.sax.saxutils import escape
+
+from .report import Comparison, comparisons
+
+_WIDTH, _HEIGHT = 760, 380
+_FONT = 'font-family="sans-serif" font-size="13"'
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 170, 56, 56
+# colours that stay apart for readers who do not see red and green as different
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+
+
+def limit_plot(result: dict[str, Any], shape: tuple[int, int], dtype: str, threads: int) -> str:
+    """One line for each pattern and its bound, over warm batches of one shape [out, in]."""
+    chosen = [
+        each
+        for each in comparisons(result)
+        if (each.row["out"], each.row["in"]) == shape
+        and (each.row["dtype"], each.row["threads"], each.row["weights"]) == (dtype, threads, "warm")
+    ]
+    batches = sorted({int(each.row["batch"]) for each in chosen})
+    top = max(2.5, math.ceil(2 * max(max(each.speedup, each.row["bound"]) for each in chosen)) / 2)
+    frame = _Frame(batches, top)
+    title = f"Speedup over the best dense engine, {shape[0]} x {shape[1]}, {dtype}, {_threads(threads)}"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" {_FONT}>',
+        f"<title>{escape(title)}</title>",
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
+        _text(_LEFT, 24, title, "start", 'font-size="15" font-weight="bold"'),
+        _text(_LEFT, 42, str(result["machine"]["cpu"]) + f", {result['date']}", "start", 'fill="#555555"'),
+        *frame.axes(),
+    ]
+    patterns = list(dict.fromkeys(each.row["pattern"] for each in chosen))
+    for i, (colour, pattern) in enumerate(zip(_COLOURS, patterns, strict=False)):
+        shift = 6.0 * (i - (len(patterns) - 1) / 2)  # so that bars of one batch stand side by side
+        line = sorted((each for each in chosen if each.row["pattern"] == pattern), key=lambda each: each.row["batch"])
+        parts.extend(frame.pattern(line, pattern, colour, shift))
+    labels = _labels(chosen)
+    for colour, (pattern, text, value) in zip(_COLOURS, labels, strict=False):
+        y = _spread_out([entry[2] for entry in labels], value, frame)
+        parts.append(_text(_WIDTH - _RIGHT + 12, y, f"{pattern}: {text}", "start", f'fill="{colour}"'))
+    parts.append(_text(_WIDTH - _RIGHT + 12, _HEIGHT - 36, "dashed: the bound", "start", 'fill="#555555"'))
+    parts.append(_text(_WIDTH - _RIGHT + 12, _HEIGHT - 20, "bars: 10% to 90%", "start", 'fill="#555555"'))
+    return "\n".join([*parts, "</svg>", ""])
+
+
+class _Frame:
+    def __init__(self, batches: Sequence[int], top: float) -> None:
+        self.batches, self.top = batches, top
+
+    def x(self, batch: int) -> float:
+        first, last = math.log2(self.batches[0]), math.log2(max(self.batches[-1], self.batches[0] + 1))
+        span = _WIDTH - _RIGHT - _LEFT - 40
+        return _LEFT + 20 + span * (math.log2(batch) - first) / (last - first)
+
+    def y(self, value: float) -> float:
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * value / self.top
+
+    def axes(self) -> list[str]:
+        right = _WIDTH - _RIGHT
+        parts = []
+        for half in range(int(self.top * 2) + 1):
+            value = half / 2
+            style = 'stroke="#999999"' if value in (0.0, 1.0) else 'stroke="#e5e5e5"'
+            parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{self.y(value):.1f}" y2="{self.y(value):.1f}" {style}/>')
+            parts.append(_text(_LEFT - 8, self.y(value) + 4, f"{value:g}x", "end"))
+        for batch in self.batches:
+            parts.append(_text(self.x(batch), _HEIGHT - _BOTTOM + 20, str(batch), "middle"))
+        parts.append(_text((_LEFT + right) / 2, _HEIGHT - 16, "batch (rows of the input)", "middle"))
+        parts.append(_text(right - 4, self.y(1.0) - 5, "dense", "end", 'fill="#555555"'))
+        return parts
+
+    def pattern(self, line: Sequence[Comparison], name: str, colour: str, shift: float) -> list[str]:
+        parts = []
+        for values, dash in (
+            ([each.speedup for each in line], ""),
+            ([float(each.row["bound"]) for each in line], ' stroke-dasharray="5 4" opacity="0.7"'),
+        ):
+            points = " ".join(
+                f"{self.x(each.row['batch']) + shift:.1f},{self.y(value):.1f}"
+                for each, value in zip(line, values, strict=True)
+            )
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        for each in line:
+            x, (low, high) = self.x(each.row["batch"]) + shift, each.spread
+            tip = f"{name}, batch {each.row['batch']}: {each.speedup:.2f}x, bound {each.row['bound']:.2f}x"
+            ends = self.y(max(low, 0.0)), self.y(min(high, self.top))
+            parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}" stroke="{colour}"/>')
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{self.y(each.speedup):.1f}" r="4" fill="{colour}">'
+                f"<title>{escape(tip)}</title></circle>"
+            )
+        return parts
+
+
+def _labels(chosen: Sequence[Comparison]) -> list[tuple[str, str, float]]:
+    """(pattern, text, where it ends) of each line, in the order of the colours."""
+    labels = []
+    for pattern in dict.fromkeys(each.row["pattern"] for each in chosen):
+        last = max((each for each in chosen if each.row["pattern"] == pattern), key=lambda each: each.row["batch"])
+        labels.append((pattern, f"{last.speedup:.2f}x of {last.row['bound']:.2f}x", last.speedup))
+    return labels
+
+
+def _spread_out(values: Sequence[float], value: float, frame: _Frame) -> float:
+    """Where a label goes so that labels of nearly equal values do not cover each other."""
+    rank = sorted(values, reverse=True).index(value)
+    highest = frame.y(max(values))
+    return max(frame.y(value), highest + 18 * rank) + 4
+
+
+def _threads(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads"
+
+
+def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {style}>{escape(text)}</text>'

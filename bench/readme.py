@@ -1,0 +1,120 @@
+"""The part of README that holds figures, written from a result file, so that it says what was measured.
+
+``python -m sparsecomp.bench.readme bench/results/FILE.json`` rewrites README.md and docs/limit.svg in place.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from sparsecomp.errors import FormatError
+
+from .plot import limit_plot
+from .report import Comparison, comparisons, geometric_mean, load_result
+
+SHAPE, DTYPE, THREADS = (4096, 4096), "fp32", 1
+_NAMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_BLOCK = re.compile(r"<!-- result: \S* -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def block(result: dict[str, Any]) -> str:
+    """Headline and table in Markdown: the headline shape at every batch, cold weights where they were measured."""
+    found = [each for each in comparisons(result) if _is_headline(each)]
+    machine = result["machine"]
+    first = next(each for each in found if each.row["pattern"] == "2:4")
+    lines = [
+        f"A {SHAPE[0]}x{SHAPE[1]} layer in {DTYPE} at 2:4 and batch {first.row['batch']}, weights from memory: "
+        f"**{first.speedup:.2f}x the best dense engine** ({_name(first)}), of {first.row['bound']:.2f}x possible "
+        f"({first.row['bound_by']} bound).",
+        "",
+        f"{machine['cpu']} ({machine['isa']}), one thread, {result['date']}; every row against the fastest of "
+        f"{_engines(result)} in the same run:",
+        "",
+        "| pattern | batch | weights | sparse | best dense | speedup | 10%-90% | bound |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        *(_line(each) for each in found),
+        "",
+        _overall(result),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def rewrite(readme: str, name: str, result: dict[str, Any]) -> str:
+    """README with its block replaced. Raises FormatError if it has none."""
+    if not _BLOCK.search(readme):
+        raise FormatError("README.md has no block between <!-- result: FILE --> and <!-- end -->; put one in")
+    return _BLOCK.sub(lambda _: f"<!-- result: {name} -->\n{block(result)}<!-- end -->", readme)
+
+
+def _is_headline(each: Comparison) -> bool:
+    row = each.row
+    if ((row["out"], row["in"]), row["dtype"], row["threads"]) != (SHAPE, DTYPE, THREADS):
+        return False
+    return bool(row["weights"] == "cold" or row["batch"] > 8)
+
+
+def _line(each: Comparison) -> str:
+    row, (low, high) = each.row, each.spread
+    cells = (
+        row["pattern"],
+        row["batch"],
+        row["weights"],
+        _time(row["us"]),
+        f"{_time(each.dense['us'])} ({_name(each)})",
+        f"{each.speedup:.2f}x",
+        f"{low:.2f}-{high:.2f}",
+        f"{row['bound']:.2f}x",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _name(each: Comparison) -> str:
+    return _NAMES[each.dense["engine"]]
+
+
+def _engines(result: dict[str, Any]) -> str:
+    """The dense engines that the run had, in words."""
+    used = {row["engine"] for row in result["rows"]}
+    *first, last = [name for engine, name in _NAMES.items() if engine in used]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _time(us: float) -> str:
+    return f"{us / 1e3:.2f} ms"
+
+
+def _overall(result: dict[str, Any]) -> str:
+    """One sentence on the whole run: the means, and how often sparse lost."""
+    settings, found = result["settings"], list(comparisons(result))
+    means = " and ".join(f"{_mean(result, pattern)} for {pattern}" for pattern in settings["patterns"])
+    losing = sum(each.verdict == "loses" for each in found)
+    return (
+        f"Over all {len(found)} rows of that run ({len(settings['shapes'])} shapes, {' and '.join(settings['dtypes'])},"
+        f" {' and '.join(map(str, settings['threads']))} thread(s)) the geometric mean is {means}; "
+        f"dense was faster in {losing} of them, and `sc.compile` leaves layers dense where it measures that."
+    )
+
+
+def _mean(result: dict[str, Any], pattern: str) -> str:
+    return f"{geometric_mean(each.speedup for each in comparisons(result) if each.row['pattern'] == pattern):.2f}x"
+
+
+def main() -> int:
+    """Rewrite README.md and docs/limit.svg of the current folder."""
+    if len(sys.argv) != 2:
+        print("usage: python -m sparsecomp.bench.readme bench/results/FILE.json", file=sys.stderr)
+        return 2
+    path = Path(sys.argv[1])
+    result = load_result(path)
+    readme = Path("README.md")
+    readme.write_text(rewrite(readme.read_text(), path.as_posix(), result))
+    Path("docs/limit.svg").write_text(limit_plot(result, SHAPE, DTYPE, THREADS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""A sweep's result as what people read: ratios to the best dense engine, beside their bounds, with a verdict.
+
+Takes the JSON values of a result; every ratio that is printed anywhere is computed here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsecomp.display import table
+from sparsecomp.errors import FormatError
+
+EVEN = 0.97
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A sparse row beside the best dense engine of the same case and run."""
+
+    row: dict[str, Any]
+    dense: dict[str, Any]
+    torch_us: float | None
+
+    @property
+    def speedup(self) -> float:
+        """Median time of the best dense engine over that of the sparse one."""
+        return float(self.dense["us"] / self.row["us"])
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The ratio with the 10% and 90% quantiles set against each other: the worst and the best case."""
+        return self.dense["us_low"] / self.row["us_high"], self.dense["us_high"] / self.row["us_low"]
+
+    @property
+    def verdict(self) -> str:
+        """One word: "wins" from 1/0.97 on, "even" down to 0.97, "loses" below (a compiled layer then runs dense)."""
+        return "wins" if self.speedup >= 1 / EVEN else "even" if self.speedup >= EVEN else "loses"
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """A result file. Raises FormatError if it is none."""
+    try:
+        result = json.loads(path.read_text())
+        known = result["format"] == 1 and result["kind"] == "gemm" and isinstance(result["rows"], list)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path} is no benchmark result: {error!r}; make one with: sparsecomp bench") from error
+    if not known:
+        raise FormatError(f"{path} is a result of another kind or version; make a new one with: sparsecomp bench")
+    return dict(result)
+
+
+def comparisons(result: dict[str, Any]) -> Iterator[Comparison]:
+    """Every sparse row with the best dense row of its case."""
+    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        key = tuple(row[name] for name in ("out", "in", "batch", "dtype", "threads", "weights"))
+        cases.setdefault(key, []).append(row)
+    for rows in cases.values():
+        dense = [row for row in rows if row["pattern"] is None]
+        torch_us = next((row["us"] for row in dense if row["engine"] == "torch"), None)
+        best = min(dense, key=lambda row: float(row["us"]))
+        for row in rows:
+            if row["pattern"] is not None:
+                yield Comparison(row, best, torch_us)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Geometric mean; 1.0 of nothing."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+def render(result: dict[str, Any]) -> str:
+    """The whole result as aligned tables, one for each dtype and number of threads, and the geometric means."""
+    machine = result["machine"]
+    found = list(comparisons(result))
+    parts = [_heading(machine)]
+    for dtype in dict.fromkeys(each.row["dtype"] for each in found):
+        for threads in dict.fromkeys(each.row["threads"] for each in found):
+            chosen = [each for each in found if each.row["dtype"] == dtype and each.row["threads"] == threads]
+            title = f"{dtype}, {threads} thread{'s' if threads > 1 else ''}{', pinned' if threads == 1 else ''}"
+            parts.append(table(_COLUMNS, (_cells(each) for each in chosen), title=title))
+    parts.append(_means(found))
+    for name, reason in result["missing"].items():
+        parts.append(f"left out: {name}: {reason}")
+    return "\n\n".join(parts)
+
+
+_COLUMNS = (
+    ">out x in",
+    ">batch",
+    "weights",
+    "pattern",
+    ">us",
+    ">best dense us",
+    "by",
+    ">torch us",
+    ">speedup",
+    ">low-high",
+    ">bound",
+    "limit",
+    "verdict",
+)
+
+
+def _cells(each: Comparison) -> tuple[str, ...]:
+    row, low_high = each.row, each.spread
+    return (
+        f"{row['out']}x{row['in']}",
+        str(row["batch"]),
+        row["weights"],
+        row["pattern"],
+        f"{row['us']:.4g}",
+        f"{each.dense['us']:.4g}",
+        each.dense["engine"],
+        "" if each.torch_us is None else f"{each.torch_us:.4g}",
+        f"{each.speedup:.2f}x",
+        f"{low_high[0]:.2f}-{low_high[1]:.2f}",
+        f"{row['bound']:.2f}x",
+        row["bound_by"],
+        each.verdict,
+    )
+
+
+def _heading(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in machine["packages"].items() if value)
+    lines = [f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores; {versions}"]
+    for threads, peak in machine["peaks"].items():
+        lines.append(
+            f"measured peaks, {threads} thread(s): fp32 {peak['fp32_gflops']:.0f} GFLOP/s, "
+            f"bf16 {peak['bf16_gflops']:.0f} GFLOP/s, memory {peak['read_gb_s']:.0f} GB/s"
+        )
+    return "\n".join(lines)
+
+
+def _means(found: list[Comparison]) -> str:
+    rows = []
+    for pattern in dict.fromkeys(each.row["pattern"] for each in found):
+        for dtype in dict.fromkeys(each.row["dtype"] for each in found):
+            chosen = [each for each in found if each.row["pattern"] == pattern and each.row["dtype"] == dtype]
+            verdicts = [each.verdict for each in chosen]
+            rows.append(
+                (
+                    pattern,
+                    dtype,
+                    len(chosen),
+                    f"{geometric_mean(each.speedup for each in chosen):.2f}x",
+                    f"{geometric_mean(each.row['bound'] for each in chosen):.2f}x",
+                    verdicts.count("wins"),
+                    verdicts.count("even"),
+                    verdicts.count("loses"),
+                )
+            )
+    columns = ("pattern", "dtype", ">rows", ">speedup", ">bound", ">wins", ">even", ">loses")
+    return table(columns, rows, title="Geometric mean over the best dense engine")

@@ -1,0 +1,84 @@
+"""``sparsecomp bench``: a GEMM sweep against the best dense engine of the same run, each ratio beside its bound."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from sparsecomp.errors import ModelError
+
+_EXAMPLE = """\
+example: sparsecomp bench --shapes 4096x4096,3072x768 --batches 1,8 --dtypes fp32 --output result.json
+
+Every engine multiplies in turn within one run; each row is checked against float64 first. docs/results.md explains the
+table. The default sweep takes under five minutes; close other programs first.
+"""
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Add the verb."""
+    parser = verbs.add_parser("bench", help="measure sparse against dense on this machine", epilog=_EXAMPLE)
+    parser.add_argument("--shapes", type=_shapes, metavar="LIST", help="out x in, such as 4096x4096,3072x768")
+    parser.add_argument("--batches", type=_numbers, metavar="LIST", help="rows of the input, such as 1,8,32,128")
+    parser.add_argument("--cold", type=_numbers, metavar="LIST", help="batches also measured on cold weights; 0: none")
+    parser.add_argument("--dtypes", type=_words, metavar="LIST", help="of fp32,bf16")
+    parser.add_argument("--patterns", type=_words, metavar="LIST", help="such as 2:4,8:16")
+    parser.add_argument("--threads", type=_numbers, metavar="LIST", help="default: 1 and all cores")
+    parser.add_argument("--seconds", type=float, metavar="S", help="time for all engines of one row (default 0.6)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="write the result as JSON; auto: bench/results/DATE-CPU-gemm.json"
+    )
+    parser.add_argument("--plot", metavar="SVG", help="write the limit plot of the largest shape")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb."""
+    from sparsecomp.bench import plot, report, sweep
+
+    cores = len(os.sched_getaffinity(0))
+    chosen = {
+        "shapes": arguments.shapes,
+        "batches": arguments.batches,
+        "cold_batches": None if arguments.cold is None else tuple(batch for batch in arguments.cold if batch > 0),
+        "dtypes": arguments.dtypes,
+        "patterns": arguments.patterns,
+        "threads": arguments.threads or tuple(dict.fromkeys((1, cores))),
+        "seconds": arguments.seconds,
+    }
+    settings = sweep.Settings(**{name: value for name, value in chosen.items() if value is not None})
+    if unknown := set(settings.dtypes) - {"fp32", "bf16"}:
+        raise ModelError(f"--dtypes got {', '.join(sorted(unknown))}; allowed are fp32 and bf16")
+    if too_many := [count for count in settings.threads if not 1 <= count <= cores]:
+        raise ModelError(f"--threads got {too_many[0]}; this process may use 1 to {cores} cores")
+    result = sweep.sweep(settings)
+    print(report.render(result))
+    if arguments.output:
+        path = Path(arguments.output)
+        path = sweep.default_path(result, Path("bench/results")) if arguments.output == "auto" else path
+        sweep.write(result, path)
+        print(f"\nwrote {path}")
+    if arguments.plot:
+        shape = max(settings.shapes, key=lambda each: each[0] * each[1])
+        Path(arguments.plot).write_text(plot.limit_plot(result, shape, settings.dtypes[0], settings.threads[0]))
+        print(f"wrote {arguments.plot}")
+    return 0
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in _words(text))
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    shapes = []
+    for word in _words(text):
+        out, separator, columns = word.partition("x")
+        if not separator:
+            raise argparse.ArgumentTypeError(f"{word} is no shape; write out x in, such as 4096x4096")
+        shapes.append((int(out), int(columns)))
+    return tuple(shapes)

@@ -1,0 +1,214 @@
+"""Every verb once on a small model, and what a user sees when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsecomp as sc
+from sparsecomp.cli import bench, doctor
+from sparsecomp.cli.main import VERBS, main
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in a folder that holds the factories, with measurements kept apart."""
+    (tmp_path / "shop.py").write_text((HERE / "shop.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path) != HERE])
+    monkeypatch.delitem(sys.modules, "shop", raising=False)
+    monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path / "cache"))
+
+
+def build() -> torch.nn.Module:
+    import shop
+
+    model: torch.nn.Module = shop.build()
+    return model
+
+
+def test_help_of_every_verb_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ["", *(module.__name__.rpartition(".")[2] for module in VERBS)]:
+        assert main([*([verb] if verb else []), "--help"]) == 0
+        assert f"example: sparsecomp {verb}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert sc.__version__ in capsys.readouterr().out
+
+
+def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune"]) == 2
+    assert main(["no-such-verb"]) == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_prune_writes_dense_weights_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prune", "shop:build", "--pattern", "2:4", "--method", "wanda", "--calibration", "shop:batches"]
+    assert main([*arguments, "-o", "pruned.safetensors"]) == 0
+    assert "wanda" in capsys.readouterr().out
+    from safetensors.torch import load_file
+
+    state = load_file("pruned.safetensors")
+    import shop
+
+    calibration = sc.calibrate(build(), shop.batches())
+    for name in ("0", "2"):
+        expected = sc.prune_weight(
+            build().get_submodule(name).weight.detach(), "2:4", method="wanda", gram=calibration[name].gram
+        )
+        assert torch.equal(state[f"{name}.weight"], expected.weight)
+
+
+def test_prune_compile_export_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript")
+    assert main(["prune", "shop:build", "--pattern", "2:4", "--skip", "2", "-o", "pruned.safetensors"]) == 0
+    arguments = ["compile", "shop:build", "--weights", "pruned.safetensors", "--pattern", "2:4", "--only", "0"]
+    assert main([*arguments, "--everywhere", "-o", "packed.safetensors"]) == 0
+    assert main(["inspect", "packed.safetensors"]) == 0
+    assert "2:4" in capsys.readouterr().out
+    loaded = sc.load("packed.safetensors", into=build())
+    assert isinstance(loaded.get_submodule("0"), sc.SparseLinear)
+    x = torch.randn(5, 32)
+    dense = build()
+    weight = sc.prune_weight(dense.get_submodule("0").weight.detach(), "2:4").weight
+    dense.get_submodule("0").weight.data.copy_(weight)
+    torch.testing.assert_close(loaded(x), dense(x))
+
+    arguments = ["export", "packed.safetensors", "--model", "shop:build", "--inputs", "shop:example"]
+    assert main([*arguments, "-o", "model.onnx"]) == 0
+    assert main(["inspect", "model.onnx"]) == 1  # layer 2 is dense
+    assert "1 of 2 weights fit 2:4" in capsys.readouterr().out
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(got), dense(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_compile_prints_the_plan_before_it_packs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["compile", "shop:build", "--pattern", "2:4", "--method", "magnitude", "-o", "packed.safetensors"])
+    out = capsys.readouterr()
+    assert "48x32" in out.out
+    # a plan may leave every layer of so small a model dense; the file is written either way
+    assert code == 0
+    assert Path("packed.safetensors").is_file()
+
+
+def test_compile_refuses_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "shop:build", "--pattern", "2:4", "--everywhere", "-o", "packed.safetensors"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "2:4" in error
+    assert error.count("\n") == 1
+    assert not Path("packed.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["prune", "shop", "--pattern", "2:4", "-o", "x"], "module:function"),
+        (["prune", "nowhere:build", "--pattern", "2:4", "-o", "x"], "cannot be imported"),
+        (["prune", "shop:nothing", "--pattern", "2:4", "-o", "x"], 'no function "nothing"'),
+        (["prune", "shop:number", "--pattern", "2:4", "-o", "x"], "must return an nn.Module"),
+        (["prune", "shop:broken", "--pattern", "2:4", "-o", "x"], "ValueError: the shop is closed"),
+        (["prune", "shop:build", "--pattern", "2:5", "-o", "x"], "M in 2, 4, 8, 16"),
+        (["prune", "shop:build", "--pattern", "2:4", "--method", "magic", "-o", "x"], "magic"),
+        (["prune", "shop:build", "--pattern", "2:4", "--method", "wanda", "-o", "x"], "calibration"),
+        (["prune", "shop:build", "--pattern", "2:4", "--calibration", "shop:number", "-o", "x"], "iterable"),
+        (["prune", "shop:build", "--weights", "shop.py", "--pattern", "2:4", "-o", "x"], "do not fit"),
+        (["prune", ".", "--pattern", "2:4", "-o", "x"], "config.json"),
+        (["inspect", "shop.py"], "shop.py"),
+        (["inspect", "absent.safetensors"], "absent.safetensors"),
+        (["export", "absent.safetensors", "--model", "shop:build", "-o", "x.onnx"], "absent.safetensors"),
+        (["bench", "--dtypes", "fp8"], "fp32 and bf16"),
+        (["bench", "--threads", "100000"], "cores"),
+    ],
+)
+def test_an_error_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--debug", "inspect", "absent"], ["inspect", "absent", "--debug"]):
+        assert main(arguments) == 1
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", stop)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    from sparsecomp.backends.registry import backends
+
+    code = main(["doctor", "--quick"])
+    out = capsys.readouterr().out
+    for name, backend in backends().items():
+        line = next(line for line in out.splitlines() if line.split()[:1] == [name])
+        assert ("ready" in line) == (backend.missing() is None)
+        assert (backend.missing() or "") in line
+    ready = {name for name, backend in backends().items() if backend.missing() is None} - {"dense", "reference"}
+    assert code == (0 if ready else 1)
+
+
+def test_bench_writes_a_result_that_its_report_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sparsecomp.bench.report import comparisons, load_result
+
+    arguments = ["bench", "--shapes", "24x40", "--batches", "1,3", "--cold", "0", "--dtypes", "fp32,bf16"]
+    assert main([*arguments, "--threads", "1", "--seconds", "0.01", "--output", "r.json", "--plot", "p.svg"]) == 0
+    out = capsys.readouterr().out
+    result = load_result(Path("r.json"))
+    found = list(comparisons(result))
+    assert len(found) == 2 * 2 * 2  # batches, dtypes, patterns
+    for each in found:
+        rows = [row for row in result["rows"] if row["pattern"] is None and row["batch"] == each.row["batch"]]
+        fastest = min(row["us"] for row in rows if row["dtype"] == each.row["dtype"])
+        assert each.speedup == pytest.approx(fastest / each.row["us"])
+        assert f"{each.speedup:.2f}x" in out
+    assert json.loads(Path("r.json").read_text())["machine"]["peaks"]["1"]["fp32_gflops"] > 0
+    assert Path("p.svg").read_text().count("<circle") == 2 * 2
+
+
+def test_lists_on_the_command_line() -> None:
+    assert bench._shapes("4096x11008, 3x5") == ((4096, 11008), (3, 5))
+    assert bench._numbers("1,8") == (1, 8)
+
+
+def test_a_hugging_face_folder_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("onnxscript")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=50
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    arguments = ["compile", "bert", "--pattern", "2:4", "--method", "magnitude", "--only", "encoder.*", "--everywhere"]
+    assert main([*arguments, "-o", "packed.safetensors"]) == 0
+    assert main(["export", "packed.safetensors", "--model", "bert", "-o", "model.onnx"]) == 0
+    import onnxruntime
+
+    model = sc.load("packed.safetensors", into=transformers.AutoModel.from_pretrained(tmp_path / "bert")).eval()
+    ids = torch.randint(0, 50, (3, 11))
+    mask = torch.ones_like(ids)
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    feeds = dict(zip((each.name for each in session.get_inputs()), (ids.numpy(), mask.numpy()), strict=True))
+    got = torch.from_numpy(session.run(None, feeds)[0])
+    torch.testing.assert_close(got, model(ids, mask).last_hidden_state.detach(), rtol=1e-4, atol=1e-5)
