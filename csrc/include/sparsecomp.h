@@ -36,11 +36,13 @@ typedef struct sparsecomp_nm {
 
 SPARSECOMP_API const char* sparsecomp_error_text(int code);
 
-/* Name of the instruction set in use: "avx512_bf16", "avx512", "avx2", "neon" or "reference". Chosen once at load from
+/* Name of the instruction set in use: "avx512_bf16", "avx512", "avx2" or "reference". Chosen once at load from
  * CPUID and OS state; the environment variable SPARSECOMP_ISA names a lower one. */
 SPARSECOMP_API const char* sparsecomp_isa(void);
 /* All instruction sets this machine can run, best first, separated by commas. */
 SPARSECOMP_API const char* sparsecomp_isa_available(void);
+/* NULL, or one sentence if SPARSECOMP_ISA names a set this machine cannot run (the best one is in use then). */
+SPARSECOMP_API const char* sparsecomp_isa_error(void);
 
 /* Bytes of the kernel layout of a weight; -1 if the description is not valid. */
 SPARSECOMP_API int64_t sparsecomp_nm_values_bytes(const sparsecomp_nm* weight);
@@ -62,8 +64,8 @@ SPARSECOMP_API int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void*
                                         int64_t ldy, int threads);
 
 /* Measured peaks of this machine, for the roofline bound. */
-SPARSECOMP_API double sparsecomp_measure_flops(int32_t dtype, int threads);      /* multiply-adds count as 2, per second */
-SPARSECOMP_API double sparsecomp_measure_read_bandwidth(int threads);            /* bytes per second, DRAM */
+SPARSECOMP_API double sparsecomp_measure_flops(int32_t dtype, int threads); /* multiply-adds count as 2, per second */
+SPARSECOMP_API double sparsecomp_measure_read_bandwidth(int threads);       /* bytes per second, DRAM */
 
 #ifdef __cplusplus
 }

@@ -10,9 +10,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from sparsecomp.kernels.nm_decompress import Tile, choose_tile
 from triton_compiler import MachineCode, compile_kernel
 
+from sparsecomp.kernels.nm_decompress import Tile, choose_tile
 from sparsecomp.patterns import NM
 
 CAPABILITIES = (80, 86, 89, 90)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 import triton
-from sparsecomp.kernels import nm_decompress
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sparsecomp.kernels import nm_decompress
 from sparsecomp.patterns import NM
 
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}

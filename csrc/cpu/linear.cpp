@@ -1,0 +1,220 @@
+#include "linear.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "parallel.hpp"
+#include "partition.hpp"
+
+namespace sparsecomp {
+namespace {
+
+// Batch columns of a task: their activations stay in the L2 cache.
+constexpr int64_t kTaskColumns = 128;
+// Two tiles of this many column steps stay in the L2 cache (0.3 MB of fp32 2:4) while the batch passes over them. A cut
+// writes and reads the sums once more, so weights that are not much longer are not cut, nor is a batch that passes
+// once.
+constexpr int64_t kChunkSteps = 256;
+constexpr int64_t kUncutSteps = 384;
+constexpr int64_t kUncutColumns = 16;
+
+// A buffer that grows and is used again by the next call on the same thread.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { std::free(data_); }
+
+  void* reserve(int64_t bytes) {
+    if (bytes <= size_) return data_;
+    std::free(data_);
+    size_ = 0;
+    const auto rounded = static_cast<size_t>((bytes + 63) / 64 * 64);
+    data_ = std::aligned_alloc(64, rounded);
+    if (data_) size_ = static_cast<int64_t>(rounded);
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+struct Blocking {
+  bool direct;  // micro-kernels read x where it is
+  int64_t chunk_steps;
+  int tiles;  // of a micro-kernel call
+};
+
+struct Task {
+  int64_t tile, tile_end;
+  int64_t column, column_end;
+};
+
+Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const LinearCall& call) {
+  Blocking blocking;
+  blocking.tiles = kMostTiles;
+  while (blocking.tiles > 1 && (!kernels.micro[blocking.tiles][1] || blocking.tiles > g.tiles)) --blocking.tiles;
+  blocking.chunk_steps = g.steps;
+  if (call.batch > kUncutColumns && g.steps > kUncutSteps) {
+    const int64_t chunks = (g.steps + kChunkSteps - 1) / kChunkSteps;
+    blocking.chunk_steps = (g.steps + chunks - 1) / chunks;
+  }
+  blocking.direct = kernels.x_dtype == g.dtype && g.in % kStep == 0;
+  return blocking;
+}
+
+// Columns [first, first + count) of x, steps [step, step_end), as a dense zero-padded panel of the kernels' type.
+void fill_panel(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call, int64_t first,
+                int64_t count, int64_t step, int64_t step_end, void* panel) {
+  const int64_t width = (step_end - step) * kStep;
+  const int64_t used = std::min(width, g.in - step * kStep);
+  const int64_t size = element_bytes(g.dtype);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto* from = static_cast<const uint8_t*>(call.x) + ((first + i) * call.ldx + step * kStep) * size;
+    if (kernels.x_dtype == SPARSECOMP_BF16 || g.dtype == SPARSECOMP_F32) {
+      uint8_t* to = static_cast<uint8_t*>(panel) + i * width * size;
+      std::memcpy(to, from, static_cast<size_t>(used * size));
+      std::memset(to + used * size, 0, static_cast<size_t>((width - used) * size));
+    } else {
+      float* to = static_cast<float*>(panel) + i * width;
+      isa.widen(from, g.dtype, to, used);
+      std::fill(to + used, to + width, 0.0f);
+    }
+  }
+}
+
+// The largest micro-kernel that cuts what is left into even parts: 9 columns are 5 and 4, not 8 and 1.
+int next_columns(const Micro* micro, int64_t left) {
+  const int64_t parts = (left + kMostColumns - 1) / kMostColumns;
+  auto columns = static_cast<int>((left + parts - 1) / parts);
+  while (!micro[columns]) --columns;
+  return columns;
+}
+
+class TaskRunner {
+ public:
+  TaskRunner(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call)
+      : isa_(isa), kernels_(kernels), g_(g), call_(call), blocking_(make_blocking(kernels, g, call)) {}
+
+  // False if there is no memory for the workspace.
+  bool run(const Task& task) const {
+    static thread_local Workspace panel_space, sums_space;
+    const int64_t columns = task.column_end - task.column;
+    const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
+    const bool chunked = blocking_.chunk_steps < g_.steps;
+    void* panel = nullptr;
+    float* sums = nullptr;
+    if (!blocking_.direct) {
+      panel = panel_space.reserve(std::max<int64_t>(64, columns * blocking_.chunk_steps * kStep * x_size));
+      if (!panel) return false;
+    }
+    if (chunked) {
+      sums = static_cast<float*>(sums_space.reserve((task.tile_end - task.tile) * kTile * columns * 4));
+      if (!sums) return false;
+    }
+    int64_t step = 0;
+    do {  // once even if there are no columns: y is the bias then
+      const int64_t step_end = std::min(g_.steps, step + blocking_.chunk_steps);
+      const uint8_t* x = static_cast<const uint8_t*>(call_.x) + (task.column * call_.ldx + step * kStep) * x_size;
+      int64_t ldx = call_.ldx;
+      if (panel) {
+        fill_panel(isa_, kernels_, g_, call_, task.column, columns, step, step_end, panel);
+        x = static_cast<const uint8_t*>(panel);
+        ldx = (step_end - step) * kStep;
+      }
+      run_chunk(task, step, step_end, x, ldx, sums);
+      step = step_end;
+    } while (step < g_.steps);
+    return true;
+  }
+
+ private:
+  void run_chunk(const Task& task, int64_t step, int64_t step_end, const uint8_t* x, int64_t ldx, float* sums) const {
+    const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
+    MicroArgs args;
+    args.geometry = &g_;
+    args.value_stride = g_.steps * g_.value_bytes;
+    args.metadata_stride = g_.steps * g_.metadata_bytes;
+    args.ldx = ldx;
+    args.steps = step_end - step;
+    args.add = step > 0;
+    alignas(64) float local[kMostColumns * kMostTiles * kTile];
+    for (int64_t tile = task.tile; tile < task.tile_end;) {
+      int tiles = static_cast<int>(std::min<int64_t>(blocking_.tiles, task.tile_end - tile));
+      while (!kernels_.micro[tiles][1]) --tiles;
+      args.values = call_.values + tile * args.value_stride + step * g_.value_bytes;
+      args.metadata = call_.metadata + tile * args.metadata_stride + step * g_.metadata_bytes;
+      const bool last = tile + tiles == task.tile_end;
+      const int64_t next_tile = last ? task.tile : tile + tiles;
+      const int64_t next_step = last ? std::min(step_end, g_.steps - 1) : step;
+      args.next_values = call_.values + next_tile * args.value_stride + next_step * g_.value_bytes;
+      args.next_metadata = call_.metadata + next_tile * args.metadata_stride + next_step * g_.metadata_bytes;
+      for (int64_t column = task.column; column < task.column_end;) {
+        const int columns = next_columns(kernels_.micro[tiles], task.column_end - column);
+        args.x = x + (column - task.column) * ldx * x_size;
+        args.sums = sums ? sums : local;
+        args.stream = column == task.column;
+        if (step_end == g_.steps) prefetch_output(tile, tiles, column, columns);
+        kernels_.micro[tiles][columns](args);
+        if (step_end == g_.steps) finish(args.sums, tile, tiles, column, columns);
+        if (sums) sums += columns * tiles * kTile;
+        column += columns;
+      }
+      tile += tiles;
+    }
+  }
+
+  // Rows of y are far apart: without this every store of the next micro-kernel's result waits for its cache line.
+  void prefetch_output(int64_t tile, int tiles, int64_t column, int columns) const {
+    const int64_t size = element_bytes(g_.dtype);
+    const int64_t bytes = std::min<int64_t>(tiles * kTile, g_.out - tile * kTile) * size;
+    for (int b = 0; b < columns; ++b) {
+      const uint8_t* y = static_cast<const uint8_t*>(call_.y) + ((column + b) * call_.ldy + tile * kTile) * size;
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(y + byte, 1);
+    }
+  }
+
+  void finish(const float* sums, int64_t tile, int tiles, int64_t column, int columns) const {
+    const int64_t row = tile * kTile;
+    const int64_t size = element_bytes(g_.dtype);
+    FinishArgs args;
+    args.sums = sums;
+    args.ld = tiles * kTile;
+    args.rows = static_cast<int>(std::min<int64_t>(tiles * kTile, g_.out - row));
+    args.columns = columns;
+    args.bias = call_.bias ? static_cast<const uint8_t*>(call_.bias) + row * size : nullptr;
+    args.y = static_cast<uint8_t*>(call_.y) + (column * call_.ldy + row) * size;
+    args.ldy = call_.ldy;
+    args.dtype = g_.dtype;
+    isa_.finish(args);
+  }
+
+  const Isa& isa_;
+  const KernelSet& kernels_;
+  const Geometry& g_;
+  const LinearCall& call_;
+  Blocking blocking_;
+};
+
+}  // namespace
+
+int blocked_linear(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call) {
+  const Partition parts = make_partition(g.tiles, call.batch, g.steps, g.slots, call.threads, kTaskColumns);
+  const TaskRunner runner(isa, kernels, g, call);
+  std::atomic<bool> complete{true};
+  parallel_for(call.threads, parts.tasks(), [&](int64_t index) {
+    Task task;
+    task.tile = index % parts.row_tasks * parts.tile_block;
+    task.tile_end = std::min(g.tiles, task.tile + parts.tile_block);
+    task.column = index / parts.row_tasks * parts.batch_block;
+    task.column_end = std::min(call.batch, task.column + parts.batch_block);
+    if (!runner.run(task)) complete.store(false, std::memory_order_relaxed);
+  });
+  return complete.load() ? SPARSECOMP_OK : SPARSECOMP_NO_MEMORY;
+}
+
+}  // namespace sparsecomp

@@ -1,0 +1,76 @@
+// The blocked product y = x W^T + bias, and the interface of the micro-kernels it drives.
+// Owns blocking, threads, conversion of x and ragged edges, so that micro-kernels see whole tiles and whole steps only.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.hpp"
+
+namespace sparsecomp {
+
+struct LinearCall {
+  const uint8_t* values;
+  const uint8_t* metadata;
+  const void* x;
+  int64_t ldx;
+  int64_t batch;
+  const void* bias;  // or nullptr
+  void* y;
+  int64_t ldy;
+  int threads;
+};
+
+constexpr int kMostTiles = 4;
+constexpr int kMostColumns = 8;
+
+// One micro-kernel call: T tiles of rows by NB batch columns over `steps` column steps.
+struct MicroArgs {
+  const Geometry* geometry;
+  const uint8_t* values;    // block of the first tile and step
+  const uint8_t* metadata;  // likewise
+  int64_t value_stride;     // bytes from a tile to the next
+  int64_t metadata_stride;
+  const void* x;  // [NB][ldx], 16 * steps columns readable, float or bf16 as the kernel set says
+  int64_t ldx;    // elements
+  int64_t steps;
+  float* sums;  // [NB][T * 16], contiguous
+  bool add;     // `sums` holds the sums of earlier columns, to be added to
+  bool stream;  // these weights are used for the first time: prefetch them, and the first of the next call's
+  const uint8_t* next_values;
+  const uint8_t* next_metadata;
+};
+
+using Micro = void (*)(const MicroArgs&);
+
+// The micro-kernels of one geometry; micro[T][NB] may be nullptr, but micro[1][1] exists.
+struct KernelSet {
+  int x_dtype;  // SPARSECOMP_F32 or SPARSECOMP_BF16: what x must be converted to
+  Micro micro[kMostTiles + 1][kMostColumns + 1];
+};
+
+// y[column][0..rows) = sums[column][0..rows) + bias, in `dtype`; rows of `sums` are `ld` apart.
+struct FinishArgs {
+  const float* sums;
+  int64_t ld;
+  int rows;
+  int columns;
+  const void* bias;  // of the first row, or nullptr
+  void* y;           // element of the first row and column
+  int64_t ldy;
+  int dtype;
+};
+
+// One instruction set.
+struct Isa {
+  const char* name;
+  const KernelSet* (*select)(const Geometry& g);
+  void (*widen)(const void* from, int dtype, float* to, int64_t count);
+  void (*finish)(const FinishArgs& args);
+  double (*flops)(int dtype, double seconds);            // measured, of independent multiply-adds on this thread
+  uint64_t (*read)(const uint8_t* from, int64_t bytes);  // reads as fast as this thread can
+};
+
+// SPARSECOMP_OK or SPARSECOMP_NO_MEMORY.
+int blocked_linear(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call);
+
+}  // namespace sparsecomp

@@ -1,0 +1,21 @@
+// Cuts the output of a product into tasks. Pure arithmetic on sizes: tested for many cores on a machine with few.
+#pragma once
+
+#include <cstdint>
+
+namespace sparsecomp {
+
+struct Partition {
+  int64_t tile_block;   // row tiles in a task (the last block of each kind may be smaller)
+  int64_t batch_block;  // batch columns in a task
+  int64_t row_tasks;
+  int64_t batch_tasks;
+
+  int64_t tasks() const { return row_tasks * batch_tasks; }
+};
+
+// `tiles` row tiles by `batch` columns, `steps` column steps and `slots` kept weights per row and step, for `threads`
+// threads. A task never holds more than `most_batch` columns.
+Partition make_partition(int64_t tiles, int64_t batch, int64_t steps, int slots, int threads, int64_t most_batch);
+
+}  // namespace sparsecomp

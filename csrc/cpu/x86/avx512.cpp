@@ -1,0 +1,151 @@
+// fp32 products on AVX-512 F/BW/VL/DQ. A register holds 16 rows of one slot; 16 activations of a step are one load, the
+// slot's positions permute them into place, one multiply-add per slot and batch column does the rest.
+// 16-bit weights are widened in registers; x arrives widened.
+#include "avx512_common.hpp"
+
+#include "../dispatch.hpp"
+#include "../measure.hpp"
+
+namespace sparsecomp {
+namespace {
+
+struct ValuesF32 {
+  using Raw = __m512;
+  static constexpr bool kPaired = false;
+  static Raw load(const uint8_t* block, int slot) { return _mm512_loadu_ps(block + slot * kTile * 4); }
+  static __m512 even(Raw raw) { return raw; }
+  static __m512 odd(Raw raw) { return raw; }
+};
+
+struct ValuesBf16 {
+  using Raw = __m512i;
+  static constexpr bool kPaired = true;
+  static Raw load(const uint8_t* block, int slot) { return _mm512_loadu_si512(block + slot / 2 * kTile * 4); }
+  static __m512 even(Raw raw) { return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)); }
+  static __m512 odd(Raw raw) { return _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(~0xffff))); }
+};
+
+struct ValuesF16 {
+  using Raw = __m512i;
+  static constexpr bool kPaired = true;
+  static Raw load(const uint8_t* block, int slot) { return _mm512_loadu_si512(block + slot / 2 * kTile * 4); }
+  static __m512 even(Raw raw) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(raw)); }
+  static __m512 odd(Raw raw) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(raw, 16))); }
+};
+
+// Registers for T = 2, NB = 8: 16 sums, 8 activations, 2 index words, a value, an index and a permuted activation; the
+// constants of groups smaller than 16 take the rest.
+template <class Values>
+struct Product {
+  using X = float;
+  using Vector = __m512;
+  static constexpr int kXDtype = SPARSECOMP_F32;
+  static constexpr int kWeightBytes = Values::kPaired ? 2 : 4;
+
+  static Vector load(const X* x) { return _mm512_loadu_ps(x); }
+
+  template <int M, class Shape, int NB, int C>
+  static inline void pair(const uint8_t* block, int slot, bool odd, __m512i word, const Shape& shape, int,
+                          const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {
+    const typename Values::Raw raw = Values::load(block, slot);
+    multiply<NB, C>(Values::even(raw), columns<M>(word, shape.base(slot)), 0, xs, sums);
+    if (!odd) return;
+    const typename Values::Raw next = Values::kPaired ? raw : Values::load(block, slot + 1);
+    const __m512i index = columns<M>(_mm512_srli_epi32(word, Shape::kBits), shape.base(slot + 1));
+    multiply<NB, C>(Values::odd(next), index, C - 1, xs, sums);
+  }
+
+ private:
+  // A group of 16 needs no base, and the permute reads the low four bits only.
+  template <int M>
+  static __m512i columns(__m512i word, int base) {
+    if (M == 16) return word;
+    // (word & mask) | base
+    return _mm512_ternarylogic_epi32(word, _mm512_set1_epi32(M - 1), _mm512_set1_epi32(base), 0xea);
+  }
+
+  template <int NB, int C>
+  static void multiply(__m512 value, __m512i index, int chain, const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b)
+      sums[b][chain] = _mm512_fmadd_ps(value, _mm512_permutexvar_ps(index, xs[b]), sums[b][chain]);
+  }
+};
+
+const KernelSet* select(const Geometry& g) {
+  switch (g.dtype) {
+    case SPARSECOMP_F32:
+      return select_for<Product<ValuesF32>>(g);
+    case SPARSECOMP_F16:
+      return select_for<Product<ValuesF16>>(g);
+    default:
+      return select_for<Product<ValuesBf16>>(g);
+  }
+}
+
+__mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
+
+__m512 widen_vector(__m256i raw, int dtype) {
+  return dtype == SPARSECOMP_F16 ? _mm512_cvtph_ps(raw)
+                                 : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+__m512 load_lanes(const void* from, int64_t index, int dtype, __mmask16 lanes) {
+  if (dtype == SPARSECOMP_F32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(from) + index);
+  return widen_vector(_mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(from) + index), dtype);
+}
+
+__m256i narrow_vector(__m512 value, int dtype) {
+  if (dtype == SPARSECOMP_F16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+
+void widen(const void* from, int dtype, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 lanes = first_lanes(count - i);
+    _mm512_mask_storeu_ps(to + i, lanes, load_lanes(from, i, dtype, lanes));
+  }
+}
+
+void finish(const FinishArgs& args) {
+  for (int row = 0; row < args.rows; row += kTile) {
+    const __mmask16 lanes = first_lanes(args.rows - row);
+    const __m512 bias = args.bias ? load_lanes(args.bias, row, args.dtype, lanes) : _mm512_setzero_ps();
+    for (int b = 0; b < args.columns; ++b) {
+      const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(args.sums + b * args.ld + row), bias);
+      const int64_t index = b * args.ldy + row;
+      if (args.dtype == SPARSECOMP_F32)
+        _mm512_mask_storeu_ps(static_cast<float*>(args.y) + index, lanes, sum);
+      else
+        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + index, lanes, narrow_vector(sum, args.dtype));
+    }
+  }
+}
+
+double flops(int, double seconds) {
+  constexpr int kChains = 16;
+  const __m512 factor = _mm512_set1_ps(0.999f);
+  return measure_rate(seconds, 2.0 * kTile * kChains, [=](int64_t rounds) {
+    __m512 sums[kChains];
+    SPARSECOMP_UNROLL
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm512_setzero_ps();
+    for (int64_t round = 0; round < rounds; ++round) {
+      SPARSECOMP_UNROLL
+      for (int i = 0; i < kChains; ++i) {
+        sums[i] = _mm512_fmadd_ps(factor, factor, sums[i]);
+        __asm__ volatile("" : "+v"(sums[i]));  // keeps the work, in registers
+      }
+    }
+  });
+}
+
+}  // namespace
+
+const Isa kAvx512 = {"avx512", select, widen, finish, flops, read_stream};
+
+}  // namespace sparsecomp

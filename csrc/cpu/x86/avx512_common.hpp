@@ -1,0 +1,163 @@
+// The frame that all AVX-512 micro-kernels share: walk over steps, index words and pairs of slots of a block.
+// Included by files that are compiled for AVX-512 only; everything here is local to the file that includes it.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../linear.hpp"
+#include "../unroll.hpp"
+#include "prefetch.hpp"
+
+namespace sparsecomp {
+namespace {
+
+// In-group positions of 16 rows: index word `word` of a metadata block.
+inline __m512i load_index_word(const uint8_t* block, int word, int full_words, int rest_bytes) {
+  const uint8_t* plane = block + word * kTile * 4;
+  if (word < full_words || rest_bytes == 4) return _mm512_loadu_si512(plane);
+  if (rest_bytes == 2) return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane)));
+  if (rest_bytes == 1) return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane)));
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane)));
+  const __m512i high = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane + kTile * 2)));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// The shape of one step, known at compile time where N is (N = 0: any N, read from the geometry).
+template <int M, int N>
+struct StepShape {
+  static constexpr bool kStatic = N != 0;
+  static constexpr int kBits = M == 16 ? 4 : M == 8 ? 3 : M == 4 ? 2 : 1;
+  static constexpr int kWordSlots = 32 / kBits;
+  static constexpr int kSlots = kStep / M * N;
+  static_assert(kSlots <= kWordSlots, "static shapes have one index word");
+  int bases[kStatic ? 1 : kStep + 1];
+
+  explicit StepShape(const Geometry& g) {
+    if (!kStatic)
+      for (int slot = 0; slot <= kStep; ++slot) bases[kStatic ? 0 : slot] = slot / g.n * M;
+  }
+
+  // First column of the group that a slot belongs to.
+  int base(int slot) const { return kStatic ? slot / (kStatic ? N : 1) * M : bases[slot]; }
+};
+
+// T tiles by NB batch columns. `Product` multiplies a pair of slots of one tile:
+//   Product::X, Product::Vector   element and register of x; load(pointer) takes 16 elements
+//   Product::pair<M>(block, slot, odd, word, shape, chain, xs, sums)   `odd`: slot + 1 exists too
+template <class Product, int M, int N, int T, int NB>
+void micro(const MicroArgs& args) {
+  using Shape = StepShape<M, N>;
+  constexpr int kChains = NB <= 2 ? 2 : 1;  // few columns: two sums each, or the latency of the multiply-add shows
+  const Geometry& g = *args.geometry;
+  const Shape shape(g);
+  const int full_words = Shape::kStatic ? Shape::kSlots / Shape::kWordSlots : g.full_words();
+  const int rest_bytes = Shape::kStatic ? (Shape::kSlots % Shape::kWordSlots * Shape::kBits + 7) / 8 : g.rest_bytes;
+  constexpr int block_bytes = (Shape::kSlots * Product::kWeightBytes * kTile + 63) / 64 * 64;
+  const uint8_t* values = args.values;
+  const uint8_t* metadata = args.metadata;
+  const auto* x = static_cast<const typename Product::X*>(args.x);
+
+  Prefetcher prefetch(args);
+
+  __m512 sums[T][NB][kChains];
+  SPARSECOMP_UNROLL
+  for (int t = 0; t < T; ++t) {
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      sums[t][b][0] = args.add ? _mm512_loadu_ps(args.sums + (b * T + t) * kTile) : _mm512_setzero_ps();
+      if (kChains == 2) sums[t][b][kChains - 1] = _mm512_setzero_ps();
+    }
+  }
+
+  for (int64_t step = 0; step < args.steps; ++step) {
+    typename Product::Vector xs[NB];
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b) xs[b] = Product::load(x + b * args.ldx);
+    if (args.stream) {
+      SPARSECOMP_UNROLL
+      for (int t = 0; t < T; ++t) prefetch.template tile<Shape::kStatic ? block_bytes : 0>(t);
+      prefetch.advance();
+    }
+    __m512i index[T];
+    const auto load_words = [&](int word) {
+      SPARSECOMP_UNROLL
+      for (int t = 0; t < T; ++t)
+        index[t] = load_index_word(metadata + t * args.metadata_stride, word, full_words, rest_bytes);
+    };
+    const auto multiply = [&](int slot, bool odd, int chain) {
+      SPARSECOMP_UNROLL
+      for (int t = 0; t < T; ++t) {
+        Product::template pair<M>(values + t * args.value_stride, slot, odd, index[t], shape, chain, xs, sums[t]);
+        index[t] = _mm512_srli_epi32(index[t], 2 * Shape::kBits);
+      }
+    };
+    if constexpr (Shape::kStatic) {
+      load_words(0);
+      SPARSECOMP_UNROLL
+      for (int slot = 0; slot < Shape::kSlots; slot += 2) multiply(slot, slot + 1 < Shape::kSlots, slot / 2 % kChains);
+    } else {
+      for (int word = 0, slot = 0; word < g.words; ++word) {
+        load_words(word);
+        const int end = g.slots < slot + Shape::kWordSlots ? g.slots : slot + Shape::kWordSlots;
+        for (; slot + 1 < end; slot += 2) multiply(slot, true, 0);
+        if (slot < end) multiply(slot++, false, 0);
+      }
+    }
+    values += g.value_bytes;
+    metadata += g.metadata_bytes;
+    x += kStep;
+  }
+
+  SPARSECOMP_UNROLL
+  for (int t = 0; t < T; ++t) {
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      const __m512 sum = kChains == 2 ? _mm512_add_ps(sums[t][b][0], sums[t][b][kChains - 1]) : sums[t][b][0];
+      _mm512_storeu_ps(args.sums + (b * T + t) * kTile, sum);
+    }
+  }
+}
+
+// Patterns with a compile-time N have a kernel for every column count, the others for powers of two.
+template <class Product, int M, int N, int T>
+constexpr void fill_columns(Micro* row) {
+  row[1] = micro<Product, M, N, T, 1>;
+  row[2] = micro<Product, M, N, T, 2>;
+  row[4] = micro<Product, M, N, T, 4>;
+  row[8] = micro<Product, M, N, T, 8>;
+  if constexpr (N != 0) {
+    row[3] = micro<Product, M, N, T, 3>;
+    row[5] = micro<Product, M, N, T, 5>;
+    row[6] = micro<Product, M, N, T, 6>;
+    row[7] = micro<Product, M, N, T, 7>;
+  }
+}
+
+template <class Product, int M, int N>
+constexpr KernelSet make_set() {
+  KernelSet set{Product::kXDtype, {}};
+  fill_columns<Product, M, N, 1>(set.micro[1]);
+  fill_columns<Product, M, N, 2>(set.micro[2]);
+  return set;
+}
+
+// The kernels of a pattern: their own for 2:4 and 8:16, otherwise those of its group size.
+template <class Product>
+const KernelSet* select_for(const Geometry& g) {
+  static constexpr KernelSet of_2_4 = make_set<Product, 4, 2>(), of_8_16 = make_set<Product, 16, 8>();
+  static constexpr KernelSet of_2 = make_set<Product, 2, 0>(), of_4 = make_set<Product, 4, 0>(),
+                             of_8 = make_set<Product, 8, 0>(), of_16 = make_set<Product, 16, 0>();
+  switch (g.m) {
+    case 2:
+      return &of_2;
+    case 4:
+      return g.n == 2 ? &of_2_4 : &of_4;
+    case 8:
+      return &of_8;
+    default:
+      return g.n == 8 ? &of_8_16 : &of_16;
+  }
+}
+
+}  // namespace
+}  // namespace sparsecomp

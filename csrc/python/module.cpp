@@ -1,0 +1,186 @@
+// Python module `_native`: the C ABI with raw pointers as integers. Stable ABI of Python 3.10; knows no tensor type.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <array>
+#include <cstdint>
+
+#include "sparsecomp.h"
+
+namespace {
+
+PyObject* raise_code(int code) {
+  PyErr_SetString(PyExc_RuntimeError, sparsecomp_error_text(code));
+  return nullptr;
+}
+
+// Every argument of every function is an integer; `Count` of them.
+template <size_t Count>
+bool read_integers(const char* name, PyObject* const* args, Py_ssize_t given, std::array<int64_t, Count>* values) {
+  if (given != static_cast<Py_ssize_t>(Count)) {
+    PyErr_Format(PyExc_TypeError, "%s takes %zu integers, got %zd arguments", name, Count, given);
+    return false;
+  }
+  for (size_t i = 0; i < Count; ++i) {
+    (*values)[i] = PyLong_AsLongLong(args[i]);
+    if ((*values)[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+template <class T>
+T* pointer(int64_t value) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(value));
+}
+
+// The first six integers of every nm_ function. Values beyond int32 become 0, which no description allows as M.
+template <size_t Count>
+sparsecomp_nm weight_of(const std::array<int64_t, Count>& v) {
+  const auto narrow = [](int64_t value) {
+    return value == static_cast<int32_t>(value) ? static_cast<int32_t>(value) : 0;
+  };
+  const bool dtype = v[5] == static_cast<int32_t>(v[5]);
+  return {v[0], v[1], narrow(v[2]), dtype ? narrow(v[3]) : 0, narrow(v[4]), narrow(v[5])};
+}
+
+PyObject* isa(PyObject*, PyObject*) {
+  if (const char* error = sparsecomp_isa_error()) {
+    PyErr_SetString(PyExc_RuntimeError, error);
+    return nullptr;
+  }
+  return PyUnicode_FromString(sparsecomp_isa());
+}
+
+PyObject* isa_available(PyObject*, PyObject*) { return PyUnicode_FromString(sparsecomp_isa_available()); }
+
+PyObject* byte_count(const char* name, int64_t (*function)(const sparsecomp_nm*), PyObject* const* args,
+                     Py_ssize_t given) {
+  std::array<int64_t, 6> v;
+  if (!read_integers(name, args, given, &v)) return nullptr;
+  const sparsecomp_nm weight = weight_of(v);
+  const int64_t bytes = function(&weight);
+  return bytes < 0 ? raise_code(SPARSECOMP_INVALID) : PyLong_FromLongLong(bytes);
+}
+
+PyObject* nm_values_bytes(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return byte_count("nm_values_bytes", sparsecomp_nm_values_bytes, args, given);
+}
+
+PyObject* nm_metadata_bytes(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return byte_count("nm_metadata_bytes", sparsecomp_nm_metadata_bytes, args, given);
+}
+
+PyObject* none_or_error(int code) {
+  if (code != SPARSECOMP_OK) return raise_code(code);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
+PyObject* nm_pack(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  std::array<int64_t, 10> v;
+  if (!read_integers("nm_pack", args, given, &v)) return nullptr;
+  const sparsecomp_nm weight = weight_of(v);
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  code = sparsecomp_nm_pack(&weight, pointer<const void>(v[6]), pointer<const uint8_t>(v[7]), pointer<void>(v[8]),
+                            pointer<void>(v[9]));
+  Py_END_ALLOW_THREADS;
+  return none_or_error(code);
+}
+
+PyObject* nm_unpack(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  std::array<int64_t, 10> v;
+  if (!read_integers("nm_unpack", args, given, &v)) return nullptr;
+  const sparsecomp_nm weight = weight_of(v);
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  code = sparsecomp_nm_unpack(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<void>(v[8]),
+                              pointer<uint8_t>(v[9]));
+  Py_END_ALLOW_THREADS;
+  return none_or_error(code);
+}
+
+PyObject* nm_to_dense(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  std::array<int64_t, 10> v;
+  if (!read_integers("nm_to_dense", args, given, &v)) return nullptr;
+  const sparsecomp_nm weight = weight_of(v);
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  code = sparsecomp_nm_to_dense(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<void>(v[8]),
+                                static_cast<int>(v[9]));
+  Py_END_ALLOW_THREADS;
+  return none_or_error(code);
+}
+
+PyObject* nm_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  std::array<int64_t, 15> v;
+  if (!read_integers("nm_linear", args, given, &v)) return nullptr;
+  const sparsecomp_nm weight = weight_of(v);
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  code = sparsecomp_nm_linear(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<const void>(v[8]),
+                              v[9], v[10], pointer<const void>(v[11]), pointer<void>(v[12]), v[13],
+                              static_cast<int>(v[14]));
+  Py_END_ALLOW_THREADS;
+  return none_or_error(code);
+}
+
+PyObject* measure_flops(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  std::array<int64_t, 2> v;
+  if (!read_integers("measure_flops", args, given, &v)) return nullptr;
+  double rate;
+  Py_BEGIN_ALLOW_THREADS;
+  rate = sparsecomp_measure_flops(static_cast<int32_t>(v[0]), static_cast<int>(v[1]));
+  Py_END_ALLOW_THREADS;
+  return PyFloat_FromDouble(rate);
+}
+
+PyObject* measure_read_bandwidth(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  std::array<int64_t, 1> v;
+  if (!read_integers("measure_read_bandwidth", args, given, &v)) return nullptr;
+  double rate;
+  Py_BEGIN_ALLOW_THREADS;
+  rate = sparsecomp_measure_read_bandwidth(static_cast<int>(v[0]));
+  Py_END_ALLOW_THREADS;
+  return PyFloat_FromDouble(rate);
+}
+
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyMethodDef fast(const char* name, FastCall function, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
+}
+
+#define WEIGHT "out, in, n, m, mask_rows, dtype"
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS,
+     "isa() -> str: the instruction set in use. Raises RuntimeError if SPARSECOMP_ISA names one that cannot run here."},
+    {"isa_available", isa_available, METH_NOARGS, "isa_available() -> str: all that can run, best first, with commas."},
+    fast("nm_values_bytes", nm_values_bytes, "nm_values_bytes(" WEIGHT ") -> int: bytes of the layout's values."),
+    fast("nm_metadata_bytes", nm_metadata_bytes, "nm_metadata_bytes(" WEIGHT ") -> int: bytes of its metadata."),
+    fast("nm_pack", nm_pack,
+         "nm_pack(" WEIGHT ", canonical_values, canonical_metadata, values, metadata): canonical form -> layout."),
+    fast("nm_unpack", nm_unpack,
+         "nm_unpack(" WEIGHT ", values, metadata, canonical_values, canonical_metadata): layout -> canonical form."),
+    fast("nm_to_dense", nm_to_dense,
+         "nm_to_dense(" WEIGHT ", values, metadata, dense, threads): layout -> dense weight [out, in]."),
+    fast("nm_linear", nm_linear,
+         "nm_linear(" WEIGHT ", values, metadata, x, ldx, batch, bias or 0, y, ldy, threads): y = x W^T + bias."),
+    fast("measure_flops", measure_flops, "measure_flops(dtype, threads) -> float: FLOP/s of multiply-adds."),
+    fast("measure_read_bandwidth", measure_read_bandwidth, "measure_read_bandwidth(threads) -> float: bytes/s."),
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_native",
+                          "CPU kernels of sparsecomp; pointers are integers (tensor.data_ptr()).",
+                          0,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModuleDef_Init(&definition); }

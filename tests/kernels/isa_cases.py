@@ -1,0 +1,116 @@
+"""The cases of test_isa.py, run in a process of their own with SPARSECOMP_ISA set."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_weight import Layout, check_linear, random_weight
+
+from sparsecomp import _native
+from sparsecomp.pack.format import pack
+
+PATTERNS = [
+    *("1:2", "2:2", "1:4", "2:4", "3:4", "4:4", "2:8", "4:8", "5:8", "6:8", "7:8", "8:8"),
+    *("1:16", "4:16", "7:16", "8:16", "9:16", "12:16", "15:16", "16:16", "2:4@v4"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1, 1), (5, 7), (16, 16), (123, 123), (40, 768), (33, 130)]
+BATCHES = [0, 1, 2, 3, 5, 8, 17]
+
+
+def test_isa_is_the_one_asked_for():
+    assert _native.isa() == os.environ["SPARSECOMP_ISA"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_pattern_on_odd_shapes(pattern, dtype):
+    for i, (out, columns) in enumerate(SHAPES):
+        for j, batch in enumerate(BATCHES):
+            check_linear(
+                pattern, out, columns, batch, dtype, has_bias=(i + j) % 2 == 0, gap=(i + j) % 3, seed=i * 10 + j
+            )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "8:16", "5:8"])
+def test_blocked_in_both_directions(pattern, dtype, threads):
+    check_linear(pattern, 123, 1040, 64, dtype, threads=threads)
+    check_linear(pattern, 40, 4097, 19, dtype, threads=threads)
+    check_linear(pattern, 24, 2048, 140, dtype, threads=threads)
+    check_linear(pattern, 1024, 768, 1, dtype, threads=threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_columns_gives_the_bias(dtype):
+    layout = Layout(
+        (5, 0, 2, 4, 1, {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]), *[torch.empty(0)] * 2
+    )
+    bias = torch.arange(5).to(dtype)
+    y = torch.full((3, 5), float("nan"), dtype=dtype)
+    layout.linear(torch.empty(3, 0, dtype=dtype), bias, y)
+    assert y.equal(bias.expand(3, 5))
+    layout.linear(torch.empty(3, 0, dtype=dtype), None, y)
+    assert y.equal(torch.zeros(3, 5, dtype=dtype))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2e-6, 2e4], ids=["normal", "subnormal in fp16", "overflow in fp16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_output_rounds_to_nearest_even_and_keeps_nan_and_inf(dtype, scale):
+    """Two products of 16-bit numbers are exact in fp32: y is their sum, rounded as torch rounds."""
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.randn(64, 32, generator=generator) * scale).clamp(-65504, 65504).to(dtype)
+    weight = torch.zeros(20, 32, dtype=dtype)
+    weight[:, 0], weight[:, 17] = 1, torch.linspace(0, 1, 20).to(dtype)
+    layout = Layout.of(pack(weight, "2:4"))
+    y = torch.empty(64, 20, dtype=dtype)
+    layout.linear(x, None, y)
+    want = torch.addcmul(x[:, :1].float(), x[:, 17:18].float(), weight[:, 17].float()).to(dtype)
+    assert y.equal(want)
+
+    x[3, 0], x[4, 0], x[5, 0] = float("nan"), float("inf"), float("-inf")
+    layout.linear(x, None, y)
+    assert bool(y[3].isnan().all())
+    assert bool((y[4] == float("inf")).all())
+    assert bool((y[5] == float("-inf")).all())
+    assert torch.cat([y[:3], y[6:]]).equal(torch.cat([want[:3], want[6:]]))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_layout_converts_back_exactly(pattern, dtype):
+    for out, columns in [*SHAPES, (257, 1000)]:
+        weight = random_weight(pattern, out, columns, dtype, torch.Generator().manual_seed(out))
+        packed = pack(weight, pattern)
+        layout = Layout.of(packed)
+        back = pack(torch.zeros_like(weight), pattern)
+        back.values.fill_(3)
+        back.metadata.fill_(0xA5)
+        layout.unpack_into(back)
+        assert back.values.equal(packed.values)
+        assert back.metadata.equal(packed.metadata)
+        assert layout.to_dense(dtype, threads=2).equal(weight)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    m=st.sampled_from([2, 4, 8, 16]),
+    kept=st.integers(1, 16),
+    rows=st.sampled_from([1, 1, 3, 4]),
+    out=st.integers(1, 90),
+    columns=st.integers(1, 300),
+    batch=st.integers(0, 40),
+    dtype=st.sampled_from(DTYPES),
+    has_bias=st.booleans(),
+    gap=st.integers(0, 5),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_random_products(m, kept, rows, out, columns, batch, dtype, has_bias, gap, threads, seed):
+    pattern = f"{1 + (kept - 1) % m}:{m}@v{rows}"
+    check_linear(pattern, out, columns, batch, dtype, has_bias=has_bias, gap=gap, threads=threads, seed=seed)

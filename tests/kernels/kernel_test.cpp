@@ -1,0 +1,228 @@
+// Compares the instruction set in use (SPARSECOMP_ISA) with the scalar reference on random weights and shapes, with
+// every buffer exactly as large as the contract says, so that a sanitizer or a guard page sees any access beyond it.
+// Also tests the partition of work for core counts that this machine does not have.
+//   cmake --workflow --preset sanitize
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+
+#include "dispatch.hpp"
+#include "layout.hpp"
+#include "numbers.hpp"
+#include "partition.hpp"
+#include "reference.hpp"
+#include "sparsecomp.h"
+
+namespace {
+
+using namespace sparsecomp;
+
+constexpr int kSkipped = 77;  // what ctest takes for "not run"
+int failures = 0;
+
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+      ++failures;                                                          \
+    }                                                                      \
+  } while (false)
+
+std::mt19937_64 generator(1);
+
+int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+
+// Exactly `bytes` long: on the heap, where AddressSanitizer watches both ends, or up against a page that cannot be
+// touched, which also catches the masked vector accesses that the sanitizer does not instrument.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : size(bytes), guarded_(uniform(0, 1) == 1) {
+    if (guarded_) {
+      const int64_t page = sysconf(_SC_PAGESIZE);
+      mapped_ = (bytes + page - 1) / page * page + page;
+      void* pages =
+          mmap(nullptr, static_cast<size_t>(mapped_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (pages == MAP_FAILED) std::abort();
+      base_ = static_cast<uint8_t*>(pages);
+      if (mprotect(base_ + mapped_ - page, static_cast<size_t>(page), PROT_NONE) != 0) std::abort();
+      data = base_ + mapped_ - page - bytes;
+    } else {
+      data = base_ = new uint8_t[static_cast<size_t>(bytes)];
+    }
+    std::memset(data, 0xa5, static_cast<size_t>(bytes));
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() {
+    if (guarded_)
+      munmap(base_, static_cast<size_t>(mapped_));
+    else
+      delete[] base_;
+  }
+
+  uint8_t* data;
+  const int64_t size;
+
+  void fill_numbers(int dtype) {
+    for (int64_t i = 0; i < size / element_bytes(dtype); ++i)
+      store_number(static_cast<float>(uniform(-1000, 1000)) / 512, data, i, dtype);
+  }
+
+ private:
+  const bool guarded_;
+  uint8_t* base_;
+  int64_t mapped_ = 0;
+};
+
+// Canonical metadata of random ascending positions.
+void fill_positions(const Geometry& g, Buffer* metadata) {
+  std::memset(metadata->data, 0, static_cast<size_t>(metadata->size));
+  const int64_t row_bytes = g.canonical_metadata_bytes();
+  for (int64_t row = 0; row * row_bytes < metadata->size && row_bytes > 0; ++row) {
+    for (int64_t slot = 0; slot < g.canonical_slots();) {
+      int left = g.n;
+      for (int position = 0; left > 0; ++position) {
+        if (uniform(1, g.m - position) > left) continue;
+        for (int bit = 0; bit < g.bits; ++bit) {
+          const int64_t at = slot * g.bits + bit;
+          if (position >> bit & 1) metadata->data[static_cast<size_t>(row * row_bytes + at / 8)] |= 1 << (at % 8);
+        }
+        ++slot;
+        --left;
+      }
+    }
+  }
+}
+
+void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t gap, int threads, bool has_bias) {
+  Geometry g;
+  CHECK(make_geometry(weight, &g), "geometry");
+  const int size = element_bytes(g.dtype);
+  const std::string name = std::to_string(g.out) + "x" + std::to_string(g.in) + " " + std::to_string(g.n) + ":" +
+                           std::to_string(g.m) + "@v" + std::to_string(g.mask_rows) + " dtype " +
+                           std::to_string(g.dtype) + " batch " + std::to_string(batch);
+
+  Buffer canonical_values(g.out * g.canonical_slots() * size);
+  Buffer canonical_metadata((g.out + g.mask_rows - 1) / g.mask_rows * g.canonical_metadata_bytes());
+  canonical_values.fill_numbers(g.dtype);
+  fill_positions(g, &canonical_metadata);
+  Buffer values(sparsecomp_nm_values_bytes(&weight)), metadata(sparsecomp_nm_metadata_bytes(&weight));
+  CHECK(sparsecomp_nm_pack(&weight, canonical_values.data, canonical_metadata.data, values.data, metadata.data) ==
+            SPARSECOMP_OK,
+        "%s", name.c_str());
+  Buffer back_values(canonical_values.size), back_metadata(canonical_metadata.size);
+  CHECK(
+      sparsecomp_nm_unpack(&weight, values.data, metadata.data, back_values.data, back_metadata.data) == SPARSECOMP_OK,
+      "%s", name.c_str());
+  CHECK(std::memcmp(back_values.data, canonical_values.data, static_cast<size_t>(back_values.size)) == 0,
+        "values of %s do not come back", name.c_str());
+  CHECK(std::memcmp(back_metadata.data, canonical_metadata.data, static_cast<size_t>(back_metadata.size)) == 0,
+        "metadata of %s does not come back", name.c_str());
+  Buffer dense(g.out * g.in * size);
+  CHECK(sparsecomp_nm_to_dense(&weight, values.data, metadata.data, dense.data, threads) == SPARSECOMP_OK, "%s",
+        name.c_str());
+
+  const int64_t ldx = g.in + gap, ldy = g.out + gap;
+  const auto extent = [&](int64_t ld, int64_t row) { return batch == 0 ? 0 : ((batch - 1) * ld + row) * size; };
+  Buffer x(extent(ldx, g.in)), bias(g.out * size), y(extent(ldy, g.out)), want(extent(ldy, g.out));
+  x.fill_numbers(g.dtype);
+  bias.fill_numbers(g.dtype);
+  const void* given_bias = has_bias ? bias.data : nullptr;
+  CHECK(sparsecomp_nm_linear(&weight, values.data, metadata.data, x.data, ldx, batch, given_bias, y.data, ldy,
+                             threads) == SPARSECOMP_OK,
+        "%s", name.c_str());
+  reference_linear(g, {values.data, metadata.data, x.data, ldx, batch, given_bias, want.data, ldy, 1});
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t row = 0; row < g.out; ++row) {
+      const float got = load_number(y.data, b * ldy + row, g.dtype);
+      const float expected = load_number(want.data, b * ldy + row, g.dtype);
+      const float unit = g.dtype == SPARSECOMP_F32 ? 1e-5f : g.dtype == SPARSECOMP_F16 ? 2e-3f : 1.6e-2f;
+      const float scale = std::fabs(expected) + std::sqrt(static_cast<float>(g.in) + 1);
+      CHECK(std::fabs(got - expected) <= unit * scale, "%s: y[%d][%d] is %g, not %g", name.c_str(), static_cast<int>(b),
+            static_cast<int>(row), static_cast<double>(got), static_cast<double>(expected));
+    }
+    for (int64_t row = g.out; row < ldy && b + 1 < batch; ++row)
+      for (int i = 0; i < size; ++i)
+        CHECK(y.data[static_cast<size_t>((b * ldy + row) * size + i)] == 0xa5, "%s wrote between rows", name.c_str());
+  }
+}
+
+void compare_random(int count) {
+  for (int i = 0; i < count; ++i) {
+    sparsecomp_nm weight;
+    weight.m = 2 << uniform(0, 3);
+    weight.n = static_cast<int32_t>(i % 3 == 0 ? weight.m / 2 : uniform(1, weight.m));
+    weight.mask_rows = static_cast<int32_t>(i % 4 == 0 ? uniform(1, 5) : 1);
+    weight.dtype = static_cast<int32_t>(uniform(SPARSECOMP_F32, SPARSECOMP_BF16));
+    weight.out_features = uniform(0, 70);
+    weight.in_features = i % 5 == 0 ? 16 * uniform(0, 12) : uniform(0, 200);
+    compare_with_reference(weight, uniform(0, 20), uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1);
+  }
+  // long enough to be cut along the columns
+  for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16})
+    compare_with_reference({20, 6500, 2, 4, 1, dtype}, 18, 1, 2, true);
+}
+
+void check_partition() {
+  for (int i = 0; i < 20000; ++i) {
+    const int64_t tiles = uniform(1, 1000), batch = uniform(1, 3000), steps = uniform(1, 700);
+    const int slots = static_cast<int>(uniform(1, 16)), threads = static_cast<int>(uniform(1, 128));
+    const int64_t most = 128;
+    const Partition p = make_partition(tiles, batch, steps, slots, threads, most);
+    CHECK(p.tile_block > 0 && p.batch_block > 0 && p.batch_block <= most, "sizes of blocks");
+    CHECK(p.row_tasks * p.tile_block >= tiles && (p.row_tasks - 1) * p.tile_block < tiles, "rows covered once");
+    CHECK(p.batch_tasks * p.batch_block >= batch && (p.batch_tasks - 1) * p.batch_block < batch, "batch covered once");
+  }
+  CHECK(make_partition(1, 8, 4, 8, 64, 128).tasks() == 1, "a tiny product is one task");
+  CHECK(make_partition(256, 1, 256, 8, 1, 128).tasks() == 1, "one thread, one task");
+  CHECK(make_partition(256, 1, 256, 8, 64, 128).tasks() >= 64, "rows keep 64 threads busy at batch 1");
+  CHECK(make_partition(24, 1024, 24, 8, 64, 128).tasks() >= 64, "a narrow layer is split along the batch");
+}
+
+void check_numbers() {
+  for (uint32_t i = 0; i < 0x10000; ++i) {
+    const auto bits = static_cast<uint16_t>(i);
+    const float half = f16_to_float(bits), brain = bf16_to_float(bits);
+    CHECK(half != half ? float_to_f16(half) > (bits & 0x8000) + 0x7c00 : float_to_f16(half) == bits, "fp16 %x", i);
+    CHECK(brain != brain ? (float_to_bf16(brain) & 0x7fff) > 0x7f80 : float_to_bf16(brain) == bits, "bf16 %x", i);
+  }
+}
+
+void check_refusals() {
+  const sparsecomp_nm good{4, 8, 2, 4, 1, SPARSECOMP_F32};
+  for (sparsecomp_nm bad : {sparsecomp_nm{4, 8, 5, 4, 1, SPARSECOMP_F32}, sparsecomp_nm{4, 8, 2, 3, 1, SPARSECOMP_F32},
+                            sparsecomp_nm{-1, 8, 2, 4, 1, SPARSECOMP_F32}, sparsecomp_nm{4, 8, 2, 4, 0, SPARSECOMP_F32},
+                            sparsecomp_nm{4, 8, 2, 4, 1, 9}}) {
+    CHECK(sparsecomp_nm_values_bytes(&bad) == -1, "a bad description has no size");
+    CHECK(sparsecomp_nm_linear(&bad, "", "", "", 8, 1, nullptr, &bad, 4, 1) == SPARSECOMP_INVALID, "refused");
+  }
+  Buffer y(16);
+  CHECK(sparsecomp_nm_linear(&good, nullptr, nullptr, nullptr, 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_INVALID,
+        "null weight");
+  CHECK(sparsecomp_nm_linear(&good, "", "", "", 7, 2, nullptr, y.data, 4, 1) == SPARSECOMP_INVALID, "short ldx");
+  const sparsecomp_nm bytes{4, 8, 2, 4, 1, SPARSECOMP_I8};
+  CHECK(sparsecomp_nm_linear(&bytes, "", "", "", 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_UNSUPPORTED, "int8");
+}
+
+}  // namespace
+
+int main() {
+  if (const char* error = sparsecomp_isa_error()) {
+    std::printf("skipped: %s\n", error);
+    return kSkipped;
+  }
+  check_partition();
+  check_numbers();
+  check_refusals();
+  compare_random(600);
+  std::printf("%s: %d failures\n", sparsecomp_isa(), failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,44 @@
+"""Every instruction set this machine can run, each in a process of its own, passes the cases of isa_cases.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_native = pytest.importorskip("sparsecomp._native", reason="the compiled kernels are not installed")
+
+CASES = Path(__file__).with_name("isa_cases.py")
+
+
+def _run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    # more threads than cores are tested too: workers must not spin while they wait
+    environment = os.environ | {"SPARSECOMP_ISA": isa, "OMP_WAIT_POLICY": "passive"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("isa", _native.isa_available().split(","))
+def test_isa(isa):
+    done = _run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_an_unknown_isa_is_an_error_that_names_the_choices():
+    done = _run("avx1024", "-c", "from sparsecomp import _native; _native.isa()")
+    assert done.returncode != 0
+    assert "SPARSECOMP_ISA=avx1024 cannot run on this machine" in done.stderr
+    assert _native.isa_available() in done.stderr
+
+
+def test_an_unknown_isa_still_computes():
+    program = (
+        "import torch, sparsecomp; from sparsecomp import _native\n"
+        "y = torch.zeros(2, 3); b = torch.ones(3)\n"
+        "_native.nm_linear(3, 0, 2, 4, 1, 0, 0, 0, 0, 0, 2, b.data_ptr(), y.data_ptr(), 3, 1)\n"
+        "assert y.equal(torch.ones(2, 3))\n"
+    )
+    assert _run("avx1024", "-c", program).returncode == 0
