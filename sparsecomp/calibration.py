@@ -95,7 +95,7 @@ def calibrate(
     """
     if dtype not in (torch.float32, torch.float64):
         raise CalibrationError(f"calibration cannot accumulate in {dtype}; use torch.float32 or torch.float64")
-    if isinstance(batches, Tensor | Mapping):
+    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
         raise CalibrationError(f"batches is one {type(batches).__name__}, not an iterable of batches; pass [batch]")
     layers = require_layers(find_linears(model, only, skip))
     recorder = _Recorder(dtype)

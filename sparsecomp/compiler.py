@@ -5,7 +5,8 @@ Has no logic of its own: the plan decides, prune changes weights, pack refuses t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from sparsecomp.display import progress
 from sparsecomp.errors import CalibrationError, ModelError, SparsecompError
 from sparsecomp.layers import Globs, LayerTable, find_linears, replace_layer, require_layers
 from sparsecomp.nn import SparseLinear
+from sparsecomp.pack import pack
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.plan import Plan, plan
 from sparsecomp.report import Summary, summarise
@@ -41,8 +43,9 @@ def compile(
     ``plan``), and layers in which dense is faster stay dense, untouched; ``where="everywhere"`` packs every layer in
     one pattern without measuring. ``report(model)`` gives the plan, ``summary(model)`` the result.
 
-    Weights must fit their pattern already (PatternError names the layer and group that do not), unless ``method`` names
-    a pruning method; ``calibration`` gives the Gram matrices where the method needs them.
+    Weights must fit their pattern already (PatternError names the layer and group that do not, also for layers that
+    turn out to stay dense, so that the answer does not depend on a measurement), unless ``method`` names a pruning
+    method; ``calibration`` gives the Gram matrices where the method needs them.
 
     Raises the errors of ``plan`` and ``prune_weight``, and ModelError for a plan of another model. The model is
     untouched if anything is raised.
@@ -59,6 +62,8 @@ def compile(
     else:
         raise ModelError(f'where="{where}" is not known; use "faster" or "everywhere"')
     choices = _choices(decided, plan_or_pattern, found)
+    if method is None and decided is not None and isinstance(plan_or_pattern, str | Pattern):
+        _check_fit(decided, found)
     layers = {
         name: _sparse(found, name, *choice, method, calibration)
         for name, choice in progress(list(choices.items()), "pruning and packing" if method else "packing")
@@ -107,6 +112,23 @@ def _choices(
     return choices
 
 
+def _check_fit(decided: Plan, found: LayerTable) -> None:
+    """PatternError for a layer that was tried, stays dense and would not have fitted."""
+    for layer in decided:
+        if layer.pattern is None and layer.tried is not None:
+            with _naming(layer.name):
+                pack(found[layer.name].get_weight(), layer.tried)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the layer's name before the message of an error."""
+    try:
+        yield
+    except SparsecompError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def _sparse(
     found: LayerTable,
     name: str,
@@ -118,11 +140,8 @@ def _sparse(
     if calibration is not None and name not in calibration and method is not None:
         raise CalibrationError(f'calibration has no layer "{name}"; calibrate this model or use skip')
     gram = None if calibration is None or method is None else calibration[name].gram
-    try:
-        with torch.no_grad():
-            layer = SparseLinear.from_linear(found[name].as_linear(), pattern, method, gram)
-    except SparsecompError as error:
-        raise type(error)(f"{name}: {error}") from error
+    with _naming(name), torch.no_grad():
+        layer = SparseLinear.from_linear(found[name].as_linear(), pattern, method, gram)
     layer.dense_above = dense_above
     return layer
 

@@ -54,6 +54,12 @@ class LayerEntry:
     bias: bool
 
 
+def require_folder(path: Path) -> None:
+    """Raises FormatError if the folder that ``path`` is to be written in is not there."""
+    if not path.parent.is_dir():
+        raise FormatError(f'"{path}" cannot be written: there is no folder "{path.parent}"; make it first')
+
+
 def write(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -63,8 +69,10 @@ def write(
 ) -> None:
     """Write contiguous CPU tensors that share no memory, atomically: a reader sees the old file or the new one.
 
-    Raises ModelError for metadata that is no text and for dtypes that safetensors does not have.
+    Raises ModelError for metadata that is no text and for dtypes that safetensors does not have, FormatError for a
+    folder that is not there.
     """
+    require_folder(path)
     described = {
         name: {"pattern": e.pattern, "shape": list(e.shape), "dtype": _dtype_name(e.dtype), "bias": e.bias}
         for name, e in layers.items()

@@ -114,6 +114,12 @@ class LayerTable(Mapping[str, LinearRef]):
 Globs = str | Sequence[str] | None
 
 
+def require_module(model: object) -> None:
+    """Raises ModelError for a model that is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}; allowed is an nn.Module, so pass the model itself")
+
+
 def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> LayerTable:
     """The linear layers of ``model`` that can be pruned in place and replaced.
 
@@ -121,8 +127,9 @@ def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> La
     reachable under several names is found once, under the first. Everything that multiplies by a weight and is
     not found is in ``skipped`` with the reason, also what ``only`` and ``skip`` left out.
 
-    Raises ModelError for a glob that matches no layer, naming the nearest names.
+    Raises ModelError for a model that is no nn.Module and a glob that matches no layer, naming the nearest names.
     """
+    require_module(model)
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):

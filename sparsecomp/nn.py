@@ -107,7 +107,13 @@ class SparseLinear(nn.Module):
 
         Without ``method`` the weight must fit ``pattern`` already (PatternError names the first group that does not).
         With one it is pruned first; ``gram`` [in, in] is X^T X of the layer's inputs for methods that need it.
+        Raises ModelError for another module, whose weight may be [in, out].
         """
+        if not isinstance(linear, nn.Linear):
+            raise ModelError(
+                f"from_linear takes an nn.Linear, got {type(linear).__name__}; sparsecomp.compile knows which other "
+                f"layers of a model can be packed"
+            )
         weight = linear.weight.detach()
         if method is not None:
             from sparsecomp.prune import prune_weight
@@ -227,6 +233,8 @@ class SparseLinear(nn.Module):
 
     def _dispatched(self, x: Tensor) -> Tensor:
         """The product through the dispatcher: autograd, compilers, modes and subclasses see one operator."""
+        if not isinstance(x, Tensor):
+            raise ModelError(f"input is a {type(x).__name__}; this layer takes a tensor [..., {self.in_features}]")
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ModelError(
                 f"input has shape {tuple(x.shape)}; this layer takes [..., {self.in_features}], "

@@ -6,7 +6,7 @@ Takes a model and candidate patterns, gives a Plan. Prunes nothing in the model,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,8 +201,8 @@ def plan(
 
 
 def _batches(batch: int | Sequence[int]) -> tuple[int, ...]:
-    batches = (batch,) if isinstance(batch, int) else tuple(batch)
-    if not batches or any(size < 1 for size in batches):
+    batches = tuple(batch) if isinstance(batch, Iterable) else (batch,)
+    if not batches or not all(isinstance(size, int) and size >= 1 for size in batches):
         raise ModelError(f"batch={batch!r} names no batch sizes; use one or more numbers of rows, each at least 1")
     return tuple(sorted(set(batches)))
 

@@ -58,8 +58,8 @@ class Explanation:
 
 def explain_kernel(kernel: Kernel, batch: int, dense_above: int | None, wanted: str | None) -> Explanation:
     """Why ``kernel`` runs a batch of that many rows. ``wanted`` is the backend a user pinned, if any."""
-    if batch < 0:
-        raise ModelError(f"batch={batch} is not a number of rows; use 0 or more")
+    if not isinstance(batch, int) or batch < 0:
+        raise ModelError(f"batch={batch!r} is not a number of rows; use 0 or more")
     device = kernel.tensors[0].device.type
     request = Request(kernel.pattern, kernel.shape, kernel.dtype, device, batch)
     if device == "meta":

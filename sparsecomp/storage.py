@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsecomp.container import FORMAT_VERSION, Contents, LayerEntry, key, read, some, write
 from sparsecomp.display import table
 from sparsecomp.errors import FormatError, ModelError
-from sparsecomp.layers import LayerTable, find_linears, replace_layer
+from sparsecomp.layers import LayerTable, find_linears, replace_layer, require_module
 from sparsecomp.nn import SparseLinear
 from sparsecomp.pack import PackedWeight
 
@@ -77,8 +77,9 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
 
     ``metadata`` is text of your own, which ``inspect`` gives back. Tensors that share memory are stored once.
 
-    Raises ModelError for state_dict entries that are no tensors with content.
+    Raises ModelError for state_dict entries that are no tensors with content, FormatError for a missing folder.
     """
+    require_module(model)
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta:
@@ -104,6 +105,7 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
 
     Raises FormatError for a file that is truncated, damaged, of another version, or of another model than ``into``.
     """
+    require_module(into)
     contents = read(Path(path))
     state = contents.state()
     modules = dict(into.named_modules(remove_duplicate=False))

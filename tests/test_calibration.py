@@ -269,6 +269,7 @@ def test_layers_that_see_nothing_are_named():
         (iter(()), "got no batches"),
         (torch.randn(2, 8), r"batches is one Tensor, not an iterable of batches; pass \[batch\]"),
         ({"x": torch.randn(2, 8)}, "batches is one dict"),
+        (None, "batches is one NoneType"),
         (["some text"], "batch 0 is a str; allowed are a tensor, a tuple or list and a mapping; pass forward="),
         ([{"x": torch.randn(1, 2, 8), "attention_mask": torch.ones(1, 1, 2, 2)}], "attention_mask is of shape"),
     ],

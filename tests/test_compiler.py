@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,15 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes() -> None:
     with pytest.raises(PatternError, match=r"down: .*row 0, group 0"):
         compile(net, "2:4", where="everywhere")
     assert untouched(net, before)
+
+
+def test_weights_that_do_not_fit_are_refused_also_where_dense_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "plan", partial(plan, min_speedup=1e9))
+    model = nn.Sequential(nn.Linear(64, 32))
+    with pytest.raises(PatternError, match=r"^0: weight breaks 2:4"):
+        compile(model, "2:4", batch=2)
+    prune(model, "2:4")
+    assert type(compile(model, "2:4", batch=2)[0]) is nn.Linear
 
 
 def test_a_failure_while_swapping_undoes_what_was_swapped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from torch.nn.utils import prune as torch_prune
 
 from sparsecomp.errors import ModelError
 from sparsecomp.layers import find_linears, replace_layer, require_layers
+from sparsecomp.storage import load, save
 
 
 class Conv1D(nn.Module):
@@ -215,6 +216,12 @@ def test_no_layer_at_all_says_why():
         ModelError, match=r"no layer that can be sparse .0: Conv2d layers stay dense.; allowed are nn.Linear"
     ):
         require_layers(find_linears(nn.Sequential(nn.Conv2d(3, 4, 3))))
+
+
+@pytest.mark.parametrize("refuse", [find_linears, lambda model: save(model, "m"), lambda model: load("m", model)])
+def test_what_is_no_model_is_named(refuse):
+    with pytest.raises(ModelError, match=r"the model is a dict; allowed is an nn\.Module"):
+        refuse({})
 
 
 @pytest.mark.parametrize("tie", ["object", "memory", "transposed"])

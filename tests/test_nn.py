@@ -81,6 +81,8 @@ def test_wrong_input_is_named() -> None:
         layer(torch.randn(3, 40).double())
     with pytest.raises(ModelError, match="meta"):
         layer(torch.randn(3, 40, device="meta"))
+    with pytest.raises(ModelError, match=r"input is a ndarray; this layer takes a tensor \[\.\.\., 40\]"):
+        layer(torch.randn(3, 40).numpy())
 
 
 def test_replaced_bias_of_another_kind_is_named() -> None:
@@ -213,6 +215,24 @@ def test_from_linear_refuses_what_does_not_fit_and_prunes_when_told() -> None:
     wanda = SparseLinear.from_linear(linear, "2:4", method="wanda", gram=x.T @ x)
     assert torch.equal(wanda.weight, prune_weight(dense, "2:4", "wanda", x.T @ x).weight)
     assert torch.equal(linear.weight, dense)
+
+
+def test_from_linear_refuses_layers_whose_weight_means_something_else() -> None:
+    class Conv1D(nn.Module):
+        """Holds its weight as [in, out]; a square one would be packed transposed."""
+
+        weight = nn.Parameter(torch.eye(8))
+        bias = nn.Parameter(torch.zeros(8))
+
+    for layer in (Conv1D(), make(), nn.Conv2d(3, 3, 3)):
+        with pytest.raises(ModelError, match=rf"takes an nn\.Linear, got {type(layer).__name__}"):
+            SparseLinear.from_linear(layer, "2:4", method="magnitude")  # type: ignore[arg-type]
+
+
+def test_explain_takes_whole_numbers_of_rows() -> None:
+    for batch in (-1, 1.5, "a"):
+        with pytest.raises(ModelError, match="is not a number of rows"):
+            make().explain(batch)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -165,8 +165,9 @@ def test_a_real_plan_touches_no_weight_and_prints(monkeypatch: pytest.MonkeyPatc
 def test_wrong_requests_are_named() -> None:
     with pytest.raises(ModelError, match="batch"):
         plan(model(), "2:4", batch=(0,))
-    with pytest.raises(ModelError, match="batch"):
-        plan(model(), "2:4", batch=())
+    for batch in ((), "1", (1.5,), None):
+        with pytest.raises(ModelError, match="names no batch sizes"):
+            plan(model(), "2:4", batch=batch)  # type: ignore[arg-type]
     with pytest.raises(PatternError, match="mask-only"):
         plan(model(), "unstructured:0.5")
     with pytest.raises(PatternError, match="no pattern"):

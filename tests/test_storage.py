@@ -292,6 +292,11 @@ def test_a_model_of_another_size_or_dtype_or_class(tmp_path):
     refused(tmp_path / "text", Net(), "no whole safetensors file")
 
 
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FormatError, match=r'there is no folder ".*missing"; make it first'):
+        save(Net(), tmp_path / "missing" / "m.safetensors")
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path):
     save(sparse_net(), tmp_path / "m")
     before = (tmp_path / "m").read_bytes()

@@ -22,11 +22,10 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     models.add_model(parser)
     parser.add_argument("--pattern", required=True, help='such as "2:4" or "8:16"')
     parser.add_argument("--method", help="prune first: magnitude or wanda; others as registered")
-    parser.add_argument("--calibration", metavar="FACTORY", help="module:function giving an iterable of batches")
     parser.add_argument("--everywhere", action="store_true", help="pack layers in which dense is faster, too")
     parser.add_argument("--batch", metavar="LIST", default="1,128", help="rows of x to plan for (default 1,128)")
-    models.add_layers(parser)
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file to write")
+    models.add_pruning(parser)
+    models.add_output(parser, "safetensors")
     return parser
 
 
@@ -36,9 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     model = models.load_model(arguments.model, arguments.weights)
     chosen = {"only": arguments.only, "skip": arguments.skip}
-    calibration = None
-    if arguments.calibration is not None:
-        calibration = sc.calibrate(model, models.load_batches(arguments.calibration), **chosen)
+    calibration = models.load_calibration(arguments, model)
     dense = models.count_bytes(model)
     prepared = {"calibration": calibration, "method": arguments.method, **chosen}
     if arguments.everywhere:

@@ -22,7 +22,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     models.add_model(parser, "--model")
     parser.add_argument("--inputs", metavar="FACTORY", help="module:function giving the arguments of one forward call")
     parser.add_argument("--form", choices=("packed", "dense"), default="packed", help="default: packed")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="ONNX file to write")
+    models.add_output(parser, "ONNX")
     return parser
 
 

@@ -6,7 +6,7 @@ Takes names, gives objects. A name is a Python factory ``module:function`` or a 
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsecomp.errors import ModelError
+from sparsecomp.calibration import Calibration, calibrate
+from sparsecomp.container import require_folder
+from sparsecomp.errors import FormatError, ModelError
 
 MODEL_HELP = (
     "a Python factory module:function that takes no argument and returns an nn.Module (the current folder is on the "
@@ -31,10 +33,24 @@ def add_model(parser: ArgumentParser, flag: str = "model") -> None:
     parser.add_argument("--weights", metavar="FILE", help="load these dense weights (safetensors) into the model first")
 
 
-def add_layers(parser: ArgumentParser) -> None:
-    """Add --only and --skip."""
+def add_pruning(parser: ArgumentParser) -> None:
+    """Add --calibration, --only and --skip."""
+    parser.add_argument("--calibration", metavar="FACTORY", help="module:function giving an iterable of batches")
     parser.add_argument("--only", metavar="GLOB", action="append", help="only layers of these names (may be repeated)")
     parser.add_argument("--skip", metavar="GLOB", action="append", help="leave layers of these names dense")
+
+
+def add_output(parser: ArgumentParser, kind: str) -> None:
+    """Add --output, for a file of that kind in a folder that is there."""
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", type=_output, help=f"{kind} file to write")
+
+
+def _output(text: str) -> str:
+    try:
+        require_folder(Path(text))
+    except FormatError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return text
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -76,8 +92,14 @@ def load_model(name: str, weights: str | None = None) -> nn.Module:
     return model.eval()
 
 
-def load_batches(name: str) -> Iterable[Any]:
-    """The calibration batches of a factory: an iterable of tensors, tuples or mappings, as ``calibrate`` takes them."""
+def load_calibration(arguments: Namespace, model: nn.Module) -> Calibration | None:
+    """The statistics of ``model`` on the batches that --calibration names, or None without one."""
+    if arguments.calibration is None:
+        return None
+    return calibrate(model, _load_batches(arguments.calibration), only=arguments.only, skip=arguments.skip)
+
+
+def _load_batches(name: str) -> Iterable[Any]:
     batches = call_factory(name, "calibration batches")
     if not isinstance(batches, Iterable) or isinstance(batches, str | dict):
         raise ModelError(f'"{name}" returned a {type(batches).__name__}; return an iterable of batches')
@@ -123,8 +145,8 @@ def _load_dense(model: nn.Module, path: Path) -> None:
     try:
         load_safetensors(model, path)
     except (RuntimeError, SafetensorError) as error:
-        first = str(error).splitlines()[0]
-        raise ModelError(f'dense weights "{path}" do not fit the model: {first}') from error
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f'dense weights "{path}" do not fit the model: {reason}') from error
 
 
 def count_bytes(model: nn.Module) -> int:

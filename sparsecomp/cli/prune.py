@@ -22,9 +22,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     models.add_model(parser)
     parser.add_argument("--pattern", required=True, help='such as "2:4", "8:16" or "2:4@v4"')
     parser.add_argument("--method", default="magnitude", help="magnitude (default) or wanda; others as registered")
-    parser.add_argument("--calibration", metavar="FACTORY", help="module:function giving an iterable of batches")
-    models.add_layers(parser)
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file to write")
+    models.add_pruning(parser)
+    models.add_output(parser, "safetensors")
     return parser
 
 
@@ -33,10 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     import sparsecomp as sc
 
     model = models.load_model(arguments.model, arguments.weights)
+    calibration = models.load_calibration(arguments, model)
     chosen = {"only": arguments.only, "skip": arguments.skip}
-    calibration = None
-    if arguments.calibration is not None:
-        calibration = sc.calibrate(model, models.load_batches(arguments.calibration), **chosen)
     report = sc.prune(model, arguments.pattern, method=arguments.method, calibration=calibration, **chosen)
     print(report)
 

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparsecomp.container import require_folder
 from sparsecomp.display import table
 from sparsecomp.errors import ModelError
-from sparsecomp.layers import replace_layer
+from sparsecomp.layers import replace_layer, require_module
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx.extra import require
 from sparsecomp.onnx.function import DOMAIN, MIN_OPSET, OPERATOR, OPERATOR_VERSION, nm_linear_function
@@ -143,8 +144,11 @@ def export_onnx(
     An example batch of 2 or more is the safest, as torch.export may take size 1 for a constant.
 
     Raises ModelError for an unknown form or opset, and where torch cannot export the model;
-    BackendError if the onnx extra is missing.
+    FormatError for a folder that is not there; BackendError if the onnx extra is missing.
     """
+    require_module(model)
+    path = Path(path)
+    require_folder(path)
     if form not in ("packed", "dense"):
         raise ModelError(f'form="{form}" is not known; use "packed" or "dense"')
     opset = DEFAULT_OPSET if opset is None else opset
@@ -169,7 +173,6 @@ def export_onnx(
         ir_model = program.model
         if any(layer.form == "packed" for layer in layers):
             _attach_function(ir_model)
-        path = Path(path)
         external = _write(ir_model, path)
     nbytes = path.stat().st_size + (external.stat().st_size if external else 0)
     return ExportReport(path, opset, nbytes, external, tuple(layers))
@@ -244,9 +247,10 @@ def _stand_in(name: str, layer: SparseLinear, form: Form) -> tuple[nn.Module, Ex
 
 
 def _torch_export(model: nn.Module, args: tuple[Any, ...], **options: Any) -> Any:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of every torchvision operator that is not installed
+    # the one warns of every torchvision operator that is not installed, the other of constants it does not fold
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore", FutureWarning)
@@ -263,7 +267,8 @@ def _torch_export(model: nn.Module, args: tuple[Any, ...], **options: Any) -> An
             f"of 2 or more, or name the axes with dynamic_shapes, or pass dynamic_batch=False"
         ) from error
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _attach_function(model: Any) -> None:

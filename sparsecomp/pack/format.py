@@ -144,6 +144,9 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
         raise PatternError(f"pack takes a weight of shape [out, in], got {got}; reshape it to two dimensions")
     if weight.dtype not in DTYPES:
         raise PatternError(f"pack takes dtypes {_dtype_names()}, got {weight.dtype}; convert the weight first")
+    if weight.layout is not torch.strided or weight.is_meta:
+        got = "a meta tensor without content" if weight.is_meta else f"the layout {weight.layout}"
+        raise PatternError(f"pack takes a dense tensor with content, got {got}; load it or call .to_dense() first")
     if isinstance(pattern, Unstructured):
         raise PatternError(
             f'"{pattern}" is a mask-only pattern and has no packed form; '

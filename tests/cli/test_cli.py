@@ -50,6 +50,22 @@ def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["prune", "compile", "export"])
+def test_a_missing_folder_is_named_before_the_work(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    subject = ["packed.safetensors", "--model", "no:model"] if verb == "export" else ["no:model", "--pattern", "2:4"]
+    assert main([verb, *subject, "-o", "missing/file"]) == 2
+    assert 'there is no folder "missing"; make it first' in capsys.readouterr().err
+
+
+def test_dense_weights_of_another_model_say_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"strange": torch.zeros(1)}, "weights.safetensors")
+    assert main(["prune", "shop:build", "--weights", "weights.safetensors", "--pattern", "2:4", "-o", "file"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "strange" in error
+
+
 def test_prune_writes_dense_weights_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["prune", "shop:build", "--pattern", "2:4", "--method", "wanda", "--calibration", "shop:batches"]
     assert main([*arguments, "-o", "pruned.safetensors"]) == 0

@@ -6,7 +6,7 @@ import torch
 from onnx_models import Mixed, assert_close, random_sparse_layer, run_reference, run_stock, torch_output
 from torch import nn
 
-from sparsecomp.errors import BackendError, ModelError
+from sparsecomp.errors import BackendError, FormatError, ModelError
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx import export, export_onnx
 
@@ -193,6 +193,13 @@ def test_the_model_is_restored_after_an_error(tmp_path):
 def test_what_export_refuses(tmp_path, options, message):
     with pytest.raises(ModelError, match=message):
         export_onnx(random_sparse_layer(4, 8, "2:4"), (torch.randn(2, 8),), tmp_path / "m.onnx", **options)
+
+
+def test_a_missing_folder_and_what_is_no_model_are_named(tmp_path):
+    with pytest.raises(FormatError, match=r'there is no folder ".*missing"; make it first'):
+        export_onnx(nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / "missing" / "m.onnx")
+    with pytest.raises(ModelError, match="the model is a str"):
+        export_onnx("model", (torch.randn(2, 4),), tmp_path / "m.onnx")
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):

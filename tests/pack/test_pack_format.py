@@ -235,6 +235,8 @@ def test_not_finite_is_refused_with_its_place(pattern, dtype, value):
         ([[1.0]], "2:4", "got list"),
         (torch.zeros(2, 4, dtype=torch.float64), "2:4", "torch.float64"),
         (torch.zeros(2, 4), "unstructured:0.5", "mask-only"),
+        (torch.zeros(2, 4).to_sparse(), "2:4", "torch.sparse_coo"),
+        (torch.zeros(2, 4, device="meta"), "2:4", "without content"),
     ],
 )
 def test_what_pack_refuses(weight, pattern, message):

@@ -1,0 +1,171 @@
+"""The benchmark's own arithmetic: quantiles, the best dense engine, verdicts, and what it refuses to time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsecomp.bench import engines, harness, report, sweep
+from sparsecomp.bench.product import Product
+from sparsecomp.bench.worker import ask_all, workers
+from sparsecomp.errors import FormatError, SparsecompError
+
+
+def row(engine: str, us: float, pattern: str | None = None, **facts: Any) -> dict[str, Any]:
+    case = {"out": 8, "in": 16, "batch": 1, "dtype": "fp32", "threads": 1, "weights": "warm"}
+    times = {"us": us, "us_low": us * 0.9, "us_high": us * 1.1}
+    bound = {} if pattern is None else {"bound": 2.0, "bound_by": "compute"}
+    return case | {"engine": engine, "pattern": pattern} | times | bound | facts
+
+
+def test_median_and_quantiles() -> None:
+    timing = harness._timing([float(value) for value in (*range(101), 1e9)][:101][::-1])
+    assert (timing.median, timing.low, timing.high, timing.samples) == (50.0, 10.0, 90.0, 101)
+
+
+def test_every_call_is_timed_equally_often() -> None:
+    counts = {"a": 0, "b": 0}
+
+    def call(name: str) -> None:
+        counts[name] += 1
+        torch.randn(200, 200) @ torch.randn(200, 200)
+
+    samplers = {name: harness.Sampler(partial(call, name)) for name in counts}
+    timings = harness.measure(samplers, seconds=0.02)
+    assert timings["a"].samples == timings["b"].samples >= harness.MIN_REPETITIONS
+    assert counts["a"] > timings["a"].samples
+    for timing in timings.values():
+        assert 0 < timing.low <= timing.median <= timing.high
+
+
+def test_threads_and_cores_come_back() -> None:
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    with pytest.raises(KeyError), harness.use_threads(1):
+        assert (torch.get_num_threads(), len(os.sched_getaffinity(0))) == (1, 1)
+        raise KeyError
+    assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (threads, cores)
+
+
+def test_a_sparse_row_is_compared_with_the_best_dense_row_of_its_case() -> None:
+    rows = [row("torch", 30.0), row("openvino", 20.0), row("sparsecomp 2:4", 10.0, "2:4")]
+    rows += [row("torch", 5.0, batch=2), row("sparsecomp 2:4", 10.0, "2:4", batch=2)]
+    first, second = report.comparisons({"rows": rows})
+    assert (first.dense["engine"], first.speedup, first.torch_us, first.verdict) == ("openvino", 2.0, 30.0, "wins")
+    assert first.spread == pytest.approx((18 / 11, 22 / 9))
+    assert (second.dense["engine"], second.speedup, second.verdict) == ("torch", 0.5, "loses")
+    assert report.geometric_mean([first.speedup, second.speedup]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("us", "verdict"), [(9.6, "wins"), (9.8, "even"), (10.2, "even"), (10.4, "loses")])
+def test_verdicts(us: float, verdict: str) -> None:
+    (found,) = report.comparisons({"rows": [row("torch", 10.0), row("sparsecomp 2:4", us, "2:4")]})
+    assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("us", "low", "high", "verdict"),
+    [(5.0, 4.0, 9.0, "wins"), (5.0, 4.0, 12.0, "unclear"), (20.0, 12.0, 30.0, "loses"), (20.0, 8.0, 30.0, "unclear")],
+)
+def test_a_verdict_needs_the_whole_spread(us: float, low: float, high: float, verdict: str) -> None:
+    dense = row("torch", 10.0, us_low=10.0, us_high=10.0)
+    (found,) = report.comparisons({"rows": [dense, row("sparsecomp 2:4", us, "2:4", us_low=low, us_high=high)]})
+    assert found.verdict == verdict
+
+
+def test_all_engines_agree_with_float64_and_rotate_over_copies() -> None:
+    weights = [torch.randn(24, 40) for _ in range(3)]
+    fitting = [sweep.sc.prune_weight(weight, "2:4").weight for weight in weights]
+    x, bias = torch.randn(5, 40), torch.randn(24)
+    for engine in [*engines.dense_engines(), engines.SparseEngine("2:4")]:
+        if engine.missing("fp32") is not None:
+            continue
+        loaded = engine.load(engines.Operands(fitting, bias, "fp32"))
+        for copies in (1, 3):
+            runner = loaded.bind(x, 1, copies)
+            runner.call()
+            truth = x.double() @ fitting[copies - 1].double().T + bias.double()
+            torch.testing.assert_close(runner.result().double().detach(), truth, rtol=1e-4, atol=1e-4)
+
+
+class WrongEngine(engines.TorchEngine):
+    name = "wrong"
+
+    def load(self, operands: engines.Operands) -> engines.Loaded:
+        return super().load(engines.Operands(operands.weights, operands.bias + 1, operands.dtype))
+
+
+class FailingEngine(engines.TorchEngine):
+    def load(self, operands: engines.Operands) -> engines.Loaded:
+        raise ValueError("out of luck")
+
+
+@dataclass
+class Mortal:
+    """Ends its process as a crash in compiled code does."""
+
+    born: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.born:
+            self.die()
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_engines_in_their_own_processes_multiply_the_same_numbers() -> None:
+    listed = [engines.TorchEngine(), engines.SparseEngine("2:4"), WrongEngine()]
+    ready = [engine for engine in listed if engine.missing("fp32") is None]
+    with workers({engine.name: partial(Product, engine, 2) for engine in ready}, 2) as started:
+        ask_all(started.values(), "load", (24, 40), "fp32", 3)
+        for copies in (1, 3):
+            errors = ask_all(started.values(), "bind", 5, copies)
+            assert all((error > 0.1) == (name == "wrong") for name, error in errors.items())
+            with pytest.raises(SparsecompError, match="wrong is wrong at"):
+                sweep._check(errors, "fp32", "24x40")
+        timings = harness.measure({name: partial(each.ask, "sample") for name, each in started.items()}, 0.01)
+        assert all(timing.samples >= harness.MIN_REPETITIONS and timing.low > 0 for timing in timings.values())
+
+
+def test_an_error_in_a_process_names_the_engine_and_leaves_the_process_usable() -> None:
+    with workers({"unlucky": partial(Product, FailingEngine(), 2)}, 2) as started:
+        for _ in range(2):
+            with pytest.raises(SparsecompError, match="unlucky failed in its process: ValueError: out of luck"):
+                ask_all(started.values(), "load", (8, 16), "fp32", 1)
+
+
+def test_a_process_that_dies_is_an_error_and_the_others_end_with_the_block() -> None:
+    with workers({"one": Mortal, "other": Mortal}, 1) as started:
+        pid = started["other"].ask("pid")
+        for _ in range(2):  # while it is asked, and when it is long gone
+            with pytest.raises(SparsecompError, match="the process of one ended with exit code -9"):
+                started["one"].ask("die")
+        assert started["other"].ask("pid") == pid != os.getpid()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(SparsecompError, match="stillborn ended"), workers({"stillborn": partial(Mortal, False)}, 1):
+        pass
+
+
+def test_a_wrong_product_ends_the_run() -> None:
+    with pytest.raises(SparsecompError, match="openvino is wrong at 8x16"):
+        sweep._check({"torch": 1e-7, "openvino": 0.1}, "fp32", "8x16")
+    with pytest.raises(SparsecompError, match="torch is wrong"):
+        sweep._check({"torch": float("nan")}, "fp32", "8x16")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 2, "kind": "gemm", "rows": []}', '{"rows": []}'])
+def test_a_file_that_is_no_result(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(FormatError, match=r"r\.json"):
+        report.load_result(tmp_path / "r.json")
