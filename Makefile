@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.cmake' \))
-CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC))
+CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/kernels/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench sanitize clean
@@ -52,6 +52,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/tidy -G Ninja -DSPARSECOMP_PYTHON=OFF -DCMAKE_EXPORT_COMPILE_COMMANDS=ON >/dev/null
+	@# the Python module is left out: its findings are the idioms of the C API
+	printf '%s\n' $(filter-out csrc/python/%,$(filter %.cpp,$(CSRC))) | xargs -P2 -n1 $(BIN)/clang-tidy -quiet -p build/tidy
 
 # Pass options through ARGS, as in: make bench ARGS='--shapes 4096x4096 --batches 1,8'
 bench: $(VENV)/.bench

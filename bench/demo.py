@@ -10,7 +10,8 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,20 @@ import sparsecomp as sc
 from sparsecomp.compiler import summary
 from sparsecomp.display import progress
 from sparsecomp.errors import SparsecompError
+from sparsecomp.plan import Plan
 
 from . import minilm
 from .demo_report import DemoResult, Latency, render
+from .embedding import Embedding, dense_model, of_model, of_session, our_session, sparse_model, stock_session
 from .harness import measure
+from .worker import ask_all, workers
 
 PATTERN, METHOD = "2:4", "wanda"
 # rows (tokens) of one text and of 32 texts of a typical paragraph's length
 TOKENS = 64
 BATCHES = (1, 32)
+_ORT_DENSE, _ORT_STOCK = "onnxruntime dense", "onnxruntime packed, stock"
+_ORT_OURS = "onnxruntime packed, our operators"
 
 
 class Embedder(nn.Module):
@@ -87,18 +93,10 @@ def run(folder: Path) -> DemoResult:
     sessions = _sessions(onnx_packed, onnx_dense)
     reference = minilm.embed(dense, texts.held_out)
     sparse = minilm.embed(model, texts.held_out)
-    from_onnx = {
-        name: _embed_onnx(session, texts.held_out) for name, session in sessions.items() if name != "onnxruntime dense"
-    }
+    from_onnx = {name: _embed_onnx(session, texts.held_out) for name, session in sessions.items() if name != _ORT_DENSE}
 
-    _say("measuring latency, all engines in turn (some 20 s)")
-    engines: dict[str, Callable[[dict[str, Tensor]], object]] = {
-        "torch dense": _torch_call(dense),
-        "sparsecomp, all sparse": _torch_call(model),
-        "sparsecomp, as planned": _torch_call(_as_planned(dense, model, plan)),
-        **{name: _onnx_call(session) for name, session in sessions.items()},
-    }
-    latencies = [_latency(engines, texts.held_out, batch) for batch in BATCHES]
+    _say("measuring latency, all engines in turn, each in its own process (some 30 s)")
+    latencies = _latencies(_engines(packed_file, onnx_packed, onnx_dense, plan, tuple(sessions)), texts.held_out)
 
     return DemoResult(
         device=plan.device,
@@ -142,21 +140,12 @@ def _export(model: nn.Module, example: dict[str, Tensor], path: Path, form: Any)
 
 def _sessions(packed: Path, dense: Path) -> dict[str, Any]:
     """The packed file in stock ONNX Runtime and with our operators, and the dense baseline."""
-    import onnxruntime
-
-    threads = torch.get_num_threads()
-
-    def stock(path: Path) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    sessions = {"onnxruntime dense": stock(dense), "onnxruntime packed, stock": stock(packed)}
+    sessions = {_ORT_DENSE: stock_session(dense), _ORT_STOCK: stock_session(packed)}
     with warnings.catch_warnings():
         # where the operator library is missing this is the stock session once more, and says nothing new
         warnings.simplefilter("error", RuntimeWarning)
         try:
-            sessions["onnxruntime packed, our operators"] = sc.onnx_session(packed, intra_op_num_threads=threads)
+            sessions[_ORT_OURS] = our_session(packed)
         except RuntimeWarning as reason:
             _say(f"without our ONNX Runtime operators: {reason}")
     return sessions
@@ -171,40 +160,42 @@ def _embed_onnx(session: Any, texts: Sequence[str], size: int = 32) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def _as_planned(dense: nn.Module, sparse: nn.Module, plan: Any) -> nn.Module:
-    """The sparse model with the layers that the plan leaves dense as ordinary layers, zeros in place."""
-    model = copy.deepcopy(sparse)
-    for name in plan.stayed_dense:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, sc.SparseLinear)
-        model.set_submodule(name, layer.to_linear())
-    for name, decision in plan.sparse.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, sc.SparseLinear)
-        layer.dense_above = decision.dense_above
-    return model
+def _engines(
+    packed_file: Path, onnx_packed: Path, onnx_dense: Path, plan: Plan, onnx: Sequence[str]
+) -> dict[str, Callable[[], Embedding]]:
+    """What builds each engine from the saved files; those of ONNX Runtime that ``onnx`` names."""
+    torch_engines: dict[str, Callable[[], object]] = {
+        "torch dense": dense_model,
+        "sparsecomp, all sparse": partial(sparse_model, packed_file),
+    }
+    if plan.stayed_dense or any(decision.dense_above is not None for decision in plan.sparse.values()):
+        choices = {name: decision.dense_above for name, decision in plan.sparse.items()}
+        torch_engines["sparsecomp, as planned"] = partial(
+            sparse_model, packed_file, dense=tuple(plan.stayed_dense), dense_above=choices
+        )
+    sessions: dict[str, Callable[[], object]] = {
+        _ORT_DENSE: partial(stock_session, onnx_dense),
+        _ORT_STOCK: partial(stock_session, onnx_packed),
+        _ORT_OURS: partial(our_session, onnx_packed),
+    }
+    return {
+        **{name: partial(Embedding, of_model, make) for name, make in torch_engines.items()},
+        **{name: partial(Embedding, of_session, sessions[name]) for name in onnx},
+    }
 
 
-def _torch_call(model: nn.Module) -> Callable[[dict[str, Tensor]], object]:
-    def call(batch: dict[str, Tensor]) -> object:
-        with torch.inference_mode():
-            return minilm.pool(model(**batch).last_hidden_state, batch["attention_mask"])
-
-    return call
-
-
-def _onnx_call(session: Any) -> Callable[[dict[str, Tensor]], object]:
-    return lambda batch: session.run(None, {name: value.numpy() for name, value in batch.items()})
-
-
-def _latency(engines: dict[str, Callable[[dict[str, Tensor]], object]], texts: Sequence[str], batch: int) -> Latency:
-    """Time each engine on ``batch`` texts of exactly TOKENS tokens."""
-    joined = " ".join(texts)
-    words = joined.split()
-    pieces = [" ".join(words[start : start + 2 * TOKENS]) for start in range(0, batch * 2 * TOKENS, 2 * TOKENS)]
-    encoded = {name: value[:, :TOKENS].contiguous() for name, value in minilm.tokens(pieces).items()}
-    calls = {name: (lambda call=call: call(encoded)) for name, call in engines.items()}
-    return Latency(batch, TOKENS, measure(calls, seconds=6.0 if batch == 1 else 12.0, pause=0.005))
+def _latencies(engines: Mapping[str, Callable[[], Embedding]], texts: Sequence[str]) -> list[Latency]:
+    """Time each engine, in a process of its own, on texts of exactly TOKENS tokens."""
+    words = " ".join(texts).split()
+    latencies = []
+    with workers(engines, torch.get_num_threads()) as started:
+        for batch in BATCHES:
+            pieces = [" ".join(words[start : start + 2 * TOKENS]) for start in range(0, batch * 2 * TOKENS, 2 * TOKENS)]
+            encoded = {name: value[:, :TOKENS].numpy().copy() for name, value in minilm.tokens(pieces).items()}
+            ask_all(started.values(), "bind", encoded)
+            samplers = {name: partial(worker.ask, "sample") for name, worker in started.items()}
+            latencies.append(Latency(batch, TOKENS, measure(samplers, seconds=6.0 if batch == 1 else 12.0)))
+    return latencies
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from sparsecomp.device import Device
 from sparsecomp.display import table
 from sparsecomp.plan import Plan
 from sparsecomp.prune.report import PruneReport
-from sparsecomp.report import Summary, megabytes, microseconds
+from sparsecomp.report import Summary, megabytes
 
 from .harness import Timing
 from .minilm import Quality
@@ -63,9 +63,9 @@ def render(result: DemoResult) -> str:
 
 
 def _layers(result: DemoResult) -> str:
-    columns = ["layer", ">out x in", "pattern", ">error", ">dense -> packed", "kernel"]
+    columns = ["layer", ">out x in", "pattern", ">error", ">KB", "kernel"]
     for rows in result.rows:
-        columns += [f">{rows} rows: dense -> sparse", ">ratio", ">bound"]
+        columns += [f">us, {rows} rows", ">ratio (bound)"]
     lines: list[Sequence[object]] = []
     for row in result.layers.rows:
         cells: list[object] = [
@@ -73,15 +73,17 @@ def _layers(result: DemoResult) -> str:
             f"{row.shape[0]}x{row.shape[1]}",
             row.pattern,
             f"{result.pruned.layers[row.name].error:.3f}",
-            f"{row.dense_bytes / 1e3:.0f} -> {row.bytes / 1e3:.0f} KB",
+            f"{row.dense_bytes / 1e3:.0f} -> {row.bytes / 1e3:.0f}",
             row.kernel,
         ]
         for rows in result.rows:
             dense, sparse = row.dense[rows], row.sparse[rows]
-            cells += [f"{microseconds(dense)} -> {microseconds(sparse)}", f"{dense / sparse:.2f}x"]
-            cells.append(f"{row.bound[rows].value:.2f}x")
+            cells += [
+                f"{dense * 1e6:.0f} -> {sparse * 1e6:.0f}",
+                f"{dense / sparse:.2f}x ({row.bound[rows].value:.2f}x)",
+            ]
         lines.append(cells)
-    return "\n".join([table(columns, lines, title="Layer by layer"), *_layer_notes(result)])
+    return "\n".join([table(columns, lines, title="Layer by layer, dense -> sparse"), *_layer_notes(result)])
 
 
 def _layer_notes(result: DemoResult) -> list[str]:

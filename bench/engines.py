@@ -32,10 +32,14 @@ class Operands:
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """``call()`` multiplies the input by every copy in turn; ``result()`` is what it gave for the last one, in fp32."""
+    """``call()`` multiplies the input by every copy in turn; ``result()`` is what it gave for the last one, in fp32.
+
+    ``held`` is memory that the call reads without owning it: the runner must live as long as it is called.
+    """
 
     call: Callable[[], object]
     result: Callable[[], Tensor]
+    held: object = None
 
 
 class Loaded(ABC):
@@ -188,6 +192,7 @@ class _OpenVino(Loaded):
         return Runner(
             call=request.infer,
             result=lambda: torch.from_numpy(np.array(request.get_output_tensor(copies - 1).data, dtype=np.float32)),
+            held=x,
         )
 
 

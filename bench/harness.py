@@ -1,6 +1,6 @@
 """Times several ways of computing one thing in turn, so that a ratio between them means something.
 
-Takes callables, gives medians with their spread. Knows nothing of linear layers.
+Takes callables that give seconds, gives medians with their spread. Knows nothing of linear layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ import torch
 MIN_REPETITIONS = 7
 MAX_REPETITIONS = 2000
 # a sample shorter than this is made of several calls, so that the clock does not matter
-SHORTEST_SAMPLE_S = 100e-6
+SHORTEST_SAMPLE_S = 500e-6
+_MOST_CALLS = 200
+_STEP_S = 0.002
+_QUIET_STEPS = 2
+# share of a step that a process without running threads may use: it looks at the clock
+_IDLE = 0.15
+_LONGEST_SPIN_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,31 +50,58 @@ def use_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(calls: Mapping[str, Callable[[], object]], seconds: float, pause: float = 0.0) -> dict[str, Timing]:
-    """Time every call in turn, again and again, for about ``seconds`` in all.
+class Sampler:
+    """Times one callable: each call of this object gives the seconds of one call of it, after as many untimed ones."""
 
-    ``pause`` seconds pass between two of them: worker threads of one engine spin for some milliseconds when their work
-    is done, and would take a core from the next.
+    def __init__(self, call: Callable[[], object]) -> None:
+        """How many calls make a sample is found out at the first."""
+        self._call = call
+        self._count = 0
 
-    One round runs each call once (a short one several times), and every round starts with another of them, so that
-    drift of the clock and what a neighbour leaves in the caches fall on all alike.
+    def __call__(self) -> float:
+        """Seconds of one call."""
+        if not self._count:
+            self._count = _warm_up(self._call)
+        # waking the worker threads, and what the one before left in the caches, are not part of this one's time
+        self._run()
+        start = time.perf_counter()
+        self._run()
+        return (time.perf_counter() - start) / self._count
+
+    def _run(self) -> None:
+        for _ in range(self._count):
+            self._call()
+
+
+def wait_until_idle() -> None:
+    """Sleep until no thread of this process runs any more, for a tenth of a second at most.
+
+    Engines' worker threads spin for 1 to 40 ms after their work, and would take a core from whatever is timed next.
     """
-    names = list(calls)
-    repeats = {name: _warm_up(calls[name]) for name in names}
+    quiet, deadline = 0, time.perf_counter() + _LONGEST_SPIN_S
+    while quiet < _QUIET_STEPS and time.perf_counter() < deadline:
+        start, used = time.perf_counter(), time.process_time()
+        time.sleep(_STEP_S)
+        used, passed = time.process_time() - used, time.perf_counter() - start
+        quiet = quiet + 1 if used < _IDLE * passed else 0
+
+
+def measure(samplers: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, Timing]:
+    """Take a sample (seconds of one call) of each in turn, again and again, for about ``seconds`` in all.
+
+    Every round starts with another of them, so that drift of the clock and what a neighbour leaves in the caches fall
+    on all alike.
+    """
+    names = list(samplers)
+    for sampler in samplers.values():
+        sampler()
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < MIN_REPETITIONS or (rounds < MAX_REPETITIONS and time.perf_counter() < end):
         for i in range(len(names)):
             name = names[(i + rounds) % len(names)]
-            call, count = calls[name], repeats[name]
-            time.sleep(pause)
-            # what the one before left in the caches is not part of this one's time
-            call()
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            samples[name].append((time.perf_counter() - start) / count)
+            samples[name].append(samplers[name]())
         rounds += 1
     return {name: _timing(taken) for name, taken in samples.items()}
 
@@ -78,7 +111,7 @@ def _warm_up(call: Callable[[], object]) -> int:
     call()
     start = time.perf_counter()
     call()
-    return max(1, min(50, round(SHORTEST_SAMPLE_S / max(time.perf_counter() - start, 1e-7))))
+    return max(1, min(_MOST_CALLS, round(SHORTEST_SAMPLE_S / max(time.perf_counter() - start, 1e-7))))
 
 
 def _timing(samples: list[float]) -> Timing:

@@ -91,11 +91,12 @@ def _overall(result: dict[str, Any]) -> str:
     """One sentence on the whole run: the means, and how often sparse lost."""
     settings, found = result["settings"], list(comparisons(result))
     means = " and ".join(f"{_mean(result, pattern)} for {pattern}" for pattern in settings["patterns"])
-    losing = sum(each.verdict == "loses" for each in found)
+    verdicts = [each.verdict for each in found]
     return (
         f"Over all {len(found)} rows of that run ({len(settings['shapes'])} shapes, {' and '.join(settings['dtypes'])},"
         f" {' and '.join(map(str, settings['threads']))} thread(s)) the geometric mean is {means}; "
-        f"dense was faster in {losing} of them, and `sc.compile` leaves layers dense where it measures that."
+        f"dense was faster in {verdicts.count('loses')} of them ({verdicts.count('unclear')} more are too noisy to "
+        "tell), and `sc.compile` leaves layers dense where it measures that."
     )
 
 

@@ -38,8 +38,16 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One word: "wins" from 1/0.97 on, "even" down to 0.97, "loses" below (a compiled layer then runs dense)."""
-        return "wins" if self.speedup >= 1 / EVEN else "even" if self.speedup >= EVEN else "loses"
+        """One word: "wins" from 1/0.97 on, "even" down to 0.97, "loses" below (a compiled layer then runs dense).
+
+        "unclear" where the ratio wins or loses but its spread reaches to the other side of 1.
+        """
+        low, high = self.spread
+        if self.speedup >= 1 / EVEN:
+            return "wins" if low >= 1 else "unclear"
+        if self.speedup >= EVEN:
+            return "even"
+        return "loses" if high <= 1 else "unclear"
 
 
 def load_result(path: Path) -> dict[str, Any]:
@@ -154,7 +162,8 @@ def _means(found: list[Comparison]) -> str:
                     verdicts.count("wins"),
                     verdicts.count("even"),
                     verdicts.count("loses"),
+                    verdicts.count("unclear"),
                 )
             )
-    columns = ("pattern", "dtype", ">rows", ">speedup", ">bound", ">wins", ">even", ">loses")
+    columns = ("pattern", "dtype", ">rows", ">speedup", ">bound", ">wins", ">even", ">loses", ">unclear")
     return table(columns, rows, title="Geometric mean over the best dense engine")

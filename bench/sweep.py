@@ -9,13 +9,11 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 import sparsecomp as sc
 from sparsecomp.backends.registry import Request
@@ -24,15 +22,15 @@ from sparsecomp.device import Device, detect
 from sparsecomp.display import progress
 from sparsecomp.errors import SparsecompError
 
-from .engines import DTYPES, Engine, Operands, Runner, SparseEngine, dense_engines
-from .harness import Timing, measure, use_threads
+from .engines import DTYPES, Engine, SparseEngine, dense_engines
+from .harness import Timing, measure
 from .machine import describe
+from .product import Product
+from .worker import Worker, ask_all, workers
 
 FORMAT = 1
 # relative Frobenius distance to float64 above which a figure would be the speed of something else
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-# seconds between two engines, by whether they have worker threads
-_PAUSE = {False: 0.0, True: 0.005}
 # copies that together exceed the last-level cache by this much leave nothing of the first when the last is done
 _BEYOND_CACHE = 1.5
 
@@ -53,7 +51,10 @@ class Settings:
 def sweep(settings: Settings) -> dict[str, Any]:
     """Measure; the result holds machine, settings, engines left out with the reason, and a row for each timing.
 
-    Raises SparsecompError if an engine's product is wrong.
+    Every engine works in a process of its own, one for each number of threads: a pool made by another engine, or by
+    itself for another number of threads, would take cores from it.
+
+    Raises SparsecompError if an engine's product is wrong, or if an engine or its process fails.
     """
     # peaks are those of this run, not of another day
     os.environ["SPARSECOMP_CACHE"] = "off"
@@ -66,12 +67,15 @@ def sweep(settings: Settings) -> dict[str, Any]:
         for dtype in settings.dtypes
         if (reason := engine.missing(dtype)) is not None
     }
-    groups = [(shape, dtype) for shape in settings.shapes for dtype in settings.dtypes]
     rows: list[dict[str, Any]] = []
-    for shape, dtype in progress(groups, "measuring"):
-        ready = [engine for engine in engines if f"{engine.name}, {dtype}" not in missing]
-        with torch.inference_mode():
-            rows.extend(_rows(settings, device, ready, shape, dtype))
+    for threads in settings.threads:
+        makes = {engine.name: partial(Product, engine, threads) for engine in engines}
+        groups = [(shape, dtype) for shape in settings.shapes for dtype in settings.dtypes]
+        with workers(makes, threads) as started:
+            for shape, dtype in progress(groups, f"measuring, {threads} thread(s)"):
+                ready = [engine for engine in engines if f"{engine.name}, {dtype}" not in missing]
+                asked = {engine.name: started[engine.name] for engine in ready}
+                rows.extend(_rows(settings, device, ready, asked, shape, dtype, threads))
     return {
         "format": FORMAT,
         "kind": "gemm",
@@ -98,48 +102,41 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 
 def _rows(
-    settings: Settings, device: Device, engines: list[Engine], shape: tuple[int, int], dtype: str
+    settings: Settings,
+    device: Device,
+    engines: list[Engine],
+    asked: Mapping[str, Worker],
+    shape: tuple[int, int],
+    dtype: str,
+    threads: int,
 ) -> Iterator[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(shape[0] * 31 + shape[1])
     copies = _copies(settings, device, shape, dtype)
-    # values that the dtype holds exactly, so that all engines multiply the same numbers
-    weights = [_random(shape, dtype, generator, shape[1] ** -0.5) for _ in range(copies)]
-    bias = _random(shape[:1], dtype, generator, 1.0)
-    fitting = {engine.name: _fit(weights, engine.pattern) for engine in engines}
-    loaded = {engine.name: engine.load(Operands(fitting[engine.name], bias, dtype)) for engine in engines}
-    for threads in settings.threads:
-        with use_threads(threads):
-            for batch in settings.batches:
-                x = _random((batch, shape[1]), dtype, generator, 1.0)
-                for weights_are in ("warm", "cold") if batch in settings.cold_batches else ("warm",):
-                    count = copies if weights_are == "cold" else 1
-                    runners = {name: each.bind(x, threads, count) for name, each in loaded.items()}
-                    errors = {
-                        name: _relative_error(_product(runner), fitting[name][count - 1], x, bias)
-                        for name, runner in runners.items()
-                    }
-                    _check(errors, dtype, f"{shape[0]}x{shape[1]}, batch {batch}, {threads} threads")
-                    timings = measure(
-                        {name: runner.call for name, runner in runners.items()}, settings.seconds, _PAUSE[threads > 1]
-                    )
-                    for engine in engines:
-                        row: dict[str, Any] = {
-                            "out": shape[0],
-                            "in": shape[1],
-                            "batch": batch,
-                            "dtype": dtype,
-                            "threads": threads,
-                            "weights": weights_are,
-                            "engine": engine.name,
-                            "pattern": engine.pattern,
-                            "error": float(f"{errors[engine.name]:.2g}"),
-                            **_times(timings[engine.name], count),
-                        }
-                        if engine.pattern is not None:
-                            request = Request(sc.parse_pattern(engine.pattern), shape, DTYPES[dtype], "cpu", batch)
-                            limit = bound(request, device, threads, warm=weights_are == "warm")
-                            row |= {"bound": round(limit.value, 3), "bound_by": limit.limited_by}
-                        yield row
+    ask_all(asked.values(), "load", shape, dtype, copies)
+    cases = [(batch, "warm", 1) for batch in settings.batches]
+    cases += [(batch, "cold", copies) for batch in settings.batches if batch in settings.cold_batches]
+    for batch, weights, count in cases:
+        errors = ask_all(asked.values(), "bind", batch, count)
+        _check(errors, dtype, f"{shape[0]}x{shape[1]}, batch {batch}, {threads} threads")
+        samplers = {name: partial(worker.ask, "sample") for name, worker in asked.items()}
+        timings = measure(samplers, settings.seconds)
+        for engine in engines:
+            row: dict[str, Any] = {
+                "out": shape[0],
+                "in": shape[1],
+                "batch": batch,
+                "dtype": dtype,
+                "threads": threads,
+                "weights": weights,
+                "engine": engine.name,
+                "pattern": engine.pattern,
+                "error": float(f"{errors[engine.name]:.2g}"),
+                **_times(timings[engine.name], count),
+            }
+            if engine.pattern is not None:
+                request = Request(sc.parse_pattern(engine.pattern), shape, DTYPES[dtype], "cpu", batch)
+                limit = bound(request, device, threads, warm=weights == "warm")
+                row |= {"bound": round(limit.value, 3), "bound_by": limit.limited_by}
+            yield row
 
 
 def _copies(settings: Settings, device: Device, shape: tuple[int, int], dtype: str) -> int:
@@ -148,24 +145,6 @@ def _copies(settings: Settings, device: Device, shape: tuple[int, int], dtype: s
     packed = min(sc.parse_pattern(pattern).density for pattern in settings.patterns)
     size = shape[0] * shape[1] * DTYPES[dtype].itemsize * packed
     return max(2, round(_BEYOND_CACHE * device.last_level_bytes / size))
-
-
-def _random(shape: tuple[int, ...], dtype: str, generator: torch.Generator, scale: float) -> Tensor:
-    return (torch.randn(shape, generator=generator) * scale).to(DTYPES[dtype]).float()
-
-
-def _fit(weights: list[Tensor], pattern: str | None) -> list[Tensor]:
-    return weights if pattern is None else [sc.prune_weight(weight, pattern).weight for weight in weights]
-
-
-def _product(runner: Runner) -> Tensor:
-    runner.call()
-    return runner.result()
-
-
-def _relative_error(y: Tensor, weight: Tensor, x: Tensor, bias: Tensor) -> float:
-    truth = x.double() @ weight.double().T + bias.double()
-    return float((y.double() - truth).norm() / truth.norm())
 
 
 def _check(errors: dict[str, float], dtype: str, where: str) -> None:

@@ -53,6 +53,12 @@ std::vector<Candidate> supported() { return {}; }
 
 #endif
 
+// Python takes messages in UTF-8 only, the environment may hold any bytes.
+std::string printable(std::string text) {
+  std::replace_if(text.begin(), text.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
+  return text;
+}
+
 struct State {
   std::string available, error;
   Dispatch dispatch;
@@ -70,7 +76,7 @@ struct State {
       if (match != candidates.end())
         chosen = *match;
       else
-        error = "SPARSECOMP_ISA=" + std::string(wanted) + " cannot run on this machine; it can run " + available +
+        error = "SPARSECOMP_ISA=" + printable(wanted) + " cannot run on this machine; it can run " + available +
                 ": set SPARSECOMP_ISA to one of these or unset it";
     }
     dispatch = {chosen.name, chosen.isa, available.c_str(), error.empty() ? nullptr : error.c_str()};

@@ -31,7 +31,7 @@ void or_bits(uint8_t* row, int64_t row_bytes, int64_t first_bit, uint64_t bits) 
 
 void store_word(const Geometry& g, uint8_t* block, int word, int row, uint32_t value) {
   uint8_t* plane = block + word * kTile * 4;
-  if (word < g.full_words() || g.rest_bytes == 4) {
+  if (word < g.full_words || g.rest_bytes == 4) {
     std::memcpy(plane + row * 4, &value, 4);
   } else if (g.rest_bytes == 1) {
     plane[row] = static_cast<uint8_t>(value);
@@ -141,7 +141,8 @@ bool make_geometry(const sparsecomp_nm& weight, Geometry* geometry) {
   g.m = weight.m;
   g.mask_rows = weight.mask_rows;
   g.dtype = weight.dtype;
-  constexpr int64_t kMost = int64_t{1} << 31;  // keeps every byte count below 2^63
+  // Together they keep every byte count below 2^63.
+  constexpr int64_t kMost = int64_t{1} << 31, kMostBlocks = int64_t{1} << 50;
   const bool group = g.m == 2 || g.m == 4 || g.m == 8 || g.m == 16;
   const bool sizes = g.out >= 0 && g.in >= 0 && g.out < kMost && g.in < kMost;
   if (!group || !sizes || g.n < 1 || g.n > g.m || g.mask_rows < 1) return false;
@@ -149,22 +150,24 @@ bool make_geometry(const sparsecomp_nm& weight, Geometry* geometry) {
 
   g.tiles = (g.out + kTile - 1) / kTile;
   g.steps = (g.in + kStep - 1) / kStep;
+  if (g.tiles * g.steps >= kMostBlocks) return false;
   g.bits = g.m == 16 ? 4 : g.m == 8 ? 3 : g.m == 4 ? 2 : 1;
   g.mask = g.m - 1;
   g.slots = kStep / g.m * g.n;
   g.word_slots = 32 / g.bits;
   g.words = (g.slots + g.word_slots - 1) / g.word_slots;
   g.rest_bytes = (g.slots % g.word_slots * g.bits + 7) / 8;
+  g.full_words = g.rest_bytes ? g.words - 1 : g.words;
   const int size = element_bytes(g.dtype);
   g.value_bytes = size == 2 ? int64_t{(g.slots + 1) / 2} * kTile * 4 : int64_t{g.slots} * kTile * size;
-  g.metadata_bytes = (g.full_words() * 4 + g.rest_bytes) * kTile;
+  g.metadata_bytes = (g.full_words * 4 + g.rest_bytes) * kTile;
   return true;
 }
 
 uint32_t load_word(const Geometry& g, const uint8_t* block, int word, int row) {
   const uint8_t* plane = block + word * kTile * 4;
   uint32_t value = 0;
-  if (word < g.full_words() || g.rest_bytes == 4) {
+  if (word < g.full_words || g.rest_bytes == 4) {
     std::memcpy(&value, plane + row * 4, 4);
   } else if (g.rest_bytes == 1) {
     value = plane[row];

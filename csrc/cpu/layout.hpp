@@ -10,9 +10,8 @@
 //
 // Values: for tile, for step (both ascending), one block of
 //   4-byte types   [S][16 rows]
-//   2-byte types   [ceil(S / 2)][16 rows][2 slots], so that one 32-bit lane per row holds slots 2p and 2p + 1 (for odd
-//   S
-//                  the last one is zero)
+//   2-byte types   [ceil(S / 2)][16 rows][2 slots], so that one 32-bit lane per row holds slots 2p and 2p + 1
+//                  (for odd S the last one is zero)
 //   1-byte types   [S][16 rows]
 //
 // Metadata: for tile, for step, one block of in-group positions, b = ceil(log2 M) bits each. The positions of a row are
@@ -45,22 +44,23 @@ struct Geometry {
   int slots;               // per row and step
   int word_slots;          // slots in a full index word
   int words;               // index words per row and step
+  int full_words;          // of these
   int rest_bytes;          // bytes of the last, partial index word; 0 if every word is full
   int64_t value_bytes;     // of one (tile, step) block
   int64_t metadata_bytes;  // of one (tile, step) block
 
   int64_t canonical_slots() const { return (in + m - 1) / m * n; }
   int64_t canonical_metadata_bytes() const { return (canonical_slots() * bits + 7) / 8; }
-  int full_words() const { return rest_bytes ? words - 1 : words; }
 };
 
-inline int element_bytes(int dtype) { return dtype == SPARSECOMP_F32 ? 4 : dtype == SPARSECOMP_I8 ? 1 : 2; }
+// `static`: instruction sets compile their own copies, which the linker must not mix.
+static inline int element_bytes(int dtype) { return dtype == SPARSECOMP_F32 ? 4 : dtype == SPARSECOMP_I8 ? 1 : 2; }
 
 // False if the description is not valid.
 bool make_geometry(const sparsecomp_nm& weight, Geometry* geometry);
 
 // Byte offset of the value of (slot, row) in a block.
-inline int64_t value_offset(const Geometry& g, int slot, int row) {
+static inline int64_t value_offset(const Geometry& g, int slot, int row) {
   switch (element_bytes(g.dtype)) {
     case 4:
       return (int64_t{slot} * kTile + row) * 4;

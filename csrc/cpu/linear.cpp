@@ -150,7 +150,7 @@ class TaskRunner {
       args.metadata = call_.metadata + tile * args.metadata_stride + step * g_.metadata_bytes;
       const bool last = tile + tiles == task.tile_end;
       const int64_t next_tile = last ? task.tile : tile + tiles;
-      const int64_t next_step = last ? std::min(step_end, g_.steps - 1) : step;
+      const int64_t next_step = last ? std::max<int64_t>(0, std::min(step_end, g_.steps - 1)) : step;
       args.next_values = call_.values + next_tile * args.value_stride + next_step * g_.value_bytes;
       args.next_metadata = call_.metadata + next_tile * args.metadata_stride + next_step * g_.metadata_bytes;
       for (int64_t column = task.column; column < task.column_end;) {

@@ -1,27 +1,29 @@
 // The loops of the probes of peak rates. Included by every instruction set, so that each compiles them its own way.
 #pragma once
 
-#include <algorithm>
-#include <chrono>
 #include <cstdint>
 
 #include "unroll.hpp"
 
 namespace sparsecomp {
+
+// Seconds on a steady clock. Not inline, as templates of the standard library compiled for one instruction set could be
+// linked into code for all.
+double clock_seconds();
+
 namespace {
 
 // Operations per second of `loop(rounds)`, one round being `operations`, repeated for about `seconds`.
 template <class Loop>
 double measure_rate(double seconds, double operations, const Loop& loop) {
-  using Clock = std::chrono::steady_clock;
   constexpr int64_t kRounds = 10000;  // between two looks at the clock
   int64_t rounds = 0;
   double elapsed = 0;
-  const auto start = Clock::now();
+  const double start = clock_seconds();
   do {
     loop(kRounds);
     rounds += kRounds;
-    elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+    elapsed = clock_seconds() - start;
   } while (elapsed < seconds);
   return static_cast<double>(rounds) * operations / elapsed;
 }
@@ -43,7 +45,8 @@ inline uint64_t read_stream(const uint8_t* data, int64_t bytes) {
   const int64_t half = bytes / 2 / kBlock * kBlock;
   Vector sums[4] = {};
   for (int64_t i = 0; i < half; i += kBlock) {
-    for (const uint8_t* block : {data + i, data + half + i}) {
+    const uint8_t* const blocks[] = {data + i, data + half + i};
+    for (const uint8_t* block : blocks) {
       for (int64_t line = 0; line < kBlock; line += 64) __builtin_prefetch(block + kAhead + line);
       SPARSECOMP_UNROLL
       for (int v = 0; v < kVectors; ++v) sums[v % 4] ^= *reinterpret_cast<const Vector*>(block + v * kVectorBytes);

@@ -1,4 +1,5 @@
 // fp32 <-> the 16-bit types, one element at a time. Rounds to nearest even; NaN stays NaN.
+// Everything is `static`: each instruction set compiles its own copy, and the linker must not give one to the others.
 #pragma once
 
 #include <cstdint>
@@ -8,27 +9,27 @@
 
 namespace sparsecomp {
 
-inline uint32_t float_bits(float value) {
+static inline uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return bits;
 }
 
-inline float bits_float(uint32_t bits) {
+static inline float bits_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
 
-inline float bf16_to_float(uint16_t value) { return bits_float(uint32_t{value} << 16); }
+static inline float bf16_to_float(uint16_t value) { return bits_float(uint32_t{value} << 16); }
 
-inline uint16_t float_to_bf16(float value) {
+static inline uint16_t float_to_bf16(float value) {
   const uint32_t bits = float_bits(value);
   if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);  // rounding could carry a NaN into Inf
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline float f16_to_float(uint16_t value) {
+static inline float f16_to_float(uint16_t value) {
   const uint32_t sign = uint32_t(value & 0x8000) << 16;
   const uint32_t exponent = (value >> 10) & 0x1f;
   const uint32_t fraction = value & 0x3ff;
@@ -40,7 +41,7 @@ inline float f16_to_float(uint16_t value) {
   return bits_float(sign | ((exponent + 112) << 23) | (fraction << 13));
 }
 
-inline uint16_t float_to_f16(float value) {
+static inline uint16_t float_to_f16(float value) {
   const uint32_t bits = float_bits(value);
   const auto sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
   const uint32_t magnitude = bits & 0x7fffffff;
@@ -55,13 +56,13 @@ inline uint16_t float_to_f16(float value) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
 }
 
-inline float load_number(const void* data, int64_t index, int dtype) {
+static inline float load_number(const void* data, int64_t index, int dtype) {
   if (dtype == SPARSECOMP_F32) return static_cast<const float*>(data)[index];
   const uint16_t value = static_cast<const uint16_t*>(data)[index];
   return dtype == SPARSECOMP_F16 ? f16_to_float(value) : bf16_to_float(value);
 }
 
-inline void store_number(float value, void* data, int64_t index, int dtype) {
+static inline void store_number(float value, void* data, int64_t index, int dtype) {
   if (dtype == SPARSECOMP_F32)
     static_cast<float*>(data)[index] = value;
   else

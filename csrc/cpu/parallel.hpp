@@ -9,7 +9,8 @@
 
 namespace sparsecomp {
 
-int resolve_threads(int threads);  // <= 0 means all cores
+// <= 0 means all cores. Many more threads than cores are cut down: they gain nothing, and starting them can fail.
+int resolve_threads(int threads);
 
 void run_tasks(int threads, int64_t tasks, void (*function)(const void* context, int64_t task), const void* context);
 

@@ -15,12 +15,8 @@
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 constexpr double kSeconds = 0.02;
 constexpr int kRounds = 3;
-
-double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // Independent chains of multiply-adds that the compiler turns into the baseline vector code of the build.
 double baseline_flops(int, double seconds) {
@@ -46,6 +42,10 @@ int64_t bandwidth_bytes() {
 }
 
 }  // namespace
+
+double sparsecomp::clock_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 extern "C" {
 
@@ -79,9 +79,9 @@ double sparsecomp_measure_read_bandwidth(int threads) {
                            [&](int64_t i) { std::memset(data + i * part, 1, static_cast<size_t>(part)); });
   double best = 0;
   for (int round = 0; round < kRounds; ++round) {
-    const auto start = Clock::now();
+    const double start = sparsecomp::clock_seconds();
     sparsecomp::parallel_for(threads, threads, [&](int64_t i) { sink ^= read(data + i * part, part); });
-    best = std::max(best, static_cast<double>(part * threads) / since(start));
+    best = std::max(best, static_cast<double>(part * threads) / (sparsecomp::clock_seconds() - start));
   }
   std::free(data);
   return best;

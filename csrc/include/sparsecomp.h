@@ -58,7 +58,8 @@ SPARSECOMP_API int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const voi
                                           void* dense, int threads);
 
 /* y [batch, out_features] = x [batch, in_features] W^T + bias; x, y and bias have the weight's dtype, sums are fp32.
- * ldx and ldy are in elements; bias may be NULL; threads <= 0 means all cores. */
+ * ldx and ldy are in elements; bias may be NULL; threads <= 0 means all cores.
+ * y must not overlap what is read. */
 SPARSECOMP_API int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata,
                                         const void* x, int64_t ldx, int64_t batch, const void* bias, void* y,
                                         int64_t ldy, int threads);

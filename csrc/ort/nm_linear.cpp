@@ -117,7 +117,7 @@ void NMLinear::compute(OrtKernelContext* context) const {
   shape.back() = weight_.out_features;
   OrtValue* y = api_.output(context, 0, shape);
   run_count.fetch_add(1, std::memory_order_relaxed);
-  if (batch == 0) return;
+  if (batch == 0 || slices_.empty()) return;
 
   // a weight of few slices leaves cores idle, so a large batch is cut as well
   const int64_t slices = static_cast<int64_t>(slices_.size());

@@ -33,6 +33,12 @@ T* pointer(int64_t value) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(value));
 }
 
+// Any integer; the library cuts down what no machine has.
+int thread_count(int64_t value) {
+  constexpr int64_t kMost = 1 << 20;
+  return static_cast<int>(value < 0 ? 0 : value > kMost ? kMost : value);
+}
+
 // The first six integers of every nm_ function. Values beyond int32 become 0, which no description allows as M.
 template <size_t Count>
 sparsecomp_nm weight_of(const std::array<int64_t, Count>& v) {
@@ -107,7 +113,7 @@ PyObject* nm_to_dense(PyObject*, PyObject* const* args, Py_ssize_t given) {
   int code;
   Py_BEGIN_ALLOW_THREADS;
   code = sparsecomp_nm_to_dense(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<void>(v[8]),
-                                static_cast<int>(v[9]));
+                                thread_count(v[9]));
   Py_END_ALLOW_THREADS;
   return none_or_error(code);
 }
@@ -118,9 +124,9 @@ PyObject* nm_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   const sparsecomp_nm weight = weight_of(v);
   int code;
   Py_BEGIN_ALLOW_THREADS;
-  code = sparsecomp_nm_linear(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<const void>(v[8]),
-                              v[9], v[10], pointer<const void>(v[11]), pointer<void>(v[12]), v[13],
-                              static_cast<int>(v[14]));
+  code =
+      sparsecomp_nm_linear(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<const void>(v[8]),
+                           v[9], v[10], pointer<const void>(v[11]), pointer<void>(v[12]), v[13], thread_count(v[14]));
   Py_END_ALLOW_THREADS;
   return none_or_error(code);
 }
@@ -130,7 +136,7 @@ PyObject* measure_flops(PyObject*, PyObject* const* args, Py_ssize_t given) {
   if (!read_integers("measure_flops", args, given, &v)) return nullptr;
   double rate;
   Py_BEGIN_ALLOW_THREADS;
-  rate = sparsecomp_measure_flops(static_cast<int32_t>(v[0]), static_cast<int>(v[1]));
+  rate = sparsecomp_measure_flops(static_cast<int32_t>(v[0]), thread_count(v[1]));
   Py_END_ALLOW_THREADS;
   return PyFloat_FromDouble(rate);
 }
@@ -140,7 +146,7 @@ PyObject* measure_read_bandwidth(PyObject*, PyObject* const* args, Py_ssize_t gi
   if (!read_integers("measure_read_bandwidth", args, given, &v)) return nullptr;
   double rate;
   Py_BEGIN_ALLOW_THREADS;
-  rate = sparsecomp_measure_read_bandwidth(static_cast<int>(v[0]));
+  rate = sparsecomp_measure_read_bandwidth(thread_count(v[0]));
   Py_END_ALLOW_THREADS;
   return PyFloat_FromDouble(rate);
 }

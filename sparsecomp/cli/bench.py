@@ -11,8 +11,8 @@ from sparsecomp.errors import ModelError
 _EXAMPLE = """\
 example: sparsecomp bench --shapes 4096x4096,3072x768 --batches 1,8 --dtypes fp32 --output result.json
 
-Every engine multiplies in turn within one run; each row is checked against float64 first. docs/results.md explains the
-table. The default sweep takes under five minutes; close other programs first.
+Engines multiply in turn within one run, each in its own process; each row is checked against float64 first.
+docs/results.md explains the table. The default sweep is meant to take under six minutes; close other programs first.
 """
 
 

@@ -171,6 +171,34 @@ void compare_random(int count) {
     compare_with_reference({20, 6500, 2, 4, 1, dtype}, 18, 1, 2, true);
 }
 
+// Inf in a column that no slot names must not be seen, also where kernels take slots in pairs and their number is odd.
+void check_unnamed_columns() {
+  for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16}) {
+    for (int32_t n : {1, 3, 5}) {
+      const sparsecomp_nm weight{16, 32, n, 16, 1, dtype};
+      Geometry g;
+      CHECK(make_geometry(weight, &g), "geometry");
+      const int size = element_bytes(dtype);
+      Buffer canonical_values(g.out * g.canonical_slots() * size);
+      Buffer canonical_metadata(g.out * g.canonical_metadata_bytes());
+      std::memset(canonical_metadata.data, 0, static_cast<size_t>(canonical_metadata.size));
+      for (int64_t i = 0; i < g.out * g.canonical_slots(); ++i) {
+        store_number(1, canonical_values.data, i, dtype);
+        const int64_t bit = i % g.canonical_slots() * 4;
+        uint8_t* row = canonical_metadata.data + i / g.canonical_slots() * g.canonical_metadata_bytes();
+        row[bit / 8] |= static_cast<uint8_t>((10 + i % n) << (bit % 8));  // columns 10 and up
+      }
+      Buffer values(sparsecomp_nm_values_bytes(&weight)), metadata(sparsecomp_nm_metadata_bytes(&weight));
+      Buffer x(g.in * size), y(g.out * size);
+      for (int64_t k = 0; k < g.in; ++k) store_number(k % 16 < 10 ? INFINITY : 1.0f, x.data, k, dtype);
+      sparsecomp_nm_pack(&weight, canonical_values.data, canonical_metadata.data, values.data, metadata.data);
+      sparsecomp_nm_linear(&weight, values.data, metadata.data, x.data, g.in, 1, nullptr, y.data, g.out, 1);
+      for (int64_t row = 0; row < g.out; ++row)
+        CHECK(load_number(y.data, row, dtype) == static_cast<float>(2 * n), "%d:16 dtype %d", n, dtype);
+    }
+  }
+}
+
 void check_partition() {
   for (int i = 0; i < 20000; ++i) {
     const int64_t tiles = uniform(1, 1000), batch = uniform(1, 3000), steps = uniform(1, 700);
@@ -207,6 +235,9 @@ void check_refusals() {
   Buffer y(16);
   CHECK(sparsecomp_nm_linear(&good, nullptr, nullptr, nullptr, 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_INVALID,
         "null weight");
+  const int32_t most = 0x7fffffff;
+  const sparsecomp_nm huge{most, most, 4, 4, 1, SPARSECOMP_F32};
+  CHECK(sparsecomp_nm_values_bytes(&huge) == -1, "its bytes do not fit 64 bits");
   CHECK(sparsecomp_nm_linear(&good, "", "", "", 7, 2, nullptr, y.data, 4, 1) == SPARSECOMP_INVALID, "short ldx");
   const sparsecomp_nm bytes{4, 8, 2, 4, 1, SPARSECOMP_I8};
   CHECK(sparsecomp_nm_linear(&bytes, "", "", "", 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_UNSUPPORTED, "int8");
@@ -222,6 +253,7 @@ int main() {
   check_partition();
   check_numbers();
   check_refusals();
+  check_unnamed_columns();
   compare_random(600);
   std::printf("%s: %d failures\n", sparsecomp_isa(), failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

@@ -151,6 +151,18 @@ def test_errors_of_the_kernel_reach_the_user(exported, tmp_path, change, message
 
 @needs_library
 @pytest.mark.usefixtures("quiet")
+def test_a_weight_without_rows(exported, tmp_path):
+    def empty(graph):
+        for entry in graph.initializer:
+            entry.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(entry)[:0], entry.name))
+        graph.output[0].type.tensor_type.shape.dim[1].dim_value = 0
+
+    fast = onnx_session(edited(exported, tmp_path / "m.onnx", empty))
+    assert run_session(fast, np.zeros((2, 16), dtype=np.float32)).shape == (2, 0)
+
+
+@needs_library
+@pytest.mark.usefixtures("quiet")
 def test_weights_must_be_constant(exported, tmp_path):
     def computed(graph):
         values = next(entry for entry in graph.initializer if entry.name == "values")

@@ -21,7 +21,7 @@ __m256i load_256(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_ca
 // In-group positions of rows 8 * half to 8 * half + 7: index word `word` of a metadata block.
 inline __m256i load_index_word(const Geometry& g, const uint8_t* block, int word, int half) {
   const uint8_t* plane = block + word * kTile * 4;
-  if (word < g.full_words() || g.rest_bytes == 4) return load_256(plane + half * 32);
+  if (word < g.full_words || g.rest_bytes == 4) return load_256(plane + half * 32);
   const auto bytes = [&](const uint8_t* from) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + half * 8)));
   };
@@ -252,6 +252,6 @@ double flops(int, double seconds) {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", select, widen, finish, flops, read_stream};
+constexpr Isa kAvx2 = {"avx2", select, widen, finish, flops, read_stream};
 
 }  // namespace sparsecomp

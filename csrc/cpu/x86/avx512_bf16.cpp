@@ -20,17 +20,20 @@ struct DotProduct {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
 
-  // For an odd number of slots the second weight of the last pair is stored as zero.
+  // For an odd number of slots the second weight of the last pair is stored as zero, and its activation must be zero
+  // too: it belongs to no slot of the row, and zero times Inf is NaN.
   template <int M, class Shape, int NB, int C>
-  static inline void pair(const uint8_t* block, int slot, bool, __m512i word, const Shape& shape, int chain,
+  static inline void pair(const uint8_t* block, int slot, bool odd, __m512i word, const Shape& shape, int chain,
                           const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {
     const auto value = reinterpret_cast<__m512bh>(_mm512_loadu_si512(block + slot / 2 * kTile * 4));
     const __m512i index = columns < M,
                   M == 4 && Shape::kStatic > (word, Shape::kBits, shape.base(slot) | shape.base(slot + 1) << 16);
     SPARSECOMP_UNROLL
-    for (int b = 0; b < NB; ++b)
-      sums[b][chain] =
-          _mm512_dpbf16_ps(sums[b][chain], value, reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, xs[b])));
+    for (int b = 0; b < NB; ++b) {
+      const __m512i activations =
+          odd ? _mm512_permutexvar_epi16(index, xs[b]) : _mm512_maskz_permutexvar_epi16(0x55555555, index, xs[b]);
+      sums[b][chain] = _mm512_dpbf16_ps(sums[b][chain], value, reinterpret_cast<__m512bh>(activations));
+    }
   }
 
  private:
@@ -73,8 +76,13 @@ double flops(int dtype, double seconds) {
   });
 }
 
+// What the two sets share is called through the table of the other: copying its pointers would be code that runs at
+// load, compiled for AVX-512, also on machines that have none.
+void widen(const void* from, int dtype, float* to, int64_t count) { kAvx512.widen(from, dtype, to, count); }
+void finish(const FinishArgs& args) { kAvx512.finish(args); }
+
 }  // namespace
 
-const Isa kAvx512Bf16 = {"avx512_bf16", select, kAvx512.widen, kAvx512.finish, flops, kAvx512.read};
+constexpr Isa kAvx512Bf16 = {"avx512_bf16", select, widen, finish, flops, read_stream};
 
 }  // namespace sparsecomp

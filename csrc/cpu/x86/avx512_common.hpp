@@ -50,7 +50,7 @@ void micro(const MicroArgs& args) {
   constexpr int kChains = NB <= 2 ? 2 : 1;  // few columns: two sums each, or the latency of the multiply-add shows
   const Geometry& g = *args.geometry;
   const Shape shape(g);
-  const int full_words = Shape::kStatic ? Shape::kSlots / Shape::kWordSlots : g.full_words();
+  const int full_words = Shape::kStatic ? Shape::kSlots / Shape::kWordSlots : g.full_words;
   const int rest_bytes = Shape::kStatic ? (Shape::kSlots % Shape::kWordSlots * Shape::kBits + 7) / 8 : g.rest_bytes;
   constexpr int block_bytes = (Shape::kSlots * Product::kWeightBytes * kTile + 63) / 64 * 64;
   const uint8_t* values = args.values;

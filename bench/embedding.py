@@ -1,0 +1,92 @@
+"""One engine's part of the demo's latency table, run in the engine's own process: a model from its file, timed.
+
+Takes files, gives seconds. Knows nothing of the other engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import sparsecomp as sc
+
+from . import minilm
+from .harness import Sampler, wait_until_idle
+
+# input_ids and attention_mask, int64 [texts, tokens]
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+class Embedding:
+    """Sentence embeddings by one engine."""
+
+    def __init__(self, of: Callable[[Any, Arrays], Callable[[], object]], make: Callable[[], object]) -> None:
+        """``of`` binds what ``make`` builds to a batch."""
+        self._of, self._made = of, make()
+        self._sampler: Sampler | None = None
+
+    def bind(self, batch: Arrays) -> None:
+        """Time this batch from now on."""
+        self._sampler = Sampler(self._of(self._made, batch))
+
+    @torch.inference_mode()
+    def sample(self) -> float:
+        """Seconds of one embedding; it returns when the engine's threads have gone to sleep."""
+        assert self._sampler is not None
+        seconds = self._sampler()
+        wait_until_idle()
+        return seconds
+
+
+def dense_model() -> nn.Module:
+    """The original."""
+    return minilm.load_model()
+
+
+def sparse_model(
+    path: Path, dense: Sequence[str] = (), dense_above: Mapping[str, int | None] | None = None
+) -> nn.Module:
+    """The saved model; the layers in ``dense`` as ordinary ones, zeros in place, others with their ``dense_above``."""
+    model = sc.load(path, into=minilm.load_model())
+    for name in dense:
+        model.set_submodule(name, _sparse_layer(model, name).to_linear())
+    for name, batch in (dense_above or {}).items():
+        _sparse_layer(model, name).dense_above = batch
+    return model
+
+
+def stock_session(path: Path) -> Any:
+    """An ONNX file in ONNX Runtime as it comes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def our_session(path: Path) -> Any:
+    """An ONNX file in ONNX Runtime with our operators. Warns with RuntimeWarning where they are not there."""
+    return sc.onnx_session(path, intra_op_num_threads=torch.get_num_threads())
+
+
+def of_model(model: nn.Module, batch: Arrays) -> Callable[[], object]:
+    """One forward pass and pooling."""
+    tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+    return lambda: minilm.pool(model(**tensors).last_hidden_state, tensors["attention_mask"])
+
+
+def of_session(session: Any, batch: Arrays) -> Callable[[], object]:
+    """One run of the session."""
+    return partial(session.run, None, dict(batch))
+
+
+def _sparse_layer(model: nn.Module, name: str) -> sc.SparseLinear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, sc.SparseLinear)
+    return layer

@@ -1,0 +1,74 @@
+"""One engine's part of a sweep, run in the engine's own process: operands from seeds, a checked product, timed samples.
+
+Takes an engine and a case, gives errors and seconds. Knows nothing of the other engines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import sparsecomp as sc
+
+from .engines import DTYPES, Engine, Loaded, Operands, Runner
+from .harness import Sampler, wait_until_idle
+
+
+class Product:
+    """y = x W^T + b by one engine on ``threads`` threads; the same case has the same operands in every process."""
+
+    def __init__(self, engine: Engine, threads: int) -> None:
+        """Nothing is loaded yet."""
+        self._engine, self._threads = engine, threads
+        self._operands: Operands | None = None
+        self._loaded: Loaded | None = None
+        self._runner: Runner | None = None
+        self._sampler: Sampler | None = None
+
+    @torch.inference_mode()
+    def load(self, shape: tuple[int, int], dtype: str, copies: int) -> None:
+        """Draw ``copies`` weights and a bias of values that the dtype holds exactly, and bring them into its form."""
+        # what was loaded before would double the memory
+        self._operands = self._loaded = self._runner = self._sampler = None
+        generator = torch.Generator().manual_seed(shape[0] * 31 + shape[1])
+        weights = [_random(shape, dtype, generator, shape[1] ** -0.5) for _ in range(copies)]
+        bias = _random(shape[:1], dtype, generator, 1.0)
+        pattern = self._engine.pattern
+        if pattern is not None:
+            weights = [sc.prune_weight(weight, pattern).weight for weight in weights]
+        self._operands = Operands(weights, bias, dtype)
+        self._loaded = self._engine.load(self._operands)
+
+    @torch.inference_mode()
+    def bind(self, batch: int, copies: int) -> float:
+        """Bind an input of so many rows to the first ``copies`` weights.
+
+        Returns the relative Frobenius distance of the last product to float64.
+        """
+        assert self._operands is not None and self._loaded is not None
+        self._runner = self._sampler = None
+        weight, bias = self._operands.weights[copies - 1], self._operands.bias
+        x = _random((batch, weight.shape[1]), self._operands.dtype, torch.Generator().manual_seed(batch), 1.0)
+        self._runner = runner = self._loaded.bind(x, self._threads, copies)
+        self._sampler = Sampler(runner.call)
+        runner.call()
+        truth = x.double() @ weight.double().T + bias.double()
+        error = float((runner.result().double() - truth).norm() / truth.norm())
+        self._settle()
+        return error
+
+    @torch.inference_mode()
+    def sample(self) -> float:
+        """Seconds of one call, by this process's own clock; it returns when the engine's threads have gone to sleep."""
+        assert self._sampler is not None
+        seconds = self._sampler()
+        self._settle()
+        return seconds
+
+    def _settle(self) -> None:
+        if self._threads > 1:
+            wait_until_idle()
+
+
+def _random(shape: tuple[int, ...], dtype: str, generator: torch.Generator, scale: float) -> Tensor:
+    return (torch.randn(shape, generator=generator) * scale).to(DTYPES[dtype]).float()
