@@ -188,7 +188,8 @@ def _latencies(engines: Mapping[str, Callable[[], Embedding]], texts: Sequence[s
     """Time each engine, in a process of its own, on texts of exactly TOKENS tokens."""
     words = " ".join(texts).split()
     latencies = []
-    with workers(engines, torch.get_num_threads()) as started:
+    openmp = [name for name in engines if not name.startswith("onnxruntime")]
+    with workers(engines, torch.get_num_threads(), openmp) as started:
         for batch in BATCHES:
             pieces = [" ".join(words[start : start + 2 * TOKENS]) for start in range(0, batch * 2 * TOKENS, 2 * TOKENS)]
             encoded = {name: value[:, :TOKENS].numpy().copy() for name, value in minilm.tokens(pieces).items()}

@@ -54,6 +54,7 @@ class Engine(ABC):
     """A way to compute y = x W^T + b. ``pattern`` is None for a dense engine."""
 
     name: str
+    openmp: ClassVar[bool] = False  # whether its threads are libgomp's
     pattern: str | None = None
 
     @abstractmethod
@@ -85,6 +86,7 @@ class TorchEngine(Engine):
     """torch.nn.Linear."""
 
     name = "torch"
+    openmp = True
 
     def missing(self, dtype: str) -> str | None:
         """None: torch is always there."""
@@ -104,6 +106,8 @@ class TorchEngine(Engine):
 
 class SparseEngine(Engine):
     """SparseLinear pinned to the compiled CPU kernels, so that it never falls back to dense."""
+
+    openmp = True
 
     def __init__(self, pattern: str) -> None:
         """An engine for weights that fit ``pattern``."""

@@ -71,7 +71,7 @@ def sweep(settings: Settings) -> dict[str, Any]:
     for threads in settings.threads:
         makes = {engine.name: partial(Product, engine, threads) for engine in engines}
         groups = [(shape, dtype) for shape in settings.shapes for dtype in settings.dtypes]
-        with workers(makes, threads) as started:
+        with workers(makes, threads, [engine.name for engine in engines if engine.openmp]) as started:
             for shape, dtype in progress(groups, f"measuring, {threads} thread(s)"):
                 ready = [engine for engine in engines if f"{engine.name}, {dtype}" not in missing]
                 asked = {engine.name: started[engine.name] for engine in ready}

@@ -5,8 +5,9 @@ Takes factories, gives what their objects' methods answer. Knows nothing of what
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -18,19 +19,28 @@ from .harness import use_threads
 
 # a process that has not ended so long after its pipe closed is killed
 _PATIENCE_S = 2.0
+# libgomp leaves the placement of its threads to the kernel, which may wake a sleeping one on the core where the other
+# waits for it: then a product takes until the next scheduler tick, 4 or 8 ms, whatever its size
+_BOUND_TEAM = {"OMP_PROC_BIND": "true"}
 
 
 class Worker:
     """An object that ``make`` builds in a new process, under ``use_threads(threads)``; it ends with its parent."""
 
-    def __init__(self, name: str, make: Callable[[], object], threads: int) -> None:
-        """Start the process; the first ``answer`` is None, given when the object is there. ``make`` is pickled."""
+    def __init__(
+        self, name: str, make: Callable[[], object], threads: int, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start the process; the first ``answer`` is None, given when the object is there. ``make`` is pickled.
+
+        ``environment`` is added to the process's own, in time for libraries that read theirs when they load.
+        """
         # no fork: the engines' pools do not survive one
         context = get_context("spawn")
         self.name = name
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, threads), name=name, daemon=True)
-        self._process.start()
+        with _added(environment or {}):
+            self._process.start()
         theirs.close()
 
     def tell(self, method: str, *arguments: object) -> None:
@@ -75,12 +85,29 @@ class Worker:
 
 
 @contextmanager
-def workers(makes: Mapping[str, Callable[[], object]], threads: int) -> Iterator[dict[str, Worker]]:
-    """One worker for each factory, all ready, for as long as the block runs."""
+def _added(environment: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def workers(
+    makes: Mapping[str, Callable[[], object]], threads: int, openmp: Collection[str] = ()
+) -> Iterator[dict[str, Worker]]:
+    """One worker for each factory, all ready, for as long as the block runs.
+
+    ``openmp`` names those whose threads are libgomp's. With more than one thread these are bound to cores.
+    """
     started: dict[str, Worker] = {}
     try:
         for name, make in makes.items():
-            started[name] = Worker(name, make, threads)
+            environment = _BOUND_TEAM if threads > 1 and name in openmp else None
+            started[name] = Worker(name, make, threads, environment)
         for worker in started.values():
             worker.answer()
         yield started

@@ -171,3 +171,18 @@ def test_a_file_that_is_no_result(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(FormatError, match=r"r\.json"):
         report.load_result(tmp_path / "r.json")
+
+
+class Place:
+    """Tells the placement its process was given for libgomp's threads."""
+
+    def bound(self) -> str | None:
+        return os.environ.get("OMP_PROC_BIND")
+
+
+def test_only_libgomp_teams_are_bound_and_only_where_there_is_one() -> None:
+    with workers({"torch": Place, "other": Place}, 2, openmp=["torch"]) as started:
+        assert ask_all(started.values(), "bound") == {"torch": "true", "other": None}
+    with workers({"torch": Place}, 1, openmp=["torch"]) as started:
+        assert started["torch"].ask("bound") is None
+    assert "OMP_PROC_BIND" not in os.environ
