@@ -22,7 +22,7 @@ _BLOCK = re.compile(r"<!-- result: \S* -->\n.*?<!-- end -->", re.DOTALL)
 
 def block(result: dict[str, Any]) -> str:
     """Headline and table in Markdown: the headline shape at every batch, cold weights where they were measured."""
-    found = [each for each in comparisons(result) if _is_headline(each)]
+    found = sorted(filter(_is_headline, comparisons(result)), key=lambda each: each.row["batch"])
     machine = result["machine"]
     first = next(each for each in found if each.row["pattern"] == "2:4")
     lines = [
@@ -37,6 +37,7 @@ def block(result: dict[str, Any]) -> str:
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
         *(_line(each) for each in found),
         "",
+        *_above_bound(found),
         _overall(result),
         "",
     ]
@@ -55,6 +56,17 @@ def _is_headline(each: Comparison) -> bool:
     if ((row["out"], row["in"]), row["dtype"], row["threads"]) != (SHAPE, DTYPE, THREADS):
         return False
     return bool(row["weights"] == "cold" or row["batch"] > 8)
+
+
+def _above_bound(found: list[Comparison]) -> list[str]:
+    """What to think of a speedup that exceeds its bound, if there is one."""
+    if all(each.speedup <= each.row["bound"] for each in found):
+        return []
+    return [
+        "The bound compares two products at this machine's measured peaks. A speedup above it says that the best dense "
+        "engine is further from them at that batch, not that sparsity gives more than it can.",
+        "",
+    ]
 
 
 def _line(each: Comparison) -> str:
