@@ -30,7 +30,7 @@ const char* sparsecomp_error_text(int code) {
     case SPARSECOMP_OK:
       return "no error";
     case SPARSECOMP_INVALID:
-      return "the weight description, a size, a stride or a pointer is not valid; "
+      return "the weight description, a size, a stride, a pointer or the activation is not valid; "
              "needed are M in 2, 4, 8, 16, 1 <= N <= M, sizes below 2^31, ldx >= in_features, ldy >= out_features";
     case SPARSECOMP_UNSUPPORTED:
       return "this product has no kernel for the element type; weights of float32, float16 and bfloat16 have one";
@@ -94,15 +94,18 @@ int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const void* values, cons
 }
 
 int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata, const void* x,
-                         int64_t ldx, int64_t batch, const void* bias, void* y, int64_t ldy, int threads) {
+                         int64_t ldx, int64_t batch, const sparsecomp_epilogue* epilogue, void* y, int64_t ldy,
+                         int threads) {
   Geometry g;
   if (!weight || !make_geometry(*weight, &g) || batch < 0) return SPARSECOMP_INVALID;
+  const sparsecomp_epilogue last = epilogue ? *epilogue : sparsecomp_epilogue{};
+  if (last.activation < SPARSECOMP_NO_ACTIVATION || last.activation > SPARSECOMP_SILU) return SPARSECOMP_INVALID;
   if (g.dtype == SPARSECOMP_I8) return SPARSECOMP_UNSUPPORTED;
   if (g.out == 0 || batch == 0) return SPARSECOMP_OK;
   if (batch > 1 && (ldx < g.in || ldy < g.out)) return SPARSECOMP_INVALID;
   if (!y || (g.in > 0 && (!x || !values || !metadata))) return SPARSECOMP_INVALID;
   const sparsecomp::LinearCall call{
-      static_cast<const uint8_t*>(values), static_cast<const uint8_t*>(metadata), x, ldx, batch, bias, y, ldy,
+      static_cast<const uint8_t*>(values), static_cast<const uint8_t*>(metadata), g.dtype, x, ldx, batch, last, y, ldy,
       sparsecomp::resolve_threads(threads)};
   const sparsecomp::Dispatch& dispatch = sparsecomp::dispatch();
   if (!dispatch.isa) {

@@ -63,7 +63,7 @@ Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const Linear
     const int64_t chunks = (g.steps + kChunkSteps - 1) / kChunkSteps;
     blocking.chunk_steps = (g.steps + chunks - 1) / chunks;
   }
-  blocking.direct = kernels.x_dtype == g.dtype && g.in % kStep == 0;
+  blocking.direct = kernels.x_dtype == call.dtype && g.in % kStep == 0;
   return blocking;
 }
 
@@ -72,16 +72,16 @@ void fill_panel(const Isa& isa, const KernelSet& kernels, const Geometry& g, con
                 int64_t count, int64_t step, int64_t step_end, void* panel) {
   const int64_t width = (step_end - step) * kStep;
   const int64_t used = std::min(width, g.in - step * kStep);
-  const int64_t size = element_bytes(g.dtype);
+  const int64_t size = element_bytes(call.dtype);
   for (int64_t i = 0; i < count; ++i) {
     const auto* from = static_cast<const uint8_t*>(call.x) + ((first + i) * call.ldx + step * kStep) * size;
-    if (kernels.x_dtype == SPARSECOMP_BF16 || g.dtype == SPARSECOMP_F32) {
+    if (kernels.x_dtype == call.dtype) {
       uint8_t* to = static_cast<uint8_t*>(panel) + i * width * size;
       std::memcpy(to, from, static_cast<size_t>(used * size));
       std::memset(to + used * size, 0, static_cast<size_t>((width - used) * size));
     } else {
       float* to = static_cast<float*>(panel) + i * width;
-      isa.widen(from, g.dtype, to, used);
+      isa.widen(from, call.dtype, to, used);
       std::fill(to + used, to + width, 0.0f);
     }
   }
@@ -170,7 +170,7 @@ class TaskRunner {
 
   // Rows of y are far apart: without this every store of the next micro-kernel's result waits for its cache line.
   void prefetch_output(int64_t tile, int tiles, int64_t column, int columns) const {
-    const int64_t size = element_bytes(g_.dtype);
+    const int64_t size = element_bytes(call_.dtype);
     const int64_t bytes = std::min<int64_t>(tiles * kTile, g_.out - tile * kTile) * size;
     for (int b = 0; b < columns; ++b) {
       const uint8_t* y = static_cast<const uint8_t*>(call_.y) + ((column + b) * call_.ldy + tile * kTile) * size;
@@ -180,16 +180,16 @@ class TaskRunner {
 
   void finish(const float* sums, int64_t tile, int tiles, int64_t column, int columns) const {
     const int64_t row = tile * kTile;
-    const int64_t size = element_bytes(g_.dtype);
+    const int64_t size = element_bytes(call_.dtype);
     FinishArgs args;
     args.sums = sums;
     args.ld = tiles * kTile;
     args.rows = static_cast<int>(std::min<int64_t>(tiles * kTile, g_.out - row));
     args.columns = columns;
-    args.bias = call_.bias ? static_cast<const uint8_t*>(call_.bias) + row * size : nullptr;
+    args.epilogue = epilogue_at(call_.epilogue, row, call_.dtype);
     args.y = static_cast<uint8_t*>(call_.y) + (column * call_.ldy + row) * size;
     args.ldy = call_.ldy;
-    args.dtype = g_.dtype;
+    args.dtype = call_.dtype;
     isa_.finish(args);
   }
 

@@ -1,4 +1,4 @@
-// The blocked product y = x W^T + bias, and the interface of the micro-kernels it drives.
+// The blocked product y = epilogue(x W^T), and the interface of the micro-kernels it drives.
 // Owns blocking, threads, conversion of x and ragged edges, so that micro-kernels see whole tiles and whole steps only.
 #pragma once
 
@@ -11,10 +11,11 @@ namespace sparsecomp {
 struct LinearCall {
   const uint8_t* values;
   const uint8_t* metadata;
+  int dtype;  // of x, y and the bias
   const void* x;
   int64_t ldx;
   int64_t batch;
-  const void* bias;  // or nullptr
+  sparsecomp_epilogue epilogue;
   void* y;
   int64_t ldy;
   int threads;
@@ -48,17 +49,26 @@ struct KernelSet {
   Micro micro[kMostTiles + 1][kMostColumns + 1];
 };
 
-// y[column][0..rows) = sums[column][0..rows) + bias, in `dtype`; rows of `sums` are `ld` apart.
+// y[column][0..rows) = epilogue(sums[column][0..rows)), in `dtype`; rows of `sums` are `ld` apart, and whole tiles of
+// them can be read.
 struct FinishArgs {
   const float* sums;
   int64_t ld;
   int rows;
   int columns;
-  const void* bias;  // of the first row, or nullptr
-  void* y;           // element of the first row and column
+  sparsecomp_epilogue epilogue;  // its pointers are to the first row
+  void* y;                       // element of the first row and column
   int64_t ldy;
   int dtype;
 };
+
+// The epilogue of the rows from `row` on; they are elements of `dtype`.
+static inline sparsecomp_epilogue epilogue_at(const sparsecomp_epilogue& all, int64_t row, int dtype) {
+  sparsecomp_epilogue part = all;
+  if (all.row_scales) part.row_scales = all.row_scales + row;
+  if (all.bias) part.bias = static_cast<const uint8_t*>(all.bias) + row * element_bytes(dtype);
+  return part;
+}
 
 // One instruction set.
 struct Isa {

@@ -1,6 +1,7 @@
 #include "reference.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "numbers.hpp"
 #include "parallel.hpp"
@@ -9,6 +10,23 @@ namespace sparsecomp {
 namespace {
 
 constexpr int64_t kColumns = 64;  // batch columns at a time, so that sums have a fixed place
+
+// In double: the truth for the vector formulas.
+float activate(float value, int activation) {
+  const double v = static_cast<double>(value);
+  switch (activation) {
+    case SPARSECOMP_RELU:
+      return value < 0 ? 0.0f : value;
+    case SPARSECOMP_GELU:
+      return static_cast<float>(v * std::erfc(v * -0.70710678118654752) / 2);
+    case SPARSECOMP_GELU_TANH:
+      return static_cast<float>(v / (1 + std::exp(v * (-1.5957691216057308 - 0.071354816272600247 * v * v))));
+    case SPARSECOMP_SILU:
+      return static_cast<float>(v / (1 + std::exp(-v)));
+    default:
+      return value;
+  }
+}
 
 void reference_block(const Geometry& g, const LinearCall& call, int64_t tile, int64_t first, int64_t columns) {
   float sums[kTile][kColumns] = {};
@@ -22,15 +40,18 @@ void reference_block(const Geometry& g, const LinearCall& call, int64_t tile, in
         if (k >= g.in) continue;
         const float weight = load_number(call.values + block * g.value_bytes + value_offset(g, slot, r), 0, g.dtype);
         for (int64_t b = 0; b < columns; ++b)
-          sums[r][b] += weight * load_number(call.x, (first + b) * call.ldx + k, g.dtype);
+          sums[r][b] += weight * load_number(call.x, (first + b) * call.ldx + k, call.dtype);
       }
     }
   }
   for (int r = 0; r < kTile && tile * kTile + r < g.out; ++r) {
     const int64_t row = tile * kTile + r;
-    const float bias = call.bias ? load_number(call.bias, row, g.dtype) : 0.0f;
-    for (int64_t b = 0; b < columns; ++b)
-      store_number(sums[r][b] + bias, call.y, (first + b) * call.ldy + row, g.dtype);
+    const float scale = call.epilogue.row_scales ? call.epilogue.row_scales[row] : 1.0f;
+    const float bias = call.epilogue.bias ? load_number(call.epilogue.bias, row, call.dtype) : 0.0f;
+    for (int64_t b = 0; b < columns; ++b) {
+      const float value = activate(sums[r][b] * scale + bias, call.epilogue.activation);
+      store_number(value, call.y, (first + b) * call.ldy + row, call.dtype);
+    }
   }
 }
 

@@ -24,6 +24,16 @@ enum { SPARSECOMP_OK = 0, SPARSECOMP_INVALID = 1, SPARSECOMP_UNSUPPORTED = 2, SP
 /* Element types of weights and activations. */
 enum { SPARSECOMP_F32 = 0, SPARSECOMP_F16 = 1, SPARSECOMP_BF16 = 2, SPARSECOMP_I8 = 3 };
 
+/* Activation functions, as torch.nn.functional defines them: max(0, v), v Phi(v) with the normal distribution function
+ * Phi, its approximation by tanh, and v / (1 + exp(-v)). */
+enum {
+  SPARSECOMP_NO_ACTIVATION = 0,
+  SPARSECOMP_RELU = 1,
+  SPARSECOMP_GELU = 2,
+  SPARSECOMP_GELU_TANH = 3,
+  SPARSECOMP_SILU = 4
+};
+
 /* An N:M weight [out_features, in_features]; mask_rows consecutive rows share their metadata (1: none do). */
 typedef struct sparsecomp_nm {
   int64_t out_features;
@@ -33,6 +43,13 @@ typedef struct sparsecomp_nm {
   int32_t mask_rows;
   int32_t dtype;
 } sparsecomp_nm;
+
+/* What becomes of the sums before they are rounded and stored: activation(row_scales * sums + bias), in fp32. */
+typedef struct sparsecomp_epilogue {
+  const float* row_scales; /* [out_features], or NULL for ones */
+  const void* bias;        /* [out_features] of the dtype of x and y, or NULL */
+  int32_t activation;
+} sparsecomp_epilogue;
 
 SPARSECOMP_API const char* sparsecomp_error_text(int code);
 
@@ -57,12 +74,12 @@ SPARSECOMP_API int sparsecomp_nm_unpack(const sparsecomp_nm* weight, const void*
 SPARSECOMP_API int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const void* values, const void* metadata,
                                           void* dense, int threads);
 
-/* y [batch, out_features] = x [batch, in_features] W^T + bias; x, y and bias have the weight's dtype, sums are fp32.
- * ldx and ldy are in elements; bias may be NULL; threads <= 0 means all cores.
+/* y [batch, out_features] = epilogue(x [batch, in_features] W^T); x and y have the weight's dtype, sums are fp32.
+ * ldx and ldy are in elements; epilogue may be NULL; threads <= 0 means all cores.
  * y must not overlap what is read. */
 SPARSECOMP_API int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata,
-                                        const void* x, int64_t ldx, int64_t batch, const void* bias, void* y,
-                                        int64_t ldy, int threads);
+                                        const void* x, int64_t ldx, int64_t batch, const sparsecomp_epilogue* epilogue,
+                                        void* y, int64_t ldy, int threads);
 
 /* Measured peaks of this machine, for the roofline bound. */
 SPARSECOMP_API double sparsecomp_measure_flops(int32_t dtype, int threads); /* multiply-adds count as 2, per second */

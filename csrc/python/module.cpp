@@ -39,14 +39,15 @@ int thread_count(int64_t value) {
   return static_cast<int>(value < 0 ? 0 : value > kMost ? kMost : value);
 }
 
+int32_t narrow(int64_t value, int32_t otherwise) {
+  return value == static_cast<int32_t>(value) ? static_cast<int32_t>(value) : otherwise;
+}
+
 // The first six integers of every nm_ function. Values beyond int32 become 0, which no description allows as M.
 template <size_t Count>
 sparsecomp_nm weight_of(const std::array<int64_t, Count>& v) {
-  const auto narrow = [](int64_t value) {
-    return value == static_cast<int32_t>(value) ? static_cast<int32_t>(value) : 0;
-  };
   const bool dtype = v[5] == static_cast<int32_t>(v[5]);
-  return {v[0], v[1], narrow(v[2]), dtype ? narrow(v[3]) : 0, narrow(v[4]), narrow(v[5])};
+  return {v[0], v[1], narrow(v[2], 0), dtype ? narrow(v[3], 0) : 0, narrow(v[4], 0), narrow(v[5], 0)};
 }
 
 PyObject* isa(PyObject*, PyObject*) {
@@ -119,14 +120,14 @@ PyObject* nm_to_dense(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* nm_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  std::array<int64_t, 15> v;
+  std::array<int64_t, 17> v;
   if (!read_integers("nm_linear", args, given, &v)) return nullptr;
   const sparsecomp_nm weight = weight_of(v);
+  const sparsecomp_epilogue epilogue = {pointer<const float>(v[11]), pointer<const void>(v[12]), narrow(v[13], -1)};
   int code;
   Py_BEGIN_ALLOW_THREADS;
-  code =
-      sparsecomp_nm_linear(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<const void>(v[8]),
-                           v[9], v[10], pointer<const void>(v[11]), pointer<void>(v[12]), v[13], thread_count(v[14]));
+  code = sparsecomp_nm_linear(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<const void>(v[8]),
+                              v[9], v[10], &epilogue, pointer<void>(v[14]), v[15], thread_count(v[16]));
   Py_END_ALLOW_THREADS;
   return none_or_error(code);
 }
@@ -172,7 +173,9 @@ PyMethodDef methods[] = {
     fast("nm_to_dense", nm_to_dense,
          "nm_to_dense(" WEIGHT ", values, metadata, dense, threads): layout -> dense weight [out, in]."),
     fast("nm_linear", nm_linear,
-         "nm_linear(" WEIGHT ", values, metadata, x, ldx, batch, bias or 0, y, ldy, threads): y = x W^T + bias."),
+         "nm_linear(" WEIGHT
+         ", values, metadata, x, ldx, batch, row_scales or 0, bias or 0, activation, y, ldy, threads):"
+         " y = activation(row_scales * x W^T + bias)."),
     fast("measure_flops", measure_flops, "measure_flops(dtype, threads) -> float: FLOP/s of multiply-adds."),
     fast("measure_read_bandwidth", measure_read_bandwidth, "measure_read_bandwidth(threads) -> float: bytes/s."),
     {nullptr, nullptr, 0, nullptr}};

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_weight import Layout, check_linear, random_weight
+from native_weight import EPSILON, Layout, check_linear, random_weight
+from torch.nn import functional
 
 from sparsecomp import _native
 from sparsecomp.pack.format import pack
@@ -79,6 +80,71 @@ def test_output_rounds_to_nearest_even_and_keeps_nan_and_inf(dtype, scale):
     assert bool((y[4] == float("inf")).all())
     assert bool((y[5] == float("-inf")).all())
     assert torch.cat([y[:3], y[6:]]).equal(torch.cat([want[:3], want[6:]]))
+
+
+def _activated(x: torch.Tensor, out: int, activation: int, dtype: torch.dtype) -> torch.Tensor:
+    """The kernels' activation of x [n] through a column of ones: y [n, out]."""
+    weight = torch.zeros(out, 2, dtype=dtype)
+    weight[:, 0] = 1
+    y = torch.full((x.shape[0], out), 7.0, dtype=dtype)
+    inputs = torch.stack([x, torch.zeros_like(x)], dim=1).to(dtype)
+    Layout.of(pack(weight, "1:2")).linear(inputs, None, y, activation=activation)
+    return y
+
+
+# In float64, by formulas that do not cancel in the tails; torch's own lose all digits of gelu(-9) even there.
+ACTIVATIONS = {
+    0: lambda v: v,
+    1: torch.relu,
+    2: lambda v: v * torch.special.erfc(v * -(0.5**0.5)) / 2,
+    3: lambda v: v * torch.sigmoid((8 / torch.pi) ** 0.5 * (v + 0.044715 * v**3)),
+    4: lambda v: v * torch.sigmoid(v),
+}
+TORCH = {
+    0: lambda v: v,
+    1: torch.relu,
+    2: functional.gelu,
+    3: lambda v: functional.gelu(v, approximate="tanh"),
+    4: functional.silu,
+}
+
+
+@pytest.mark.parametrize("code", ACTIVATIONS)
+def test_activations_are_right_to_a_few_ulp(code):
+    tails = torch.logspace(-37, 38, 3001)
+    x = torch.cat([torch.linspace(-12, 12, 60001), tails, -tails, torch.linspace(-90, -12, 2001)])
+    y = _activated(x, 21, code, torch.float32)
+    assert y.equal(y[:, :1].expand_as(y)), "a value depends on the row it is in"
+    got, want = y[:, 0].double(), ACTIVATIONS[code](x.double())
+    # the argument of the tanh form is rounded before exp magnifies that
+    argument = 1.6 * x.double().abs() + 0.072 * x.double().abs() ** 3 if code == 3 else 0
+    ulp = 6e-8 * (8 + 3 * argument)
+    tiny = 1e-37  # exp is a subnormal number there
+    assert bool(((got - want).abs() <= want.abs() * ulp + tiny).all())
+    torch.testing.assert_close(got, TORCH[code](x.double()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("code", ACTIVATIONS)
+def test_activations_of_nan_and_inf_are_those_of_torch(code, dtype):
+    x = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 3e38 if dtype == torch.float32 else 60000])
+    want = TORCH[code](x.double()).to(dtype)
+    got = _activated(x, 5, code, dtype)
+    torch.testing.assert_close(got, want[:, None].expand_as(got), rtol=EPSILON[dtype], atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("code", ACTIVATIONS)
+def test_epilogue_scales_then_adds_the_bias_then_activates(code, dtype):
+    for out, columns, batch in [(1, 3, 1), (37, 40, 9), (16, 1040, 33)]:
+        generator = torch.Generator().manual_seed(out)
+        weight = random_weight("2:4", out, columns, dtype, generator)
+        x = torch.randn(batch, columns, generator=generator).to(dtype)
+        bias, scales = torch.randn(out, generator=generator).to(dtype), torch.rand(out, generator=generator) / 8
+        y = torch.full((batch, out), float("nan"), dtype=dtype)
+        Layout.of(pack(weight, "2:4")).linear(x, bias, y, 2, activation=code, row_scales=scales)
+        want = ACTIVATIONS[code](x.double() @ weight.double().T * scales.double() + bias.double())
+        torch.testing.assert_close(y.double(), want, rtol=EPSILON[dtype] * 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)

@@ -135,17 +135,23 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
   Buffer x(extent(ldx, g.in)), bias(g.out * size), y(extent(ldy, g.out)), want(extent(ldy, g.out));
   x.fill_numbers(g.dtype);
   bias.fill_numbers(g.dtype);
-  const void* given_bias = has_bias ? bias.data : nullptr;
-  CHECK(sparsecomp_nm_linear(&weight, values.data, metadata.data, x.data, ldx, batch, given_bias, y.data, ldy,
+  Buffer scales(g.out * 4);
+  scales.fill_numbers(SPARSECOMP_F32);
+  const bool has_scales = uniform(0, 1) == 1;
+  const sparsecomp_epilogue epilogue{has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr,
+                                     has_bias ? bias.data : nullptr,
+                                     static_cast<int32_t>(uniform(SPARSECOMP_NO_ACTIVATION, SPARSECOMP_SILU))};
+  CHECK(sparsecomp_nm_linear(&weight, values.data, metadata.data, x.data, ldx, batch, &epilogue, y.data, ldy,
                              threads) == SPARSECOMP_OK,
         "%s", name.c_str());
-  reference_linear(g, {values.data, metadata.data, x.data, ldx, batch, given_bias, want.data, ldy, 1});
+  reference_linear(g, {values.data, metadata.data, g.dtype, x.data, ldx, batch, epilogue, want.data, ldy, 1});
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t row = 0; row < g.out; ++row) {
       const float got = load_number(y.data, b * ldy + row, g.dtype);
       const float expected = load_number(want.data, b * ldy + row, g.dtype);
       const float unit = g.dtype == SPARSECOMP_F32 ? 1e-5f : g.dtype == SPARSECOMP_F16 ? 2e-3f : 1.6e-2f;
-      const float scale = std::fabs(expected) + std::sqrt(static_cast<float>(g.in) + 1);
+      const float factor = has_scales ? std::fabs(epilogue.row_scales[row]) : 1.0f;
+      const float scale = std::fabs(expected) + factor * std::sqrt(static_cast<float>(g.in) + 1) + 1;
       CHECK(std::fabs(got - expected) <= unit * scale, "%s: y[%d][%d] is %g, not %g", name.c_str(), static_cast<int>(b),
             static_cast<int>(row), static_cast<double>(got), static_cast<double>(expected));
     }
@@ -238,6 +244,8 @@ void check_refusals() {
   const int32_t most = 0x7fffffff;
   const sparsecomp_nm huge{most, most, 4, 4, 1, SPARSECOMP_F32};
   CHECK(sparsecomp_nm_values_bytes(&huge) == -1, "its bytes do not fit 64 bits");
+  const sparsecomp_epilogue unknown{nullptr, nullptr, SPARSECOMP_SILU + 1};
+  CHECK(sparsecomp_nm_linear(&good, "", "", "", 8, 1, &unknown, y.data, 4, 1) == SPARSECOMP_INVALID, "activation");
   CHECK(sparsecomp_nm_linear(&good, "", "", "", 7, 2, nullptr, y.data, 4, 1) == SPARSECOMP_INVALID, "short ldx");
   const sparsecomp_nm bytes{4, 8, 2, 4, 1, SPARSECOMP_I8};
   CHECK(sparsecomp_nm_linear(&bytes, "", "", "", 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_UNSUPPORTED, "int8");

@@ -75,7 +75,16 @@ class Layout:
         )
         return dense
 
-    def linear(self, x: Tensor, bias: Tensor | None, y: Tensor, threads: int = 1) -> None:
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        threads: int = 1,
+        *,
+        activation: int = 0,
+        row_scales: Tensor | None = None,
+    ) -> None:
         """Rows of x and y may be apart; their strides are passed on."""
         _native.nm_linear(
             *self.description,
@@ -84,7 +93,9 @@ class Layout:
             x.data_ptr(),
             x.stride(0),
             x.shape[0],
+            0 if row_scales is None else row_scales.data_ptr(),
             0 if bias is None else bias.data_ptr(),
+            activation,
             y.data_ptr(),
             y.stride(0),
             threads,

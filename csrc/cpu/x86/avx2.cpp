@@ -7,6 +7,7 @@
 #include "../measure.hpp"
 #include "../numbers.hpp"
 #include "../unroll.hpp"
+#include "epilogue.hpp"
 #include "prefetch.hpp"
 
 namespace sparsecomp {
@@ -207,31 +208,52 @@ __m128i narrow(__m256 value, int dtype) {
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08));
 }
 
-void widen(const void* from, int dtype, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) _mm256_storeu_ps(to + i, load_numbers(from, i, dtype));
-  for (; i < count; ++i) to[i] = load_number(from, i, dtype);
-}
+// 8 fp32 lanes, as the epilogue wants them. There are no masks: what is left of a row passes through a small buffer.
+struct Lanes {
+  using Float = __m256;
+  using Mask = int;
+  static constexpr int kLanes = 8;
 
-void finish(const FinishArgs& args) {
-  int row = 0;
-  for (; row + kLanes <= args.rows; row += kLanes) {
-    const __m256 bias = args.bias ? load_numbers(args.bias, row, args.dtype) : _mm256_setzero_ps();
-    for (int b = 0; b < args.columns; ++b) {
-      const __m256 sum = _mm256_add_ps(_mm256_loadu_ps(args.sums + b * args.ld + row), bias);
-      const int64_t at = b * args.ldy + row;
-      if (args.dtype == SPARSECOMP_F32)
-        _mm256_storeu_ps(static_cast<float*>(args.y) + at, sum);
-      else
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(args.y) + at), narrow(sum, args.dtype));
+  static Float set(float value) { return _mm256_set1_ps(value); }
+  static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
+  static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float abs(Float a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static Float round(Float a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // in two steps: one factor of 2^-127 and less would not be a normal number
+  static Float times_power_of_2(Float a, Float exponent) {
+    const __m256i whole = _mm256_cvtps_epi32(exponent), half = _mm256_srai_epi32(whole, 1);
+    return a * power_of_2(half) * power_of_2(_mm256_sub_epi32(whole, half));
+  }
+  static Float if_negative(Float sign, Float a, Float b) { return _mm256_blendv_ps(b, a, sign); }
+
+  static Mask first(int64_t count) { return count < kLanes ? static_cast<int>(count) : kLanes; }
+  static Float load(const void* from, int64_t index, int dtype, Mask lanes) {
+    if (lanes == kLanes) return load_numbers(from, index, dtype);
+    alignas(32) float part[kLanes] = {};
+    for (int i = 0; i < lanes; ++i) part[i] = load_number(from, index + i, dtype);
+    return _mm256_load_ps(part);
+  }
+  static void store(Float value, void* to, int64_t index, int dtype, Mask lanes) {
+    if (lanes < kLanes) {
+      alignas(32) float part[kLanes];
+      _mm256_store_ps(part, value);
+      for (int i = 0; i < lanes; ++i) store_number(part[i], to, index + i, dtype);
+    } else if (dtype == SPARSECOMP_F32) {
+      _mm256_storeu_ps(static_cast<float*>(to) + index, value);
+    } else {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(to) + index), narrow(value, dtype));
     }
   }
-  for (; row < args.rows; ++row) {
-    const float bias = args.bias ? load_number(args.bias, row, args.dtype) : 0.0f;
-    for (int b = 0; b < args.columns; ++b)
-      store_number(args.sums[b * args.ld + row] + bias, args.y, b * args.ldy + row, args.dtype);
+
+ private:
+  static Float power_of_2(__m256i exponent) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
   }
-}
+};
+
+void widen(const void* from, int dtype, float* to, int64_t count) { widen_lanes<Lanes>(from, dtype, to, count); }
+void finish(const FinishArgs& args) { finish_lanes<Lanes>(args); }
 
 double flops(int, double seconds) {
   constexpr int kChains = 12;

@@ -5,6 +5,7 @@
 
 #include "../dispatch.hpp"
 #include "../measure.hpp"
+#include "epilogue.hpp"
 
 namespace sparsecomp {
 namespace {
@@ -90,11 +91,6 @@ __m512 widen_vector(__m256i raw, int dtype) {
                                  : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
 
-__m512 load_lanes(const void* from, int64_t index, int dtype, __mmask16 lanes) {
-  if (dtype == SPARSECOMP_F32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(from) + index);
-  return widen_vector(_mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(from) + index), dtype);
-}
-
 __m256i narrow_vector(__m512 value, int dtype) {
   if (dtype == SPARSECOMP_F16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512i bits = _mm512_castps_si512(value);
@@ -105,27 +101,38 @@ __m256i narrow_vector(__m512 value, int dtype) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
 
-void widen(const void* from, int dtype, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 lanes = first_lanes(count - i);
-    _mm512_mask_storeu_ps(to + i, lanes, load_lanes(from, i, dtype, lanes));
-  }
-}
+// 16 fp32 lanes, as the epilogue wants them.
+struct Lanes {
+  using Float = __m512;
+  using Mask = __mmask16;
+  static constexpr int kLanes = 16;
 
-void finish(const FinishArgs& args) {
-  for (int row = 0; row < args.rows; row += kTile) {
-    const __mmask16 lanes = first_lanes(args.rows - row);
-    const __m512 bias = args.bias ? load_lanes(args.bias, row, args.dtype, lanes) : _mm512_setzero_ps();
-    for (int b = 0; b < args.columns; ++b) {
-      const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(args.sums + b * args.ld + row), bias);
-      const int64_t index = b * args.ldy + row;
-      if (args.dtype == SPARSECOMP_F32)
-        _mm512_mask_storeu_ps(static_cast<float*>(args.y) + index, lanes, sum);
-      else
-        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + index, lanes, narrow_vector(sum, args.dtype));
-    }
+  static Float set(float value) { return _mm512_set1_ps(value); }
+  static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+  static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float abs(Float a) { return _mm512_abs_ps(a); }
+  static Float round(Float a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Float times_power_of_2(Float a, Float exponent) { return _mm512_scalef_ps(a, exponent); }
+  static Float if_negative(Float sign, Float a, Float b) {
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign)), b, a);
   }
-}
+
+  static Mask first(int64_t count) { return first_lanes(count); }
+  static Float load(const void* from, int64_t index, int dtype, Mask lanes) {
+    if (dtype == SPARSECOMP_F32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(from) + index);
+    return widen_vector(_mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(from) + index), dtype);
+  }
+  static void store(Float value, void* to, int64_t index, int dtype, Mask lanes) {
+    if (dtype == SPARSECOMP_F32)
+      _mm512_mask_storeu_ps(static_cast<float*>(to) + index, lanes, value);
+    else
+      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + index, lanes, narrow_vector(value, dtype));
+  }
+};
+
+void widen(const void* from, int dtype, float* to, int64_t count) { widen_lanes<Lanes>(from, dtype, to, count); }
+void finish(const FinishArgs& args) { finish_lanes<Lanes>(args); }
 
 double flops(int, double seconds) {
   constexpr int kChains = 16;
