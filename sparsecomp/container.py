@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.errors import FormatError, ModelError, PatternError
 from sparsecomp.pack import PackedWeight
 from sparsecomp.pack.format import DTYPES
@@ -36,6 +37,7 @@ class Contents:
     aliases: dict[str, str]
     layers: dict[str, PackedWeight]
     biased: frozenset[str]
+    activations: dict[str, str]
     package_version: str
     metadata: dict[str, str]
 
@@ -52,6 +54,7 @@ class LayerEntry:
     shape: tuple[int, int]
     dtype: torch.dtype
     bias: bool
+    activation: str
 
 
 def require_folder(path: Path) -> None:
@@ -74,7 +77,13 @@ def write(
     """
     require_folder(path)
     described = {
-        name: {"pattern": e.pattern, "shape": list(e.shape), "dtype": _dtype_name(e.dtype), "bias": e.bias}
+        name: {
+            "pattern": e.pattern,
+            "shape": list(e.shape),
+            "dtype": _dtype_name(e.dtype),
+            "bias": e.bias,
+            "activation": e.activation,
+        }
         for name, e in layers.items()
     }
     header = {
@@ -125,6 +134,7 @@ def read(path: Path) -> Contents:
         aliases = {str(alias): str(stored) for alias, stored in json.loads(header[f"{_PREFIX}aliases"]).items()}
         layers = {name: _packed(name, entry, tensors, aliases) for name, entry in described.items()}
         biased = frozenset(name for name, entry in described.items() if entry["bias"] is True)
+        activations = {name: _activation(name, entry["activation"]) for name, entry in described.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, FormatError):
             raise FormatError(f"{path}: {error}") from error
@@ -140,7 +150,13 @@ def read(path: Path) -> Contents:
     missing += [key(name, "bias") for name in biased if _stored(key(name, "bias"), aliases) not in tensors]
     if missing:
         raise FormatError(f"{path}: tensors named in the header are missing: {some(missing)}; save it again")
-    return Contents(tensors, aliases, layers, biased, header[f"{_PREFIX}version"], user)
+    return Contents(tensors, aliases, layers, biased, activations, header[f"{_PREFIX}version"], user)
+
+
+def _activation(name: str, activation: object) -> str:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise FormatError(f'layer "{name}" has the activation {activation!r}; a file holds {", ".join(ACTIVATIONS)}')
+    return activation
 
 
 def _packed(

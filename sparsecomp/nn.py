@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsecomp import ops
+from sparsecomp.activations import activate, require_activation
 from sparsecomp.backends import registry
 from sparsecomp.backends.registry import Kernel, Request
 from sparsecomp.errors import ModelError, SparsecompError
 from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.patterns import Block, Pattern, parse, row_nm
+from sparsecomp.pack.move import moved, zero_weight
+from sparsecomp.patterns import Pattern, parse
 from sparsecomp.readonly import NO_WEIGHT_GRADIENT, DenseCopy
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ _FORMAT_VERSION = 1
 
 
 class SparseLinear(nn.Module):
-    """y = x W^T + b with W [out_features, in_features] packed in ``pattern``.
+    """y = activation(x W^T + b) with W [out_features, in_features] packed in ``pattern``.
 
     x is [..., in_features] of the layer's dtype, y [..., out_features]. Under autocast x may be fp32, fp16 or bf16 and
     y has the dtype nn.Linear's would have; the weight stays in its own dtype, so a float32 layer computes in float32
@@ -40,6 +42,9 @@ class SparseLinear(nn.Module):
     canonical format, and ``bias``. The pattern and shape are facts of the constructor. ``dense_above`` is the batch
     from which a dense product of the unpacked weight was measured to be faster on this machine, or None; it is not
     part of the state_dict. ``backend`` pins one backend by name.
+
+    ``activation`` is "none", "relu", "gelu" (exact), "gelu_tanh" or "silu", as torch.nn.functional defines them; the
+    CPU kernels apply it before they round and store y. Like the pattern it is no part of the weights; it can be set.
 
     Raises ModelError for a weight that no backend runs and PatternError for a pattern that cannot be packed.
     """
@@ -58,25 +63,32 @@ class SparseLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        activation: str = "none",
     ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         place = torch.device(device) if device is not None else torch.get_default_device()
-        packed = _zero_weight(parse(pattern), (out_features, in_features), place, dtype)
+        packed = zero_weight(parse(pattern), (out_features, in_features), place, dtype)
         parameter = nn.Parameter(torch.zeros(out_features, device=place, dtype=dtype)) if bias else None
-        self._build(packed, parameter, backend)
+        self._build(packed, parameter, backend, activation)
 
-    def _build(self, packed: PackedWeight, bias: nn.Parameter | None, backend: str | None) -> None:
+    def _build(self, packed: PackedWeight, bias: nn.Parameter | None, backend: str | None, activation: str) -> None:
         self.out_features, self.in_features = packed.shape
         self.pattern = packed.pattern
         self._wanted = backend
+        self._activation = require_activation(activation)
         self._layout: tuple[str, ...] = ()
         self.register_parameter("bias", bias)
         self._hold(self._prepared(packed))
 
     @classmethod
     def from_packed(
-        cls, packed: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None
+        cls,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        backend: str | None = None,
+        activation: str = "none",
     ) -> SparseLinear:
         """A layer of that weight and bias [out]; the bias is copied to the weight's device and dtype.
 
@@ -90,7 +102,7 @@ class SparseLinear(nn.Module):
                 raise ModelError(f"bias has shape {tuple(bias.shape)}; this weight takes ({packed.shape[0]},)")
             copy = bias.detach().to(packed.device, packed.dtype, copy=True).contiguous()
             parameter = nn.Parameter(copy, requires_grad=bias.requires_grad or not isinstance(bias, nn.Parameter))
-        layer._build(packed, parameter, backend)
+        layer._build(packed, parameter, backend, activation)
         return layer
 
     @classmethod
@@ -102,11 +114,13 @@ class SparseLinear(nn.Module):
         gram: Tensor | None = None,
         *,
         backend: str | None = None,
+        activation: str = "none",
     ) -> SparseLinear:
         """A packed copy of ``linear``, which stays as it is.
 
         Without ``method`` the weight must fit ``pattern`` already (PatternError names the first group that does not).
         With one it is pruned first; ``gram`` [in, in] is X^T X of the layer's inputs for methods that need it.
+        ``activation`` is what the layer applies after the product; the model must then no longer apply it.
         Raises ModelError for another module, whose weight may be [in, out].
         """
         if not isinstance(linear, nn.Linear):
@@ -119,11 +133,19 @@ class SparseLinear(nn.Module):
             from sparsecomp.prune import prune_weight
 
             weight = prune_weight(weight, pattern, method=method, gram=gram).weight.to(weight.dtype)
-        layer = cls.from_packed(pack(weight, pattern), linear.bias, backend=backend)
+        layer = cls.from_packed(pack(weight, pattern), linear.bias, backend=backend, activation=activation)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """The same layer as nn.Linear, zeros in place, exactly; the way back for training."""
+        """The same layer as nn.Linear, zeros in place, exactly; the way back for training.
+
+        Raises ModelError for a layer with an activation, which nn.Linear cannot hold.
+        """
+        if self._activation != "none":
+            raise ModelError(
+                f"this layer applies {self._activation}, which nn.Linear cannot; apply it after the layer and set "
+                f'layer.activation = "none" first'
+            )
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(registry.backends()[self.kernel.backend].dense(self.kernel))
         if self.bias is not None:
@@ -143,6 +165,16 @@ class SparseLinear(nn.Module):
     def device(self) -> torch.device:
         """Where the weight is."""
         return self.kernel.tensors[0].device
+
+    @property
+    def activation(self) -> str:
+        """What is applied to x W^T + b; setting an unknown name raises ModelError."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, name: str) -> None:
+        self._activation = require_activation(name)
+        self._bind_run()
 
     @property
     def weight(self) -> Tensor:
@@ -185,9 +217,14 @@ class SparseLinear(nn.Module):
         self.dense_above = None
         self._layout = tuple(f"layout_{index}" for index in range(len(kernel.tensors)))
         self._name, self._on_cpu = str(kernel.pattern), kernel.tensors[0].is_cpu
-        self._run = registry.backends()[kernel.backend].run
+        self._bind_run()
         for name, tensor in zip(self._layout, kernel.tensors, strict=True):
             self.register_buffer(name, tensor.share_memory_() if shared else tensor, persistent=False)  # type: ignore[no-untyped-call]
+
+    def _bind_run(self) -> None:
+        backend = registry.backends()[self.kernel.backend]
+        plain = self._activation == "none"
+        self._run = backend.run if plain else partial(backend.run_activated, activation=self._activation)
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._layout]
@@ -199,7 +236,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] for x [..., in_features]; any number of dimensions, any strides, no row at all."""
-        if not torch.compiler.is_compiling() and type(x) is Tensor and _nobody_watches():
+        if not torch.compiler.is_compiling() and type(x) is Tensor and ops.nobody_watches():
             kernel, parameters = self.kernel, self._parameters
             # self.bias costs a failed lookup first; it is asked only where a parametrization took the parameter away
             bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
@@ -208,11 +245,11 @@ class SparseLinear(nn.Module):
                 if len(shape) != 2:
                     x = ops.rows(x)
                 if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-                    y = ops.differentiable(x, bias, kernel, self.dense_above)
+                    y = ops.differentiable(x, bias, kernel, self.dense_above, self._activation)
                 elif self.dense_above is None:
                     y = self._run(kernel, x, bias)
                 else:
-                    y = ops.apply(kernel, x, bias, self.dense_above)
+                    y = ops.apply(kernel, x, bias, self.dense_above, self._activation)
                 return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
         return self._dispatched(x)
 
@@ -247,20 +284,24 @@ class SparseLinear(nn.Module):
             )
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         target = torch.get_autocast_dtype(device) if autocast else None
-        if not torch.compiler.is_compiling() and _transformed():
+        if not torch.compiler.is_compiling() and ops.transformed():
             # no rule of the operator is known to torch.func and dual numbers; those of torch's linear are
-            return functional.linear(x, ops.to_dense(self._tensors(), *self._facts()), self.bias)
+            return self._by_torch(x)
         if target is not None and x.is_floating_point() and x.dtype != torch.float64:
             if dtype not in (torch.float32, target):
                 # neither 16-bit format holds the other, so the weight is cast as nn.Linear would cast it
-                return functional.linear(x, ops.to_dense(self._tensors(), *self._facts()), self.bias)
+                return self._by_torch(x)
             x = x.to(dtype)
         if x.dtype != dtype:
             raise ModelError(
                 f"input has dtype {x.dtype}; this layer computes in {dtype}, so convert one with .to() or use autocast"
             )
-        y = ops.linear(x, self._tensors(), self.bias, *self._facts(), self.dense_above)
+        y = ops.linear(x, self._tensors(), self.bias, *self._facts(), self.dense_above, self._activation)
         return y if target is None else y.to(target)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        dense = ops.to_dense(self._tensors(), *self._facts())
+        return activate(functional.linear(x, dense, self.bias), self._activation)
 
     # --- saved, copied, moved ---------------------------------------------------------------------------------------
 
@@ -270,7 +311,7 @@ class SparseLinear(nn.Module):
         shared = probe.is_cpu and probe.is_shared()  # type: ignore[no-untyped-call]
         kernel = None
         if shared or probe.dtype != self.dtype or probe.device != self.device:
-            kernel = self._prepared(_moved(self.packed(), probe.device, probe.dtype))
+            kernel = self._prepared(moved(self.packed(), probe.device, probe.dtype))
         layout = {name: self._buffers.pop(name) for name in self._layout}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -308,6 +349,7 @@ class SparseLinear(nn.Module):
         notes = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if notes is not None:
             notes["pattern"] = str(self.pattern)
+            notes["activation"] = self._activation
 
     def _load_from_state_dict(
         self,
@@ -342,6 +384,11 @@ class SparseLinear(nn.Module):
             raise ModelError(f"the state has version {notes['version']}; this package reads up to {_FORMAT_VERSION}")
         if (pattern := notes.get("pattern", self._name)) != self._name:
             raise ModelError(f"the state holds a {pattern} weight; this layer was made for {self._name}")
+        if (activation := notes.get("activation", self._activation)) != self._activation:
+            raise ModelError(
+                f'the state is of a layer with activation "{activation}", this one has "{self._activation}"; '
+                f"set layer.activation to the one that is meant"
+            )
         packed = PackedWeight(values.detach(), metadata.detach(), self.pattern, (self.out_features, self.in_features))
         packed.validate()
         if notes.get("assign_to_params_buffers", False):
@@ -349,7 +396,7 @@ class SparseLinear(nn.Module):
         if self.device.type == "meta":
             warnings.warn("loading into a layer on the meta device does nothing; pass assign=True", stacklevel=4)
             return self.kernel
-        return self._prepared(_moved(packed, self.device, self.dtype))
+        return self._prepared(moved(packed, self.device, self.dtype))
 
     # --- the report -------------------------------------------------------------------------------------------------
 
@@ -357,55 +404,14 @@ class SparseLinear(nn.Module):
         """Which kernel runs a batch of that many rows, why, its bound, and what was rejected; printable."""
         from sparsecomp.report import explain_kernel
 
-        return explain_kernel(self.kernel, batch, self.dense_above, self._wanted)
+        return explain_kernel(self.kernel, batch, self.dense_above, self._wanted, self._activation)
 
     def extra_repr(self) -> str:
         """Sizes, pattern, dtype, kernel, and bytes beside those of the dense weight."""
         dense = self.out_features * self.in_features * self.dtype.itemsize
+        activation = "" if self._activation == "none" else f"activation={self._activation}, "
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.pattern}, dtype={self.dtype}, kernel={self.kernel.backend}, "
+            f"pattern={self.pattern}, {activation}dtype={self.dtype}, kernel={self.kernel.backend}, "
             f"bytes={self.kernel.nbytes} of {dense} dense"
         )
-
-
-def _nobody_watches() -> bool:
-    """Whether no mode, transform, trace or dual level wants to see this call: the dispatcher may then be bypassed."""
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
-        or _transformed()
-    )
-
-
-def _transformed() -> bool:
-    """Whether a transform of torch.func or a level of forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def _zero_weight(pattern: Pattern, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> PackedWeight:
-    """The packed all-zero weight [out, in], without its dense form where rows are alike."""
-    out, columns = shape
-    nm = row_nm(pattern)
-    if isinstance(pattern, Block) or nm is None:
-        packed = pack(torch.zeros(shape, dtype=dtype, device="cpu"), pattern)
-    else:
-        row = pack(torch.zeros(1, columns, dtype=dtype, device="cpu"), nm)
-        values = torch.zeros(out, nm.slots(columns), dtype=dtype, device="cpu")
-        metadata = row.metadata.repeat(-(-out // nm.mask_rows), 1)
-        packed = PackedWeight(values, metadata, pattern, shape)
-    return _moved(packed, device, dtype)
-
-
-def _moved(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> PackedWeight:
-    """The weight elsewhere; to the meta device without content, from it as zeros."""
-    if device.type == "meta":
-        return replace(packed, values=packed.values.to(device, dtype), metadata=packed.metadata.to(device))
-    if packed.device.type == "meta":
-        return _zero_weight(packed.pattern, packed.shape, device, dtype)
-    try:
-        return packed.to(device, dtype)
-    except SparsecompError as error:
-        raise ModelError(f"the layer cannot become {dtype}: {error}; or take layer.to_linear() there") from error

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsecomp.activations import activate, activation_gradient, require_activation
 from sparsecomp.backends.registry import Kernel, backends
 from sparsecomp.errors import ModelError
 from sparsecomp.patterns import parse
@@ -20,7 +21,8 @@ from sparsecomp.patterns import parse
 _LIBRARY: Any = torch.library.Library("sparsecomp", "DEF")  # type: ignore[no-untyped-call]
 _FACTS = "str backend, str pattern, int out_features, int in_features, ScalarType dtype"
 _LIBRARY.define(
-    f"linear(Tensor x, Tensor[] weight, Tensor? bias, {_FACTS}, int? dense_above) -> Tensor",
+    # no default: the dispatcher would leave out arguments that equal theirs, and their gradients would be missed
+    f"linear(Tensor x, Tensor[] weight, Tensor? bias, {_FACTS}, int? dense_above, str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(f"to_dense(Tensor[] weight, {_FACTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -31,15 +33,15 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def apply(kernel: Kernel, x: Tensor, bias: Tensor | None, dense_above: int | None) -> Tensor:
-    """y [batch, out] = x [batch, in] W^T + bias in the kernel's dtype.
+def apply(kernel: Kernel, x: Tensor, bias: Tensor | None, dense_above: int | None, activation: str = "none") -> Tensor:
+    """y [batch, out] = activation(x [batch, in] W^T + bias) in the kernel's dtype.
 
     From ``dense_above`` rows on, the product runs on a dense temporary instead: measured to be faster there.
     """
     backend = backends()[kernel.backend]
     if dense_above is not None and x.shape[0] >= dense_above:
-        return functional.linear(x, backend.dense(kernel), bias)
-    return backend.run(kernel, x, bias)
+        return activate(functional.linear(x, backend.dense(kernel), bias), activation)
+    return backend.run_activated(kernel, x, bias, activation)
 
 
 def linear(
@@ -52,9 +54,10 @@ def linear(
     in_features: int,
     dtype: torch.dtype,
     dense_above: int | None,
+    activation: str = "none",
 ) -> Tensor:
-    """The operator: y [..., out] for x [..., in]; ModelError for an x or a bias of another kind."""
-    facts = (backend, pattern, out_features, in_features, dtype, dense_above)
+    """The operator: y [..., out] for x [..., in]; ModelError for an x, a bias or an activation of another kind."""
+    facts = (backend, pattern, out_features, in_features, dtype, dense_above, activation)
     y: Tensor = torch.ops.sparsecomp.linear(x, weight, bias, *facts)
     return y
 
@@ -87,10 +90,31 @@ class _Product(torch.autograd.Function):
 _product: Any = super(torch.autograd.Function, _Product).apply
 
 
-def differentiable(x: Tensor, bias: Tensor | None, kernel: Kernel, dense_above: int | None) -> Tensor:
-    """``apply`` with gradients of x and bias, for eager calls outside torch.func; the operator's are 50 us slower."""
+def differentiable(
+    x: Tensor, bias: Tensor | None, kernel: Kernel, dense_above: int | None, activation: str = "none"
+) -> Tensor:
+    """``apply`` with gradients of x and bias, for eager calls outside torch.func; the operator's are 50 us slower.
+
+    The activation is torch's own, on a product that is kept for the gradient.
+    """
     y: Tensor = _product(x, bias, kernel, dense_above)
-    return y
+    return activate(y, activation)
+
+
+def nobody_watches() -> bool:
+    """Whether no mode, transform, trace or dual level wants to see this call: the dispatcher may then be bypassed."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+        or transformed()
+    )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or a level of forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _adopt(weight: list[Tensor], backend: str, pattern: str, shape: tuple[int, int], dtype: torch.dtype) -> Kernel:
@@ -107,11 +131,13 @@ def _linear(
     in_features: int,
     dtype: torch.dtype,
     dense_above: int | None,
+    activation: str,
 ) -> Tensor:
     if x.dtype != dtype or x.shape[-1] != in_features:
         raise ModelError(
             f"sparsecomp::linear got x {tuple(x.shape)} of {x.dtype}; this weight takes [..., {in_features}] of {dtype}"
         )
+    require_activation(activation)
     kernel = _adopt(weight, backend, pattern, (out_features, in_features), dtype)
     if bias is not None:
         if bias.dtype != dtype or tuple(bias.shape) != (out_features,) or bias.device != x.device:
@@ -122,7 +148,7 @@ def _linear(
         bias = bias.contiguous()
     # torch's linear inside a backend would otherwise round to the autocast dtype once more
     with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
-        return apply(kernel, rows(x), bias, dense_above).view(*x.shape[:-1], out_features)
+        return apply(kernel, rows(x), bias, dense_above, activation).view(*x.shape[:-1], out_features)
 
 
 def _linear_fake(
@@ -135,6 +161,7 @@ def _linear_fake(
     in_features: int,
     dtype: torch.dtype,
     dense_above: int | None,
+    activation: str,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -152,24 +179,29 @@ def _to_dense_fake(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, bias, *facts = inputs
+    x, weight, bias, *facts = inputs
     if any(tensor.requires_grad for tensor in weight):
         raise ModelError(
             "packed weights have no gradient; train layer.to_linear() and pack it again with SparseLinear.from_linear()"
         )
-    ctx.save_for_backward(*weight)
-    ctx.facts = facts[:5]
+    ctx.facts, (ctx.dense_above, ctx.activation) = facts[:5], facts[5:]
     ctx.bias = bias is not None
+    ctx.save_for_backward(*weight, *((x, bias) if ctx.activation != "none" else ()))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weight = list(ctx.saved_tensors)
+    if ctx.activation != "none":
+        # the fused operator never had the product in memory: it is computed again
+        *weight, x, bias = weight
+        before = torch.ops.sparsecomp.linear(x, weight, bias, *ctx.facts, ctx.dense_above, "none")
+        grad = activation_gradient(grad, before, ctx.activation)
     x_grad = bias_grad = None
     if ctx.needs_input_grad[0]:
         x_grad = grad @ torch.ops.sparsecomp.to_dense(weight, *ctx.facts)
     if ctx.bias and ctx.needs_input_grad[2]:
         bias_grad = grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad
-    return x_grad, [None] * len(weight), bias_grad, None, None, None, None, None, None
+    return x_grad, [None] * len(weight), bias_grad, None, None, None, None, None, None, None
 
 
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")

@@ -27,7 +27,7 @@ class Explanation:
     """Which kernel runs a request, and why; ``str()`` is for people.
 
     ``seconds`` holds what was measured on this machine before, by candidate, or None. ``rejected`` names every other
-    backend with the reason.
+    backend with the reason. ``epilogue`` says how an activation is applied, if the layer has one.
     """
 
     request: Request
@@ -36,6 +36,7 @@ class Explanation:
     bound: Bound | None
     seconds: Mapping[str, float] | None
     rejected: tuple[tuple[str, str], ...]
+    epilogue: str = ""
 
     def __str__(self) -> str:
         """Some lines: the request, the kernel, the bound, the times, the rejected."""
@@ -45,6 +46,8 @@ class Explanation:
             f"batch {self.request.batch}",
             f"  kernel    {self.kernel}: {self.reason}",
         ]
+        if self.epilogue:
+            lines.append(f"  epilogue  {self.epilogue}")
         if self.bound is not None:
             lines.append(f"  bound     {self.bound} over dense, on the measured peaks of this machine")
         if self.seconds is None:
@@ -56,7 +59,9 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_kernel(kernel: Kernel, batch: int, dense_above: int | None, wanted: str | None) -> Explanation:
+def explain_kernel(
+    kernel: Kernel, batch: int, dense_above: int | None, wanted: str | None, activation: str = "none"
+) -> Explanation:
     """Why ``kernel`` runs a batch of that many rows. ``wanted`` is the backend a user pinned, if any."""
     if not isinstance(batch, int) or batch < 0:
         raise ModelError(f"batch={batch!r} is not a number of rows; use 0 or more")
@@ -80,7 +85,13 @@ def explain_kernel(kernel: Kernel, batch: int, dense_above: int | None, wanted: 
     where = detect(device)
     known = tune.lookup(request, where)
     limit = cost.bound(request, where, warm=known is None or not known.cold)
-    return Explanation(request, chosen, reason, limit, None if known is None else dict(known.seconds), rejected)
+    epilogue = ""
+    if activation != "none":
+        unpacks = dense_above is not None and batch >= dense_above
+        fused = registry.backends()[chosen].fuses_activations and not unpacks
+        epilogue = f"{activation}, {'inside the kernel' if fused else 'by torch, after the product'}"
+    seconds = None if known is None else dict(known.seconds)
+    return Explanation(request, chosen, reason, limit, seconds, rejected, epilogue)
 
 
 @dataclass(frozen=True)

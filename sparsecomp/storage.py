@@ -30,6 +30,7 @@ class SavedLayer:
     shape: tuple[int, int]
     dtype: str
     bias: bool
+    activation: str
     nbytes: int
     dense_nbytes: int
 
@@ -56,6 +57,7 @@ class Summary:
                 f"{w.shape[0]}x{w.shape[1]}",
                 w.dtype,
                 "yes" if w.bias else "no",
+                w.activation,
                 w.dense_nbytes,
                 w.nbytes,
             )
@@ -66,7 +68,7 @@ class Summary:
             f"{len(self.layers)} sparse layers, {self.other_tensors} other tensors, "
             f"{self.nbytes} bytes of weights ({self.dense_nbytes} dense)"
         )
-        columns = ("layer", "pattern", ">shape", "dtype", "bias", ">dense bytes", ">bytes")
+        columns = ("layer", "pattern", ">shape", "dtype", "bias", "activation", ">dense bytes", ">bytes")
         return "\n".join(
             [table(columns, rows, title=title), *(f"{name}: {text}" for name, text in self.metadata.items())]
         )
@@ -88,7 +90,11 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
     tensors, aliases = _without_aliases(state, _twins(model))
     layers = {
         name: LayerEntry(
-            str(layer.pattern), (layer.out_features, layer.in_features), layer.dtype, layer.bias is not None
+            str(layer.pattern),
+            (layer.out_features, layer.in_features),
+            layer.dtype,
+            layer.bias is not None,
+            layer.activation,
         )
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, SparseLinear)
@@ -101,6 +107,8 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
 
     The layers that were saved sparse become SparseLinear layers on the device of the layer they replace; all
     other tensors are copied in place. Everything is checked first: any error leaves the model as it was.
+    A layer saved with an activation replaces a SparseLinear with the same one only: a dense model that has an
+    activation of its own behind the layer would otherwise apply it twice.
     If the model itself is one linear layer, it cannot change in place and the new layer is returned.
 
     Raises FormatError for a file that is truncated, damaged, of another version, or of another model than ``into``.
@@ -113,10 +121,10 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     layers: dict[str, SparseLinear] = {}
     made: set[int] = set()
     for name, packed in contents.layers.items():
-        old = _replaceable(path, name, packed, name in contents.biased, modules.get(name), linears)
+        old = _replaceable(path, name, contents, modules.get(name), linears)
         if id(old) not in made:  # one module under two names is replaced once
             made.add(id(old))
-            layers[name] = _new_layer(packed, state.get(key(name, "bias")), old)
+            layers[name] = _new_layer(packed, state.get(key(name, "bias")), contents.activations[name], old)
     own = into.state_dict()
     within = tuple(key(name, "") for name in contents.layers)
     others = {entry: value for entry, value in state.items() if not entry.startswith(within)}
@@ -142,6 +150,7 @@ def inspect(path: str | Path) -> Summary:
             packed.shape,
             str(packed.dtype).removeprefix("torch."),
             name in contents.biased,
+            contents.activations[name],
             packed.nbytes,
             packed.dense_nbytes,
         )
@@ -204,10 +213,12 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _replaceable(
-    path: str | Path, name: str, packed: PackedWeight, biased: bool, old: nn.Module | None, linears: LayerTable
+    path: str | Path, name: str, contents: Contents, old: nn.Module | None, linears: LayerTable
 ) -> nn.Module:
     """The layer of the model that the saved one replaces. Raises FormatError if it does not fit."""
     where = f'{path}: sparse layer "{name}"'
+    packed, biased, activation = contents.layers[name], name in contents.biased, contents.activations[name]
+    applied = old.activation if isinstance(old, SparseLinear) else "none"
     if isinstance(old, SparseLinear):
         shape, dtype, has_bias = (old.out_features, old.in_features), old.dtype, old.bias is not None
     else:
@@ -222,12 +233,17 @@ def _replaceable(
         raise FormatError(
             f"{where} is {packed.dtype}, the model's layer is {dtype}; convert the model first with .to()"
         )
+    if activation != applied:
+        raise FormatError(
+            f'{where} applies the activation "{activation}", the model\'s layer "{applied}"; put a SparseLinear with '
+            f'activation="{activation}" there first'
+        )
     if has_bias != biased:
         raise FormatError(f"{where} has {'a' if biased else 'no'} bias, the model's layer is the other way round")
     return old
 
 
-def _new_layer(packed: PackedWeight, bias: Tensor | None, old: nn.Module) -> SparseLinear:
+def _new_layer(packed: PackedWeight, bias: Tensor | None, activation: str, old: nn.Module) -> SparseLinear:
     old_bias = old.bias
     assert old_bias is None or isinstance(old_bias, Tensor)
     if isinstance(old, SparseLinear):
@@ -236,7 +252,7 @@ def _new_layer(packed: PackedWeight, bias: Tensor | None, old: nn.Module) -> Spa
         weight = old.weight
         assert isinstance(weight, Tensor)
         device = weight.device
-    layer = SparseLinear.from_packed(packed.to(device), bias)
+    layer = SparseLinear.from_packed(packed.to(device), bias, activation=activation)
     if layer.bias is not None and old_bias is not None:
         layer.bias.requires_grad_(old_bias.requires_grad)
     return layer.train(old.training)

@@ -50,9 +50,9 @@ def _fresh() -> None:
 def test_linear_passes_opcheck(pattern: str, shape: tuple[int, ...], grad: bool) -> None:
     layer = make(pattern=pattern)
     x, bias = torch.randn(shape, requires_grad=grad), torch.randn(24, requires_grad=grad)
-    arguments = (x, list(layer.kernel.tensors), bias, *facts(layer), None)
+    arguments = (x, list(layer.kernel.tensors), bias, *facts(layer), None, "none")
     torch.library.opcheck(torch.ops.sparsecomp.linear.default, arguments)
-    torch.library.opcheck(torch.ops.sparsecomp.linear.default, (x, arguments[1], None, *facts(layer), 2))
+    torch.library.opcheck(torch.ops.sparsecomp.linear.default, (x, arguments[1], None, *facts(layer), 2, "gelu"))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

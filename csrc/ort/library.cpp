@@ -1,6 +1,6 @@
 // Entry points of the operator library: ONNX Runtime calls RegisterCustomOps for every session that registers it.
-#include <array>
 #include <stdexcept>
+#include <vector>
 
 #include "nm_linear.hpp"
 #include "ort_api.hpp"
@@ -12,18 +12,31 @@ namespace {
 using sparsecomp::ort::Api;
 using sparsecomp::ort::NMLinear;
 
+// The names are those of sparsecomp/onnx/function.py.
+struct Variant {
+  const char* name;
+  int32_t activation;
+};
+constexpr Variant kVariants[] = {{"NMLinear", SPARSECOMP_NO_ACTIVATION},
+                                 {"NMLinearRelu", SPARSECOMP_RELU},
+                                 {"NMLinearGelu", SPARSECOMP_GELU},
+                                 {"NMLinearGeluTanh", SPARSECOMP_GELU_TANH},
+                                 {"NMLinearSilu", SPARSECOMP_SILU}};
+
 // One operator for one element type, as the runtime sees it; C functions find their data behind the structure.
 struct Op : OrtCustomOp {
+  Variant variant;
   int element_type;
   int32_t dtype;
 
-  Op(int onnx_type, int32_t weight_type) : OrtCustomOp{}, element_type(onnx_type), dtype(weight_type) {
+  Op(const Variant& one, int onnx_type, int32_t weight_type)
+      : OrtCustomOp{}, variant(one), element_type(onnx_type), dtype(weight_type) {
     version = sparsecomp::ort::kCustomOpVersion;
     CreateKernel = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info) -> void* {
       const Op* self = static_cast<const Op*>(op);
-      return new NMLinear(Api(api), info, self->dtype);
+      return new NMLinear(Api(api), info, self->dtype, self->variant.activation);
     };
-    GetName = [](const OrtCustomOp*) { return "NMLinear"; };
+    GetName = [](const OrtCustomOp* op) { return static_cast<const Op*>(op)->variant.name; };
     GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
     GetInputType = [](const OrtCustomOp* op, size_t index) -> int {
       return index == sparsecomp::ort::kMetadata ? int{sparsecomp::ort::kUint8}
@@ -41,9 +54,15 @@ struct Op : OrtCustomOp {
 
 // Sessions keep pointers to the operators and their domain and tell nobody when they end, so there is one set for all.
 OrtCustomOpDomain* shared_domain(const Api& api) {
-  static const std::array<Op, 3> ops = {Op(sparsecomp::ort::kFloat, SPARSECOMP_F32),
-                                        Op(sparsecomp::ort::kFloat16, SPARSECOMP_F16),
-                                        Op(sparsecomp::ort::kBfloat16, SPARSECOMP_BF16)};
+  static const std::vector<Op> ops = [] {
+    std::vector<Op> made;
+    for (const Variant& variant : kVariants) {
+      made.emplace_back(variant, sparsecomp::ort::kFloat, SPARSECOMP_F32);
+      made.emplace_back(variant, sparsecomp::ort::kFloat16, SPARSECOMP_F16);
+      made.emplace_back(variant, sparsecomp::ort::kBfloat16, SPARSECOMP_BF16);
+    }
+    return made;
+  }();
   static OrtCustomOpDomain* const domain = [&api] {
     OrtCustomOpDomain* made = api.create_domain("sparsecomp");
     for (const Op& op : ops) api.add_op(made, &op);

@@ -55,7 +55,8 @@ NMLinear::Buffer NMLinear::allocate(int64_t bytes) {
   return buffer;
 }
 
-NMLinear::NMLinear(const Api& api, const OrtKernelInfo* info, int32_t dtype) : api_(api) {
+NMLinear::NMLinear(const Api& api, const OrtKernelInfo* info, int32_t dtype, int32_t activation)
+    : api_(api), activation_(activation) {
   const OrtValue* values = api_.constant_input(info, kValues);
   const OrtValue* metadata = api_.constant_input(info, kMetadata);
   require(values && metadata, "values and metadata must be initialisers of the model");
@@ -142,8 +143,7 @@ void NMLinear::compute(OrtKernelContext* context) const {
     const int64_t chunk = static_cast<int64_t>(index) % r.chunks;
     const int64_t first = r.batch * chunk / r.chunks, last = r.batch * (chunk + 1) / r.chunks;
     const int64_t in = r.self->weight_.in_features, out = r.self->weight_.out_features;
-    const sparsecomp_epilogue epilogue = {nullptr, r.bias + slice.first_row * r.element_bytes,
-                                          SPARSECOMP_NO_ACTIVATION};
+    const sparsecomp_epilogue epilogue = {nullptr, r.bias + slice.first_row * r.element_bytes, r.self->activation_};
     const int code = sparsecomp_nm_linear(&slice.weight, slice.values.get(), slice.metadata.get(),
                                           r.x + first * in * r.element_bytes, in, last - first, &epilogue,
                                           r.y + (first * out + slice.first_row) * r.element_bytes, out, 1);

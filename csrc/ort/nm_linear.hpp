@@ -17,7 +17,7 @@ enum Input : size_t { kX = 0, kValues = 1, kMetadata = 2, kBias = 3, kInputs = 4
 class NMLinear {
  public:
   // Throws std::runtime_error for weights that are not constant or do not fit the attributes.
-  NMLinear(const Api& api, const OrtKernelInfo* info, int32_t dtype);
+  NMLinear(const Api& api, const OrtKernelInfo* info, int32_t dtype, int32_t activation);
   void compute(OrtKernelContext* context) const;
 
  private:
@@ -38,6 +38,7 @@ class NMLinear {
 
   Api api_;
   sparsecomp_nm weight_{};
+  int32_t activation_;
   int64_t row_values_bytes_ = 0, tile_metadata_bytes_ = 0;
   int64_t cores_ = 1;
   std::vector<Slice> slices_;

@@ -12,12 +12,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import packed_bytes
 from sparsecomp.pack.format import PackedWeight
 from sparsecomp.patterns import NM, Pattern, row_nm
 
+_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
 
@@ -52,6 +54,7 @@ class CpuBackend(Backend):
     """The kernels of the C library, with as many threads as torch uses."""
 
     name = "cpu"
+    fuses_activations = True
 
     def missing(self) -> str | None:
         """None if the compiled extension is loaded, else why it is not."""
@@ -113,7 +116,11 @@ class CpuBackend(Backend):
         _require_native().nm_to_dense(*kernel.arguments, *pointers, torch.get_num_threads())
         return weight
 
-    def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
+    def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """``run`` with the activation applied in the same call."""
+        return self.run(kernel, x, bias, _ACTIVATION_CODES[activation])
+
+    def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: int = 0) -> Tensor:
         """y [batch, out] in one call of the library; only ``x`` with strided columns is copied."""
         batch, columns = x.shape
         out = kernel.shape[0]
@@ -135,7 +142,7 @@ class CpuBackend(Backend):
             batch,
             0,
             0 if bias is None else bias.data_ptr(),
-            0,
+            activation,
             y.data_ptr(),
             out,
             torch.get_num_threads(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsecomp.activations import activate
 from sparsecomp.backends.dense import DenseBackend
 from sparsecomp.backends.registry import Kernel
 
@@ -14,9 +15,15 @@ class ReferenceBackend(DenseBackend):
 
     name = "reference"
 
+    fuses_activations = True
+
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out], summed in float64 and rounded once to the kernel's dtype."""
+        return self.run_activated(kernel, x, bias, "none")
+
+    def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """``run`` with the activation in float64, before the rounding."""
         y = x.to(torch.float64) @ self.restore(kernel).unpack().to(torch.float64).T
         if bias is not None:
             y = y + bias.to(torch.float64)
-        return y.to(kernel.dtype)
+        return activate(y, activation).to(kernel.dtype)

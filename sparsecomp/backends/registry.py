@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsecomp.activations import activate
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.format import PackedWeight
 from sparsecomp.patterns import Pattern
@@ -65,6 +66,7 @@ class Backend(ABC):
     """A family of kernels. Stateless; one instance is registered under its name."""
 
     name: ClassVar[str]
+    fuses_activations: ClassVar[bool] = False
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -95,6 +97,10 @@ class Backend(ABC):
     @abstractmethod
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out] for x [batch, in] of the kernel's dtype and device; ``x`` may have any row stride."""
+
+    def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """``run``, then an activation of ``sparsecomp.activations``; a backend that can fuse it overrides this."""
+        return activate(self.run(kernel, x, bias), activation)
 
 
 @lru_cache(maxsize=1)

@@ -16,13 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparsecomp.activations import activate
 from sparsecomp.container import require_folder
 from sparsecomp.display import table
 from sparsecomp.errors import ModelError
 from sparsecomp.layers import replace_layer, require_module
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx.extra import require
-from sparsecomp.onnx.function import DOMAIN, MIN_OPSET, OPERATOR, OPERATOR_VERSION, nm_linear_function
+from sparsecomp.onnx.function import DOMAIN, MIN_OPSET, OPERATOR_VERSION, OPERATORS, nm_linear_function
 from sparsecomp.pack import PackedWeight
 from sparsecomp.patterns import NM, row_nm
 
@@ -74,8 +75,9 @@ class _PackedNode(nn.Module):
     metadata: Tensor
     bias: Tensor
 
-    def __init__(self, packed: PackedWeight, bias: Tensor | None, nm: NM) -> None:
+    def __init__(self, packed: PackedWeight, bias: Tensor | None, activation: str, nm: NM) -> None:
         super().__init__()
+        self.operator = OPERATORS[activation]
         self.out_features, self.in_features = packed.shape
         self.attributes: dict[str, Any] = {
             "n": nm.n,
@@ -92,7 +94,7 @@ class _PackedNode(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{OPERATOR}",
+            f"{DOMAIN}::{self.operator}",
             (x, self.values, self.metadata, self.bias),
             self.attributes,
             dtype=x.dtype,
@@ -110,14 +112,15 @@ class _DenseNode(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
         super().__init__()
+        self.activation = activation
         self.register_buffer("weight", weight.t().contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         product = torch.matmul(x, self.weight)
-        return product if self.bias is None else product + self.bias
+        return activate(product if self.bias is None else product + self.bias, self.activation)
 
 
 def export_onnx(
@@ -135,9 +138,9 @@ def export_onnx(
 ) -> ExportReport:
     """Write ``model``, called as ``model(*args, **kwargs)``, to an ONNX file; the model is left as it was.
 
-    ``form="packed"``: N:M layers stay compressed, as nodes ``sparsecomp::NMLinear`` with a function body of standard
-    operators in the same file; block layers, which have no such node, are written dense. ``form="dense"``: plain MatMul
-    weights [in, out] with the zeros in place, as TensorRT wants them.
+    ``form="packed"``: N:M layers stay compressed, as nodes ``sparsecomp::NMLinear`` (``NMLinearRelu`` and so on with an
+    activation) with a function body of standard operators in the same file; block layers, which have no such node, are
+    written dense. ``form="dense"``: plain MatMul weights [in, out] with the zeros in place, as TensorRT wants them.
 
     ``dynamic_batch`` makes dimension 0 of every tensor input an axis of any size, "batch". Other axes (a
     sequence, say) are named by ``dynamic_shapes``, as torch.onnx.export takes it, which then says everything.
@@ -171,8 +174,7 @@ def export_onnx(
             opset_version=opset,
         )
         ir_model = program.model
-        if any(layer.form == "packed" for layer in layers):
-            _attach_function(ir_model)
+        _attach_functions(ir_model)
         external = _write(ir_model, path)
     nbytes = path.stat().st_size + (external.stat().st_size if external else 0)
     return ExportReport(path, opset, nbytes, external, tuple(layers))
@@ -242,8 +244,8 @@ def _stand_in(name: str, layer: SparseLinear, form: Form) -> tuple[nn.Module, Ex
     nbytes = packed.nbytes if written == "packed" else packed.dense_nbytes
     record = ExportedLayer(name, str(packed.pattern), packed.shape, written, nbytes, packed.dense_nbytes, note)
     if written == "packed" and nm is not None:
-        return _PackedNode(packed, bias, nm), record
-    return _DenseNode(packed.unpack(), bias), record
+        return _PackedNode(packed, bias, layer.activation, nm), record
+    return _DenseNode(packed.unpack(), bias, layer.activation), record
 
 
 def _torch_export(model: nn.Module, args: tuple[Any, ...], **options: Any) -> Any:
@@ -271,11 +273,14 @@ def _torch_export(model: nn.Module, args: tuple[Any, ...], **options: Any) -> An
             logger.setLevel(level)
 
 
-def _attach_function(model: Any) -> None:
+def _attach_functions(model: Any) -> None:
     ir = require("onnx_ir")
-    function = ir.serde.deserialize_function(nm_linear_function(model.opset_imports[""]))
-    model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = OPERATOR_VERSION
+    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for activation, operator in OPERATORS.items():
+        if operator in used:
+            function = ir.serde.deserialize_function(nm_linear_function(model.opset_imports[""], activation))
+            model.functions[function.identifier()] = function
+            model.opset_imports[DOMAIN] = OPERATOR_VERSION
 
 
 def _write(model: Any, path: Path) -> Path | None:

@@ -1,6 +1,7 @@
-"""The operator ``sparsecomp::NMLinear`` as an ONNX function made of standard operators.
+"""The operators ``sparsecomp::NMLinear...`` as ONNX functions made of standard operators.
 
-y [..., out] = x [..., in] W^T + bias, W given by the canonical ``values`` and ``metadata`` of docs/format.md.
+y [..., out] = activation(x [..., in] W^T + bias), W given by the canonical ``values`` and ``metadata`` of
+docs/format.md. There is one operator for each activation, as a function body cannot choose by an attribute.
 A runtime that knows the operator runs it; every other one inlines this body. Its constants depend on initialisers only,
 so that a runtime which folds constants is left with one dense MatMul.
 """
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.onnx.extra import require
 
 DOMAIN = "sparsecomp"
-OPERATOR = "NMLinear"
+OPERATORS = {name: "NMLinear" + ("" if name == "none" else name.title().replace("_", "")) for name in ACTIVATIONS}
 OPERATOR_VERSION = 1
 MIN_OPSET = 18  # the first with BitwiseAnd and with the axes of ReduceSum as an input
 
@@ -80,12 +82,46 @@ _BODY = """
     dense = Cast <to: int = @weight_type> (dense_wide)
     weight = Transpose <perm: ints = [1, 0]> (dense)
     product = MatMul (x, weight)
-    y = Add (product, bias)
+    sum = Add (product, bias)
+    {activation}
 }}
 """
 
+# On ``sum``, in float32 whatever the dtype of x: runtimes lack some of these for 16-bit types.
+_WIDE = "v = Cast <to: int = 1> (sum) {formula} y = Cast <to: int = @weight_type> (activated)"
+_ACTIVATIONS = {
+    "none": "y = Identity (sum)",
+    "relu": _WIDE.format(formula="activated = Relu (v)"),
+    "gelu": _WIDE.format(
+        formula="""
+    root = Constant <value_float: float = 0.70710678> ()
+    half = Constant <value_float: float = 0.5> ()
+    argument = Mul (v, root)
+    error = Erf (argument)
+    half_error = Mul (error, half)
+    probability = Add (half_error, half)
+    activated = Mul (v, probability)
+    """
+    ),
+    # (1 + tanh(u)) / 2 is the logistic function of 2u; here 2u = sqrt(8 / pi) (v + 0.044715 v^3)
+    "gelu_tanh": _WIDE.format(
+        formula="""
+    linear = Constant <value_float: float = 1.5957691> ()
+    cubic = Constant <value_float: float = 0.071354816> ()
+    square = Mul (v, v)
+    part = Mul (square, cubic)
+    factor = Add (part, linear)
+    argument = Mul (v, factor)
+    probability = Sigmoid (argument)
+    activated = Mul (v, probability)
+    """
+    ),
+    "silu": _WIDE.format(formula="probability = Sigmoid (v) activated = Mul (v, probability)"),
+}
 
-def nm_linear_function(opset: int) -> Any:
+
+def nm_linear_function(opset: int, activation: str = "none") -> Any:
     """The function as an ``onnx.FunctionProto`` at this opset, which must be that of the model it is attached to."""
     parser = require("onnx.parser")
-    return parser.parse_function(_BODY.format(opset=opset, domain=DOMAIN, operator=OPERATOR))
+    body = _BODY.format(opset=opset, domain=DOMAIN, operator=OPERATORS[activation], activation=_ACTIVATIONS[activation])
+    return parser.parse_function(body)

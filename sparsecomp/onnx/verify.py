@@ -16,7 +16,7 @@ import numpy.typing as npt
 from sparsecomp.display import table
 from sparsecomp.errors import FormatError, PatternError
 from sparsecomp.onnx.extra import require
-from sparsecomp.onnx.function import DOMAIN, OPERATOR
+from sparsecomp.onnx.function import DOMAIN, OPERATORS
 from sparsecomp.patterns import GROUP_SIZES, NM, parse
 
 _PASSED_THROUGH = ("Identity", "Cast", "Transpose", "DequantizeLinear")
@@ -109,7 +109,7 @@ def _weights(graph: Any, wanted: NM, folder: str) -> Iterator[VerifiedWeight]:
         return found
 
     for node in graph.node:
-        if node.domain == DOMAIN and node.op_type == OPERATOR:
+        if node.domain == DOMAIN and node.op_type in OPERATORS.values():
             yield _packed(node, attributes(node), stored, wanted)
             continue
         for operand in _operands(node):
@@ -182,7 +182,7 @@ def _packed(node: Any, attributes: dict[str, Any], stored: dict[str, Any], wante
     reason = f"packed {nm}" + ("" if fits else f" does not imply {wanted}; export with form='dense' to have it counted")
     return VerifiedWeight(
         node.input[1],
-        OPERATOR,
+        node.op_type,
         node.name,
         (int(out), int(attributes["in_features"])),
         nm.density,

@@ -9,7 +9,7 @@ from sparsecomp.pack import pack
 from sparsecomp.patterns import Block, parse, row_nm
 
 
-def random_sparse_layer(out, columns, pattern, *, bias=True, dtype=torch.float32, seed=0):
+def random_sparse_layer(out, columns, pattern, *, bias=True, dtype=torch.float32, seed=0, activation="none"):
     """A SparseLinear of random weights that fit, with as many nonzeros as the pattern allows."""
     generator = torch.Generator().manual_seed(seed)
     value = parse(pattern)
@@ -28,7 +28,7 @@ def random_sparse_layer(out, columns, pattern, *, bias=True, dtype=torch.float32
         mask = kept.flatten(1).repeat_interleave(rows, 0)
     weight = (weight * mask[:out, :columns]).to(dtype)
     offset = torch.randn(out, generator=generator).to(dtype) if bias else None
-    return SparseLinear.from_packed(pack(weight, pattern), offset)
+    return SparseLinear.from_packed(pack(weight, pattern), offset, activation=activation)
 
 
 class Mixed(nn.Module):

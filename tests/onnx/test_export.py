@@ -9,6 +9,7 @@ from torch import nn
 from sparsecomp.errors import BackendError, FormatError, ModelError
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx import export, export_onnx
+from sparsecomp.onnx.function import OPERATORS
 
 PATTERNS = ["2:4", "1:4", "3:8", "8:16", "5:16", "1:2", "2:2", "2:4@v4", "3:8@v5", "8:2:8"]
 
@@ -39,9 +40,28 @@ def test_packed_layers_of_every_geometry(tmp_path, pattern):
         assert_close(run_stock(tmp_path / "m.onnx", x.numpy()), want)
 
 
+@pytest.mark.parametrize("form", ["packed", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:onnx.reference")
+def test_activations(tmp_path, activation, dtype, form):
+    net = nn.Sequential(
+        random_sparse_layer(19, 22, "2:4", seed=3, dtype=dtype, activation=activation),
+        random_sparse_layer(9, 19, "2:4", seed=4, dtype=dtype),
+    )
+    export_onnx(net, (torch.randn(3, 22).to(dtype),), tmp_path / "m.onnx", form=form)
+    model = checked(tmp_path / "m.onnx")
+    if form == "packed":
+        assert operators(model) == [OPERATORS[activation], OPERATORS["none"]]
+        assert {function.name for function in model.functions} == set(operators(model))
+    x = torch.randn(8, 22).to(dtype)
+    assert_close(run_reference(tmp_path / "m.onnx", x.numpy()), torch_output(net, x), dtype)
+    assert_close(run_stock(tmp_path / "m.onnx", x.numpy()), torch_output(net, x), dtype)
+
+
 @pytest.mark.parametrize("opset", [18, 23])
 def test_opsets(tmp_path, opset):
-    net = random_sparse_layer(19, 22, "3:8@v5", seed=3)
+    net = random_sparse_layer(19, 22, "3:8@v5", seed=3, activation="gelu")
     export_onnx(net, (torch.randn(3, 22),), tmp_path / "m.onnx", opset=opset)
     model = checked(tmp_path / "m.onnx")
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [opset]

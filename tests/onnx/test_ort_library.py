@@ -60,6 +60,18 @@ def test_our_kernel_runs_and_is_right(tmp_path, pattern):
 
 @needs_library
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_activations_run_in_our_kernel(tmp_path, activation, dtype):
+    net = random_sparse_layer(90, 22, "2:4", activation=activation, dtype=dtype)
+    export_onnx(net, (torch.randn(2, 22).to(dtype),), tmp_path / "m.onnx")
+    x, fast, before = torch.randn(70, 22).to(dtype), onnx_session(tmp_path / "m.onnx"), runs()
+    assert_close(run_session(fast, x.numpy()), torch_output(net, x), dtype)
+    assert runs() - before == 1
+
+
+@needs_library
+@pytest.mark.usefixtures("quiet")
 def test_sixteen_bit_weights(tmp_path):
     net = random_sparse_layer(18, 22, "2:4", dtype=torch.float16)
     export_onnx(net, (torch.randn(2, 22).half(),), tmp_path / "half.onnx")
