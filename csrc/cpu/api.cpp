@@ -2,6 +2,7 @@
 #include "dispatch.hpp"
 #include "layout.hpp"
 #include "linear.hpp"
+#include "panel.hpp"
 #include "parallel.hpp"
 #include "reference.hpp"
 #include "sparsecomp.h"
@@ -112,6 +113,8 @@ int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const 
     sparsecomp::reference_linear(g, call);
     return SPARSECOMP_OK;
   }
+  const sparsecomp::PanelSet* panels = dispatch.isa->select_panels(g);
+  if (panels && panels_pay(*panels, batch)) return sparsecomp::panel_linear(*dispatch.isa, *panels, g, call);
   return sparsecomp::blocked_linear(*dispatch.isa, *dispatch.isa->select(g), g, call);
 }
 

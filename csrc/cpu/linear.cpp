@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 
 #include "parallel.hpp"
 #include "partition.hpp"
+#include "workspace.hpp"
 
 namespace sparsecomp {
 namespace {
@@ -19,29 +19,6 @@ constexpr int64_t kTaskColumns = 128;
 constexpr int64_t kChunkSteps = 256;
 constexpr int64_t kUncutSteps = 384;
 constexpr int64_t kUncutColumns = 16;
-
-// A buffer that grows and is used again by the next call on the same thread.
-class Workspace {
- public:
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { std::free(data_); }
-
-  void* reserve(int64_t bytes) {
-    if (bytes <= size_) return data_;
-    std::free(data_);
-    size_ = 0;
-    const auto rounded = static_cast<size_t>((bytes + 63) / 64 * 64);
-    data_ = std::aligned_alloc(64, rounded);
-    if (data_) size_ = static_cast<int64_t>(rounded);
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 struct Blocking {
   bool direct;  // micro-kernels read x where it is

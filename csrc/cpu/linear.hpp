@@ -70,10 +70,13 @@ static inline sparsecomp_epilogue epilogue_at(const sparsecomp_epilogue& all, in
   return part;
 }
 
+struct PanelSet;
+
 // One instruction set.
 struct Isa {
   const char* name;
   const KernelSet* (*select)(const Geometry& g);
+  const PanelSet* (*select_panels)(const Geometry& g);  // nullptr where there are none for the geometry
   void (*widen)(const void* from, int dtype, float* to, int64_t count);
   void (*finish)(const FinishArgs& args);
   double (*flops)(int dtype, double seconds);            // measured, of independent multiply-adds on this thread

@@ -19,12 +19,19 @@ int64_t round_up(int64_t a, int64_t unit) { return divide_up(a, unit) * unit; }
 
 }  // namespace
 
+bool worth_threads(int64_t work) { return work >= 2 * kWorthAThread; }
+
+int64_t panel_tile_block(int64_t tiles, int64_t most, int64_t panels, int threads) {
+  const int64_t wanted = threads <= 1 ? 1 : divide_up(threads * kTasksPerThread, panels);
+  return std::clamp<int64_t>(divide_up(tiles, wanted), 1, std::max<int64_t>(1, most));
+}
+
 Partition make_partition(int64_t tiles, int64_t batch, int64_t steps, int slots, int threads, int64_t most_batch) {
   const int64_t batch_tasks = std::max<int64_t>(1, divide_up(batch, most_batch));
   const int64_t batch_block = std::max<int64_t>(1, round_up(divide_up(batch, batch_tasks), kBatchUnit));
   Partition whole{std::max<int64_t>(1, tiles), std::min(batch_block, std::max<int64_t>(1, batch)), 1, batch_tasks};
   const int64_t work = tiles * 16 * steps * slots * (batch + kFetchWork);
-  if (threads <= 1 || work < kWorthAThread * 2) return whole;
+  if (threads <= 1 || !worth_threads(work)) return whole;
 
   const int64_t wanted = std::min<int64_t>(threads * kTasksPerThread, divide_up(work, kWorthAThread));
   // Rows first: every task reads its own weights, and all of x, which is smaller.

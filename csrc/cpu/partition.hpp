@@ -18,4 +18,11 @@ struct Partition {
 // threads. A task never holds more than `most_batch` columns.
 Partition make_partition(int64_t tiles, int64_t batch, int64_t steps, int slots, int threads, int64_t most_batch);
 
+// True if this many multiply-adds keep a second thread busy for longer than it takes to wake.
+bool worth_threads(int64_t work);
+
+// Row tiles of a task of a product over `panels` panels: at most `most` (at least one), and few enough that there are
+// tasks for all threads.
+int64_t panel_tile_block(int64_t tiles, int64_t most, int64_t panels, int threads);
+
 }  // namespace sparsecomp

@@ -1,4 +1,5 @@
-// Full unrolling of loops over registers: an array of vectors lives in registers only if every index is a constant.
+// Full unrolling of loops over registers: an array of vectors lives in registers only if every index is a constant, and
+// every function it is passed to is inlined.
 #pragma once
 
 #if defined(__clang__)
@@ -6,3 +7,4 @@
 #else
 #define SPARSECOMP_UNROLL _Pragma("GCC unroll 16")
 #endif
+#define SPARSECOMP_INLINE __attribute__((always_inline)) inline

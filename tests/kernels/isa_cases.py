@@ -48,6 +48,13 @@ def test_blocked_in_both_directions(pattern, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "3:4", "4:8", "6:8", "8:16", "12:16", "2:4@v4", "5:16@v4", "1:8@v8"])
+def test_batches_that_fill_panels(pattern, dtype):
+    for out, columns, batch in [(37, 123, 96), (123, 1040, 127), (40, 16, 272), (5, 7, 144)]:
+        check_linear(pattern, out, columns, batch, dtype, threads=1 + batch % 2, gap=batch % 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_columns_gives_the_bias(dtype):
     layout = Layout(
         (5, 0, 2, 4, 1, {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]), *[torch.empty(0)] * 2

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -172,35 +173,58 @@ void compare_random(int count) {
     weight.in_features = i % 5 == 0 ? 16 * uniform(0, 12) : uniform(0, 200);
     compare_with_reference(weight, uniform(0, 20), uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1);
   }
+  // wide enough for panels of x: full ones, several, with empty lanes, with rows that share masks, with many steps
+  for (int i = 0; i < count / 4; ++i) {
+    constexpr int32_t kPatterns[][2] = {{1, 2}, {2, 4}, {3, 4}, {4, 8}, {6, 8}, {8, 16}, {10, 16}, {12, 16}};
+    const int32_t* pattern = kPatterns[uniform(0, 7)];
+    sparsecomp_nm weight;
+    weight.m = pattern[1];
+    weight.mask_rows = static_cast<int32_t>(4 * uniform(0, 2));
+    weight.n = static_cast<int32_t>(weight.mask_rows ? uniform(1, weight.m) : pattern[0]);
+    weight.mask_rows = weight.mask_rows ? weight.mask_rows : 1;
+    weight.dtype = static_cast<int32_t>(uniform(SPARSECOMP_F32, SPARSECOMP_BF16));
+    weight.out_features = uniform(1, 40);
+    weight.in_features = i % 2 == 0 ? 16 * uniform(0, 9) : uniform(0, 150);
+    const int64_t batch = 16 * uniform(1, 20) - (uniform(0, 1) == 1 ? uniform(0, 5) : 0);
+    compare_with_reference(weight, batch, uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1);
+  }
+  for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16})  // in several tasks
+    compare_with_reference({500, 300, 2, 4, dtype == SPARSECOMP_BF16 ? 4 : 1, dtype}, 144, 1, 2, true);
   // long enough to be cut along the columns
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16})
     compare_with_reference({20, 6500, 2, 4, 1, dtype}, 18, 1, 2, true);
 }
 
 // Inf in a column that no slot names must not be seen, also where kernels take slots in pairs and their number is odd.
+void check_unnamed_columns(int32_t dtype, int32_t n, int32_t mask_rows, int64_t batch) {
+  const sparsecomp_nm weight{16, 32, n, 16, mask_rows, dtype};
+  Geometry g;
+  CHECK(make_geometry(weight, &g), "geometry");
+  const int size = element_bytes(dtype);
+  Buffer canonical_values(g.out * g.canonical_slots() * size);
+  Buffer canonical_metadata(g.out / mask_rows * g.canonical_metadata_bytes());
+  std::memset(canonical_metadata.data, 0, static_cast<size_t>(canonical_metadata.size));
+  for (int64_t i = 0; i < g.out * g.canonical_slots(); ++i) store_number(1, canonical_values.data, i, dtype);
+  for (int64_t i = 0; i < g.out / mask_rows * g.canonical_slots(); ++i) {
+    const int64_t bit = i % g.canonical_slots() * 4;
+    uint8_t* row = canonical_metadata.data + i / g.canonical_slots() * g.canonical_metadata_bytes();
+    row[bit / 8] |= static_cast<uint8_t>((10 + i % n) << (bit % 8));  // columns 10 and up
+  }
+  Buffer values(sparsecomp_nm_values_bytes(&weight)), metadata(sparsecomp_nm_metadata_bytes(&weight));
+  Buffer x(batch * g.in * size), y(batch * g.out * size);
+  for (int64_t k = 0; k < batch * g.in; ++k) store_number(k % 16 < 10 ? INFINITY : 1.0f, x.data, k, dtype);
+  sparsecomp_nm_pack(&weight, canonical_values.data, canonical_metadata.data, values.data, metadata.data);
+  sparsecomp_nm_linear(&weight, values.data, metadata.data, x.data, g.in, batch, nullptr, y.data, g.out, 1);
+  for (int64_t i = 0; i < batch * g.out; ++i)
+    CHECK(load_number(y.data, i, dtype) == static_cast<float>(2 * n), "%d:16@v%d dtype %d batch %d", n, mask_rows,
+          dtype, static_cast<int>(batch));
+}
+
 void check_unnamed_columns() {
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16}) {
     for (int32_t n : {1, 3, 5}) {
-      const sparsecomp_nm weight{16, 32, n, 16, 1, dtype};
-      Geometry g;
-      CHECK(make_geometry(weight, &g), "geometry");
-      const int size = element_bytes(dtype);
-      Buffer canonical_values(g.out * g.canonical_slots() * size);
-      Buffer canonical_metadata(g.out * g.canonical_metadata_bytes());
-      std::memset(canonical_metadata.data, 0, static_cast<size_t>(canonical_metadata.size));
-      for (int64_t i = 0; i < g.out * g.canonical_slots(); ++i) {
-        store_number(1, canonical_values.data, i, dtype);
-        const int64_t bit = i % g.canonical_slots() * 4;
-        uint8_t* row = canonical_metadata.data + i / g.canonical_slots() * g.canonical_metadata_bytes();
-        row[bit / 8] |= static_cast<uint8_t>((10 + i % n) << (bit % 8));  // columns 10 and up
-      }
-      Buffer values(sparsecomp_nm_values_bytes(&weight)), metadata(sparsecomp_nm_metadata_bytes(&weight));
-      Buffer x(g.in * size), y(g.out * size);
-      for (int64_t k = 0; k < g.in; ++k) store_number(k % 16 < 10 ? INFINITY : 1.0f, x.data, k, dtype);
-      sparsecomp_nm_pack(&weight, canonical_values.data, canonical_metadata.data, values.data, metadata.data);
-      sparsecomp_nm_linear(&weight, values.data, metadata.data, x.data, g.in, 1, nullptr, y.data, g.out, 1);
-      for (int64_t row = 0; row < g.out; ++row)
-        CHECK(load_number(y.data, row, dtype) == static_cast<float>(2 * n), "%d:16 dtype %d", n, dtype);
+      check_unnamed_columns(dtype, n, 1, 1);
+      check_unnamed_columns(dtype, n, 4, 96);
     }
   }
 }
@@ -219,6 +243,12 @@ void check_partition() {
   CHECK(make_partition(256, 1, 256, 8, 1, 128).tasks() == 1, "one thread, one task");
   CHECK(make_partition(256, 1, 256, 8, 64, 128).tasks() >= 64, "rows keep 64 threads busy at batch 1");
   CHECK(make_partition(24, 1024, 24, 8, 64, 128).tasks() >= 64, "a narrow layer is split along the batch");
+  for (int i = 0; i < 2000; ++i) {
+    const int64_t tiles = uniform(0, 1000), most = uniform(0, 50), panels = uniform(1, 20);
+    const int64_t block = panel_tile_block(tiles, most, panels, static_cast<int>(uniform(1, 128)));
+    CHECK(block >= 1 && block <= std::max<int64_t>(1, most), "tiles of a task of panels");
+  }
+  CHECK(256 / panel_tile_block(256, 24, 1, 64) >= 64, "rows keep 64 threads busy with one panel");
 }
 
 void check_numbers() {

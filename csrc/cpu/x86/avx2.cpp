@@ -8,6 +8,7 @@
 #include "../numbers.hpp"
 #include "../unroll.hpp"
 #include "epilogue.hpp"
+#include "panel_sets.hpp"
 #include "prefetch.hpp"
 
 namespace sparsecomp {
@@ -274,6 +275,6 @@ double flops(int, double seconds) {
 
 }  // namespace
 
-constexpr Isa kAvx2 = {"avx2", select, widen, finish, flops, read_stream};
+constexpr Isa kAvx2 = {"avx2", select, select_panels_avx2, widen, finish, flops, read_stream};
 
 }  // namespace sparsecomp

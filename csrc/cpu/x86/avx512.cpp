@@ -6,6 +6,7 @@
 #include "../dispatch.hpp"
 #include "../measure.hpp"
 #include "epilogue.hpp"
+#include "panel_sets.hpp"
 
 namespace sparsecomp {
 namespace {
@@ -154,6 +155,6 @@ double flops(int, double seconds) {
 }  // namespace
 
 // constexpr: a table filled in at load would run AVX-512 code on machines that have none
-constexpr Isa kAvx512 = {"avx512", select, widen, finish, flops, read_stream};
+constexpr Isa kAvx512 = {"avx512", select, select_panels_avx512, widen, finish, flops, read_stream};
 
 }  // namespace sparsecomp

@@ -4,6 +4,7 @@
 #include "../dispatch.hpp"
 #include "../measure.hpp"
 #include "avx512_common.hpp"
+#include "panel_sets.hpp"
 
 namespace sparsecomp {
 namespace {
@@ -83,6 +84,6 @@ void finish(const FinishArgs& args) { kAvx512.finish(args); }
 
 }  // namespace
 
-constexpr Isa kAvx512Bf16 = {"avx512_bf16", select, widen, finish, flops, read_stream};
+constexpr Isa kAvx512Bf16 = {"avx512_bf16", select, select_panels_avx512_bf16, widen, finish, flops, read_stream};
 
 }  // namespace sparsecomp

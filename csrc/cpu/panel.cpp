@@ -1,0 +1,218 @@
+#include "panel.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "parallel.hpp"
+#include "partition.hpp"
+#include "workspace.hpp"
+
+namespace sparsecomp {
+namespace {
+
+// The columns of a panel that all rows of a task pass over stay in the L1 cache, beside the weights of a tile.
+constexpr int64_t kBlockBytes = 32 << 10;
+// The sums of a task stay in the L2 cache.
+constexpr int64_t kSumsBytes = 192 << 10;
+// Panels are packed for as many batch columns at a time as stay in the L3 cache.
+constexpr int64_t kGroupBytes = 8 << 20;
+constexpr int kMostLanes = 16;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The batch, cut into panels of nearly equal width.
+struct Panels {
+  int64_t lanes, vectors, count;
+
+  Panels(const PanelSet& kernels, int64_t batch)
+      : lanes(kernels.lanes),
+        vectors(divide_up(batch, kernels.lanes)),
+        count(divide_up(vectors, kernels.most_vectors)) {}
+
+  int64_t first_vector(int64_t panel) const { return vectors * panel / count; }
+  int64_t width(int64_t panel) const { return (first_vector(panel + 1) - first_vector(panel)) * lanes; }
+  int64_t first_column(int64_t panel) const { return first_vector(panel) * lanes; }
+};
+
+class Runner {
+ public:
+  Runner(const Isa& isa, const PanelSet& kernels, const Geometry& g, const LinearCall& call)
+      : isa_(isa), kernels_(kernels), g_(g), call_(call), panels_(kernels, call.batch) {
+    widest_ = divide_up(panels_.vectors, panels_.count) * panels_.lanes;
+    block_steps_ = std::max<int64_t>(1, kBlockBytes / (widest_ * kStep * 4));
+    group_ = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(1, widest_ * g.steps * kStep * 4), 1, panels_.count);
+  }
+
+  int run() {
+    static thread_local Workspace packed_space;
+    const int64_t panel_elements = widest_ * g_.steps * kStep;
+    auto* packed = static_cast<float*>(packed_space.reserve(std::max<int64_t>(1, group_ * panel_elements) * 4));
+    if (!packed) return SPARSECOMP_NO_MEMORY;
+    const int64_t work = g_.tiles * kTile * g_.steps * g_.slots * call_.batch;
+    const int threads = worth_threads(work) ? call_.threads : 1;
+    const int64_t tile_block = panel_tile_block(g_.tiles, kSumsBytes / (kTile * widest_ * 4), group_, threads);
+    const int64_t row_tasks = divide_up(g_.tiles, tile_block);
+    const int64_t pack_steps = std::max<int64_t>(1, block_steps_ * 4);
+    const int64_t pack_tasks = divide_up(g_.steps, pack_steps);
+    std::atomic<bool> complete{true};
+    for (int64_t first = 0; first < panels_.count; first += group_) {
+      const int64_t count = std::min(group_, panels_.count - first);
+      parallel_for(threads, pack_tasks * count, [&](int64_t index) {
+        const int64_t panel = index / pack_tasks, step = index % pack_tasks * pack_steps;
+        pack(first + panel, step, std::min(g_.steps, step + pack_steps), packed + panel * panel_elements);
+      });
+      parallel_for(threads, row_tasks * count, [&](int64_t index) {
+        const int64_t panel = index % count, tile = index / count * tile_block;
+        if (!multiply(first + panel, tile, std::min(g_.tiles, tile + tile_block), packed + panel * panel_elements))
+          complete.store(false, std::memory_order_relaxed);
+      });
+    }
+    return complete.load() ? SPARSECOMP_OK : SPARSECOMP_NO_MEMORY;
+  }
+
+ private:
+  // Steps [first_step, step_end) of a panel: x transposed, in the kernels' form, padded with zeros. A few rows of x at
+  // a time: rows are far apart, often at the same place of the cache.
+  void pack(int64_t panel, int64_t first_step, int64_t step_end, float* packed) const {
+    const int64_t width = panels_.width(panel), lanes = panels_.lanes;
+    for (int64_t column = 0; column < width; column += lanes) {
+      const int64_t first = panels_.first_column(panel) + column;
+      for (int64_t step = first_step; step < step_end; ++step) {
+        alignas(64) float local[kMostLanes * kStep];
+        const float* from = local;
+        int64_t ld = kStep;
+        if (call_.dtype == SPARSECOMP_F32 && first + lanes <= call_.batch && (step + 1) * kStep <= g_.in) {
+          from = static_cast<const float*>(call_.x) + first * call_.ldx + step * kStep;
+          ld = call_.ldx;
+        } else {
+          fill(first, step, local);
+        }
+        float* to = packed + step * kStep * width + column;
+        for (int64_t k = 0; k < kStep; k += lanes) kernels_.transpose(from + k, ld, to + k * width, width);
+      }
+    }
+  }
+
+  // [lanes][16] of x from batch column `first` and column step `step`, in the kernels' form, padded with zeros.
+  void fill(int64_t first, int64_t step, float* local) const {
+    const int64_t columns = std::min(panels_.lanes, call_.batch - first);
+    const int64_t used = std::min<int64_t>(kStep, g_.in - step * kStep);
+    std::memset(local, 0, static_cast<size_t>(panels_.lanes * kStep * 4));
+    for (int64_t i = 0; i < columns; ++i) {
+      const int64_t at = (first + i) * call_.ldx + step * kStep;
+      float* to = local + i * kStep;
+      if (kernels_.x_dtype == SPARSECOMP_BF16) {
+        const uint16_t* from = static_cast<const uint16_t*>(call_.x) + at;
+        for (int64_t k = 0; k < used; ++k) {
+          const uint32_t twice = from[k] * 0x10001u;
+          std::memcpy(to + k, &twice, 4);
+        }
+      } else if (call_.dtype == SPARSECOMP_F32) {
+        std::memcpy(to, static_cast<const float*>(call_.x) + at, static_cast<size_t>(used * 4));
+      } else {
+        isa_.widen(static_cast<const uint16_t*>(call_.x) + at, call_.dtype, to, used);
+      }
+    }
+  }
+
+  // False if there is no memory for the workspace.
+  bool multiply(int64_t panel, int64_t tile, int64_t tile_end, const float* packed) const {
+    static thread_local Workspace sums_space, values_space;
+    const int64_t width = panels_.width(panel);
+    const bool widens = kernels_.x_dtype == SPARSECOMP_F32 && g_.dtype != SPARSECOMP_F32;
+    auto* sums = static_cast<float*>(sums_space.reserve((tile_end - tile) * kTile * width * 4));
+    float* widened = nullptr;
+    if (widens) widened = static_cast<float*>(values_space.reserve(block_steps_ * (g_.slots + 1) * kTile * 4));
+    if (!sums || (widens && !widened)) return false;
+    const PanelMicro micro = kernels_.micro[width / panels_.lanes];
+    int64_t groups[kStep];
+    for (int slot = 0; slot < g_.slots; ++slot) groups[slot] = slot / g_.n * g_.m * width;
+    int64_t step = 0;
+    do {  // once even if there are no columns: y is the bias then
+      PanelArgs args;
+      args.geometry = &g_;
+      args.groups = groups;
+      args.panel = packed + step * kStep * width;
+      args.steps = std::min(block_steps_, g_.steps - step);
+      args.add = step > 0;
+      for (int64_t t = tile; t < tile_end; ++t) {
+        const int64_t block = t * g_.steps + step;
+        args.values = call_.values + block * g_.value_bytes;
+        args.metadata = call_.metadata + block * g_.metadata_bytes;
+        // the tile below, or the first one's next columns; the hardware does not foresee the jump
+        const int64_t next = block + (t + 1 < tile_end ? g_.steps : args.steps - (t - tile) * g_.steps);
+        args.next_values = call_.values + next * g_.value_bytes;
+        args.next_bytes = args.steps * g_.value_bytes;
+        __builtin_prefetch(call_.metadata + next * g_.metadata_bytes);
+        if (widens) {
+          widen(args.values, args.steps, widened);
+          args.values = reinterpret_cast<const uint8_t*>(widened);
+        }
+        args.rows = static_cast<int>(std::min<int64_t>(kTile, g_.out - t * kTile));
+        args.sums = sums + (t - tile) * kTile * width;
+        micro(args);
+      }
+      step += args.steps;
+    } while (step < g_.steps);
+    finish(panel, tile, tile_end, sums);
+    return true;
+  }
+
+  // Blocks of values of any type as float [slots][16].
+  void widen(const uint8_t* values, int64_t steps, float* widened) const {
+    alignas(64) float local[kStep * kTile];
+    for (int64_t step = 0; step < steps; ++step, values += g_.value_bytes, widened += g_.slots * kTile) {
+      if (g_.dtype == SPARSECOMP_I8) {
+        for (int i = 0; i < g_.slots * kTile; ++i) widened[i] = static_cast<int8_t>(values[i]);
+        continue;
+      }
+      isa_.widen(values, g_.dtype, local, (g_.slots + 1) / 2 * 2 * kTile);
+      for (int slot = 0; slot < g_.slots; ++slot) {
+        const float* from = local + slot / 2 * 2 * kTile + slot % 2;
+        for (int row = 0; row < kTile; ++row) widened[slot * kTile + row] = from[2 * row];
+      }
+    }
+  }
+
+  // y of [tile, tile_end) and one panel from the sums [tiles][16][width]. A few rows of y at a time, as in pack().
+  void finish(int64_t panel, int64_t tile, int64_t tile_end, const float* sums) const {
+    const int64_t width = panels_.width(panel), lanes = panels_.lanes, size = element_bytes(call_.dtype);
+    const int64_t end = std::min(call_.batch, panels_.first_column(panel) + width);
+    alignas(64) float local[kMostLanes * kTile];
+    FinishArgs args;
+    args.sums = local;
+    args.ld = kTile;
+    args.ldy = call_.ldy;
+    args.dtype = call_.dtype;
+    for (int64_t column = panels_.first_column(panel); column < end; column += lanes, sums += lanes) {
+      args.columns = static_cast<int>(std::min(lanes, end - column));
+      for (int64_t t = tile; t < tile_end; ++t) {
+        const float* from = sums + (t - tile) * kTile * width;
+        for (int64_t r = 0; r < kTile; r += lanes) kernels_.transpose(from + r * width, width, local + r, kTile);
+        const int64_t row = t * kTile;
+        args.rows = static_cast<int>(std::min<int64_t>(kTile, g_.out - row));
+        args.epilogue = epilogue_at(call_.epilogue, row, call_.dtype);
+        args.y = static_cast<uint8_t*>(call_.y) + (column * call_.ldy + row) * size;
+        isa_.finish(args);
+      }
+    }
+  }
+
+  const Isa& isa_;
+  const PanelSet& kernels_;
+  const Geometry& g_;
+  const LinearCall& call_;
+  const Panels panels_;
+  int64_t widest_;       // columns of the widest panel
+  int64_t block_steps_;  // column steps that stay in the L1 cache
+  int64_t group_;        // panels packed at a time
+};
+
+}  // namespace
+
+int panel_linear(const Isa& isa, const PanelSet& kernels, const Geometry& g, const LinearCall& call) {
+  return Runner(isa, kernels, g, call).run();
+}
+
+}  // namespace sparsecomp

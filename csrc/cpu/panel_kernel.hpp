@@ -1,0 +1,171 @@
+// The micro-kernels of the product over panels, for any vector type.
+// Included by files that are compiled for one instruction set; everything here is local to the file that includes it.
+//
+//   Vector::Register, Vector::kLanes, zero(), load(pointer), store(pointer, v), broadcast(float)
+//   Vector::multiply_add(a, b, sum)   a * b + sum
+#pragma once
+
+#include <cstring>
+
+#include "panel.hpp"
+#include "unroll.hpp"
+
+namespace sparsecomp {
+namespace {
+
+template <class T>
+SPARSECOMP_INLINE T load_as(const uint8_t* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+// The positions of one row in one step, in slot order, as one integer. kBits: how many bits, or 0 if that is not known.
+template <int kBits>
+SPARSECOMP_INLINE uint64_t row_bits(const Geometry& g, const uint8_t* block, int row) {
+  if constexpr (kBits == 16) return load_as<uint16_t>(block + row * 2);
+  if constexpr (kBits == 32) return load_as<uint32_t>(block + row * 4);
+  const uint8_t* plane = block + g.full_words * kTile * 4;
+  uint64_t rest = 0;
+  if (g.full_words == 2 || g.rest_bytes == 4)
+    rest = load_as<uint32_t>(block + (g.words - 1) * kTile * 4 + row * 4);
+  else if (g.rest_bytes == 1)
+    rest = plane[row];
+  else if (g.rest_bytes >= 2)
+    rest = load_as<uint16_t>(plane + row * 2);
+  if (g.rest_bytes == 3) rest |= uint64_t{plane[kTile * 2 + row]} << 16;
+  if (g.full_words == 0) return rest;
+  const uint64_t first = load_as<uint32_t>(block + row * 4);
+  return g.words == 1 ? first : first | rest << (g.word_slots * g.bits);
+}
+
+// Bytes from a group of the panel to its row `(bits >> shift) & mask`. Opaque to the compiler, so that the vectors of
+// the row are displacements: it would make each address on its own, and spill them.
+template <int64_t kRowBytes>
+SPARSECOMP_INLINE uint64_t row_offset(uint64_t bits, int shift, int mask) {
+  uint64_t offset = ((bits >> shift) & static_cast<uint64_t>(mask)) * kRowBytes;
+  __asm__("" : "+r"(offset));
+  return offset;
+}
+
+template <class Vector>
+SPARSECOMP_INLINE const float* vector_at(const float* group, int c, uint64_t offset) {
+  return reinterpret_cast<const float*>(reinterpret_cast<const char*>(group + c * Vector::kLanes) + offset);
+}
+
+// One slot of R rows by C vectors; `bits` holds the positions of the rows, or of all of them if they share a mask: then
+// a row of the panel is loaded once for all.
+template <class Vector, int R, int C, bool kShared>
+SPARSECOMP_INLINE void multiply_slot(const float* values, const float* group, const uint64_t* bits, int shift, int mask,
+                                     typename Vector::Register (&sums)[R][C]) {
+  constexpr int64_t kRowBytes = int64_t{C} * Vector::kLanes * 4;
+  if constexpr (kShared) {
+    const uint64_t offset = row_offset<kRowBytes>(bits[0], shift, mask);
+    typename Vector::Register weights[R];
+    SPARSECOMP_UNROLL
+    for (int r = 0; r < R; ++r) weights[r] = Vector::broadcast(values[r]);
+    SPARSECOMP_UNROLL
+    for (int c = 0; c < C; ++c) {
+      const typename Vector::Register activations = Vector::load(vector_at<Vector>(group, c, offset));
+      SPARSECOMP_UNROLL
+      for (int r = 0; r < R; ++r) sums[r][c] = Vector::multiply_add(weights[r], activations, sums[r][c]);
+    }
+  } else {
+    SPARSECOMP_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const uint64_t offset = row_offset<kRowBytes>(bits[r], shift, mask);
+      const typename Vector::Register weight = Vector::broadcast(values[r]);
+      SPARSECOMP_UNROLL
+      for (int c = 0; c < C; ++c)
+        sums[r][c] = Vector::multiply_add(weight, Vector::load(vector_at<Vector>(group, c, offset)), sums[r][c]);
+    }
+  }
+}
+
+template <class Vector, int R, int C>
+SPARSECOMP_INLINE void load_sums(const PanelArgs& args, int row, typename Vector::Register (&sums)[R][C]) {
+  const float* from = args.sums + row * C * Vector::kLanes;
+  SPARSECOMP_UNROLL
+  for (int r = 0; r < R; ++r) {
+    SPARSECOMP_UNROLL
+    for (int c = 0; c < C; ++c)
+      sums[r][c] = args.add ? Vector::load(from + (r * C + c) * Vector::kLanes) : Vector::zero();
+  }
+}
+
+template <class Vector, int R, int C>
+SPARSECOMP_INLINE void store_sums(const PanelArgs& args, int row, const typename Vector::Register (&sums)[R][C]) {
+  float* to = args.sums + row * C * Vector::kLanes;
+  SPARSECOMP_UNROLL
+  for (int r = 0; r < R; ++r) {
+    SPARSECOMP_UNROLL
+    for (int c = 0; c < C; ++c) Vector::store(to + (r * C + c) * Vector::kLanes, sums[r][c]);
+  }
+}
+
+// R rows by C vectors. N = 0: any N, read from the geometry; else the loop over the slots of a step is unrolled.
+template <class Vector, int M, int N, int R, int C, bool kShared>
+struct FloatRows {
+  static void run(const PanelArgs& args, int row) {
+    constexpr int64_t kWidth = int64_t{C} * Vector::kLanes;
+    constexpr int kMasks = kShared ? 1 : R;
+    constexpr int kBits = M == 16 ? 4 : M == 8 ? 3 : M == 4 ? 2 : 1;
+    const Geometry& g = *args.geometry;
+    const float* values = reinterpret_cast<const float*>(args.values) + row;
+    const uint8_t* metadata = args.metadata;
+    const float* panel = static_cast<const float*>(args.panel);
+    typename Vector::Register sums[R][C];
+    load_sums<Vector>(args, row, sums);
+    for (int64_t step = 0; step < args.steps; ++step) {
+      uint64_t bits[kMasks];
+      SPARSECOMP_UNROLL
+      for (int r = 0; r < kMasks; ++r) bits[r] = row_bits<kStep / M * N * kBits>(g, metadata, row + r);
+      if constexpr (N != 0) {
+        SPARSECOMP_UNROLL
+        for (int slot = 0; slot < kStep / M * N; ++slot)
+          multiply_slot<Vector, R, C, kShared>(values + slot * kTile, panel + slot / N * M * kWidth, bits, slot * kBits,
+                                               M - 1, sums);
+      } else {
+        for (int slot = 0; slot < g.slots; ++slot) {  // one loop: nested ones, over groups and slots, mispredict
+          const float* group = panel + (M == 16 ? 0 : args.groups[slot]);
+          multiply_slot<Vector, R, C, kShared>(values + slot * kTile, group, bits, 0, M - 1, sums);
+          SPARSECOMP_UNROLL
+          for (int r = 0; r < kMasks; ++r) bits[r] >>= kBits;
+        }
+      }
+      values += g.slots * kTile;
+      metadata += g.metadata_bytes;
+      panel += kStep * kWidth;
+    }
+    store_sums<Vector>(args, row, sums);
+  }
+};
+
+// All rows of a tile, R at a time, by Rows::run(args, row).
+template <class Rows, int R>
+void panel_micro(const PanelArgs& args) {
+  const uint8_t* next = args.next_values;
+  const int64_t share = (args.next_bytes + kTile / R - 1) / (kTile / R);
+  for (int row = 0; row < args.rows; row += R) {
+    const uint8_t* stop = next + share;
+    for (; next < stop; next += 64) __builtin_prefetch(next);
+    Rows::run(args, row);
+  }
+}
+
+template <class Vector, int M, int N, int R, int Least, int C, bool kShared>
+constexpr void fill_widths(PanelMicro (&micro)[kMostVectors + 1]) {
+  micro[C] = panel_micro<FloatRows<Vector, M, N, R, C, kShared>, R>;
+  if constexpr (C > Least) fill_widths<Vector, M, N, R, Least, C - 1, kShared>(micro);
+}
+
+// R rows by Least to Most vectors: a batch of at least `least_batch`, cut evenly, never makes narrower panels.
+template <class Vector, int M, int N, int R, int Least, int Most, bool kShared>
+constexpr PanelSet make_panel_set(int64_t least_batch, double speedup) {
+  PanelSet set{Vector::kLanes, SPARSECOMP_F32, Most, least_batch, speedup, {}, Vector::transpose};
+  fill_widths<Vector, M, N, R, Least, Most, kShared>(set.micro);
+  return set;
+}
+
+}  // namespace
+}  // namespace sparsecomp

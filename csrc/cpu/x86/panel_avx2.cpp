@@ -1,0 +1,70 @@
+// Panels of 8-lane vectors: 2 rows by 6 vectors are 12 of the 16 registers, the weights and a temporary the rest.
+#include <immintrin.h>
+
+#include "../panel_kernel.hpp"
+#include "panel_sets.hpp"
+
+namespace sparsecomp {
+namespace {
+
+// to[j][i] = from[i][j] for 8 by 8 elements of 4 bytes.
+void transpose_8x8(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+  __m256 a[8], b[8];
+  SPARSECOMP_UNROLL
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * ld_from);
+  // pairs of elements, then of pairs: every 128-bit lane is a transposed 4 by 4 block
+  SPARSECOMP_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  SPARSECOMP_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    SPARSECOMP_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const __m256d low = _mm256_castps_pd(b[i + half]), high = _mm256_castps_pd(b[i + half + 2]);
+      a[i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      a[i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  }
+  SPARSECOMP_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(to + j * ld_to, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+    _mm256_storeu_ps(to + (4 + j) * ld_to, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+  }
+}
+
+struct Avx2 {
+  using Register = __m256;
+  static constexpr int kLanes = 8;
+  static Register zero() { return _mm256_setzero_ps(); }
+  static Register load(const float* from) { return _mm256_loadu_ps(from); }
+  static void store(float* to, Register v) { _mm256_storeu_ps(to, v); }
+  static Register broadcast(float v) { return _mm256_set1_ps(v); }
+  static Register multiply_add(Register a, Register b, Register sum) { return _mm256_fmadd_ps(a, b, sum); }
+  static constexpr auto transpose = transpose_8x8;
+};
+
+template <int M, int N>
+const PanelSet* select_for(const Geometry& g) {
+  static constexpr PanelSet alone = make_panel_set<Avx2, M, N, 2, 2, 6, false>(M == 16 ? 13 : 25, M == 16 ? 1.6 : 1.1),
+                            fours = make_panel_set<Avx2, M, N, 4, 1, 2, true>(13, 1.1);
+  return g.mask_rows % 4 == 0 ? &fours : &alone;
+}
+
+}  // namespace
+
+const PanelSet* select_panels_avx2(const Geometry& g) {
+  switch (g.m) {
+    case 2:
+      return select_for<2, 0>(g);
+    case 4:
+      return g.n == 2 ? select_for<4, 2>(g) : select_for<4, 0>(g);
+    case 8:
+      return g.n == 4 ? select_for<8, 4>(g) : select_for<8, 0>(g);
+    default:
+      return g.n == 8 ? select_for<16, 8>(g) : select_for<16, 0>(g);
+  }
+}
+
+}  // namespace sparsecomp
