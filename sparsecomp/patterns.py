@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from sparsecomp.errors import PatternError
 
 GROUP_SIZES = (2, 4, 8, 16)
+TRANSPOSABLE_GROUP_SIZES = (2, 4)
 VNM_GROUP_SIZES = (8, 16)
 VNM_KEPT_COLUMNS = 4
 _ALLOWED = (
     'allowed are "N:M" with M in 2, 4, 8, 16 and 1 <= N <= M (such as "2:4" or "8:16"), '
-    '"N:M@vR" (R rows share a mask), "V:2:M" with M in 8, 16 (such as "64:2:8"), '
+    '"N:M@vR" (R rows share a mask), "N:M@t" with M in 2, 4 (its transpose is N:M, too), '
+    '"V:2:M" with M in 8, 16 (such as "64:2:8"), '
     '"blockRxC:DENSITY" (such as "block16x16:0.5") and "unstructured:DENSITY"'
 )
 
@@ -25,12 +27,15 @@ _ALLOWED = (
 class NM:
     """N of every M consecutive input columns are kept in each row.
 
-    ``mask_rows`` consecutive rows share one mask ("2:4@v4"); 1 means that every row has its own.
+    ``mask_rows`` consecutive rows share one mask ("2:4@v4"); 1 means that every row has its own. In a ``transposable``
+    mask ("2:4@t") N of every M consecutive rows are kept in each column as well, so that the transposed weight of a
+    backward pass obeys N:M, too.
     """
 
     n: int
     m: int
     mask_rows: int = 1
+    transposable: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a geometry outside the grammar."""
@@ -38,6 +43,8 @@ class NM:
             raise PatternError(f'pattern "{self.n}:{self.m}" has no such group; {_ALLOWED}')
         if self.mask_rows < 1:
             raise PatternError(f'pattern "{self.n}:{self.m}@v{self.mask_rows}" shares masks among no rows; {_ALLOWED}')
+        if self.transposable and (self.m not in TRANSPOSABLE_GROUP_SIZES or self.mask_rows != 1):
+            raise PatternError(f'pattern "{self.n}:{self.m}@t" is no transposable pattern; {_ALLOWED}')
 
     @property
     def density(self) -> float:
@@ -59,7 +66,8 @@ class NM:
 
     def __str__(self) -> str:
         """The name that parses back to this value."""
-        return f"{self.n}:{self.m}" + (f"@v{self.mask_rows}" if self.mask_rows > 1 else "")
+        shared = f"@v{self.mask_rows}" if self.mask_rows > 1 else ""
+        return f"{self.n}:{self.m}{shared}" + ("@t" if self.transposable else "")
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ class Unstructured:
 
 Pattern = NM | VNM | Block | Unstructured
 
-_NM = re.compile(r"(\d+):(\d+)(?:@v(\d+))?")
+_NM = re.compile(r"(\d+):(\d+)(?:@v(\d+)|@(t))?")
 _VNM = re.compile(r"(\d+):(\d+):(\d+)")
 _BLOCK = re.compile(r"block(\d+)x(\d+):([0-9.]+(?:e-?\d+)?)")
 _UNSTRUCTURED = re.compile(r"unstructured:([0-9.]+(?:e-?\d+)?)")
@@ -178,7 +186,7 @@ def parse(pattern: str | Pattern) -> Pattern:
         raise PatternError(f"a pattern is a name or a pattern value, not {type(pattern).__name__}; {_ALLOWED}")
     name = pattern.strip()
     if match := _NM.fullmatch(name):
-        return NM(int(match[1]), int(match[2]), int(match[3] or 1))
+        return NM(int(match[1]), int(match[2]), int(match[3] or 1), match[4] is not None)
     if match := _VNM.fullmatch(name):
         return VNM(int(match[1]), int(match[2]), int(match[3]))
     if match := _BLOCK.fullmatch(name):
@@ -191,7 +199,7 @@ def parse(pattern: str | Pattern) -> Pattern:
 def row_nm(pattern: Pattern) -> NM | None:
     """The N:M pattern in which rows of ``pattern`` are stored, or None for patterns that are not N:M."""
     if isinstance(pattern, NM):
-        return pattern
+        return NM(pattern.n, pattern.m) if pattern.transposable else pattern
     if isinstance(pattern, VNM):
         return pattern.row_pattern
     return None

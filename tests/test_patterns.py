@@ -17,6 +17,7 @@ from sparsecomp.patterns import NM, VNM, Block, Unstructured, parse, row_nm
         (" 1:2 ", NM(1, 2)),
         ("16:16", NM(16, 16)),
         ("2:4@v4", NM(2, 4, 4)),
+        ("2:4@t", NM(2, 4, transposable=True)),
         ("64:2:8", VNM(64, 2, 8)),
         ("block16x32:0.25", Block(16, 32, 0.25)),
         ("unstructured:0.5", Unstructured(0.5)),
@@ -53,6 +54,8 @@ def test_every_block_has_a_name(rows, cols, keep):
         "-2:4",
         "2:4@v0",
         "2:4@4",
+        "4:8@t",
+        "2:4@v4@t",
         "2.0:4",
         "0:2:8",
         "64:3:8",
@@ -90,6 +93,7 @@ def test_nm_geometry(m, data, columns):
 def test_vnm_rows_are_stored_as_nm():
     assert row_nm(parse("64:2:8")) == NM(2, 8)
     assert row_nm(parse("2:4@v4")) == NM(2, 4, 4)
+    assert row_nm(parse("2:4@t")) == NM(2, 4)
     assert row_nm(parse("block4x4:0.5")) is None
     assert row_nm(parse("unstructured:0.5")) is None
     assert parse("64:2:16").density == 0.125

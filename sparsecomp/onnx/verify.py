@@ -71,7 +71,7 @@ def verify(path: str | Path, pattern: str = "2:4") -> VerifyReport:
     that is not N:M.
     """
     wanted = parse(pattern)
-    if not isinstance(wanted, NM) or wanted.mask_rows != 1:
+    if not isinstance(wanted, NM) or wanted.mask_rows != 1 or wanted.transposable:
         raise PatternError(f'verify takes an N:M pattern such as "2:4" or "8:16", got "{pattern}"')
     onnx = require("onnx")
     try:

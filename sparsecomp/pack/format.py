@@ -158,6 +158,8 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
         return _pack_block(weight, pattern)
     if isinstance(pattern, VNM):
         _check_shared_columns(weight, pattern)
+    if isinstance(pattern, NM) and pattern.transposable:
+        _check_transpose(weight, pattern)
     return _pack_nm(weight, _stored_nm(pattern), pattern)
 
 
@@ -226,6 +228,20 @@ def _position_table(n: int, m: int) -> tuple[Tensor, Tensor]:
     # unused positions sort behind the used ones, in ascending order; the first N are the ones stored
     order = torch.where(used == 1, bits, bits + m).sort(dim=1).values[:, :n] % m
     return used.sum(dim=1).to(torch.uint8), order.sort(dim=1).values.to(torch.uint8)
+
+
+def _check_transpose(weight: Tensor, pattern: NM) -> None:
+    out, columns = weight.shape
+    count = _pad_rows(weight != 0, pattern.m).view(-1, pattern.m, columns).sum(dim=1)
+    over = count > pattern.n
+    if bool(over.any()):
+        group, column = over.nonzero()[0].tolist()
+        first, last = group * pattern.m, min((group + 1) * pattern.m, out) - 1
+        raise PatternError(
+            f"weight breaks {pattern} in column {column}, rows {first} to {last}: "
+            f"{int(count[group, column])} nonzeros, at most {pattern.n} allowed; "
+            f"prune it first, for example with method='magnitude'"
+        )
 
 
 def _check_shared_columns(weight: Tensor, pattern: VNM) -> None:

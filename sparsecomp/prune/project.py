@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sparsecomp.errors import PatternError
 from sparsecomp.patterns import NM, VNM, VNM_KEPT_COLUMNS, Block, Pattern, Unstructured
+from sparsecomp.prune.subsets import subsets_of
 
 
 def project(scores: Tensor, pattern: Pattern) -> Tensor:
@@ -20,6 +21,8 @@ def project(scores: Tensor, pattern: Pattern) -> Tensor:
     kept or dropped together (rows that share a mask, V:N:M columns, blocks) the squares are summed in float64. Ties
     go to the lower column (blocks: to the first in row-major order). A last group, tile or block that the shape cuts
     short is judged by the weights it has: a group of r < N columns keeps all r.
+
+    A transposable tile of M x M weights is judged as one, over all its patterns (90 for 2:4).
 
     V:N:M takes its two steps one after the other, 4 columns of each tile and then 2 of them in each row; each
     step is exact, the pair need not be.
@@ -44,6 +47,8 @@ def check_mask(mask: Tensor, pattern: Pattern) -> None:
     match pattern:
         case NM():
             _check_groups(mask, pattern, pattern.mask_rows, pattern.m, pattern.n, "weights")
+            if pattern.transposable:
+                _check_columns(mask, pattern)
         case VNM():
             _check_groups(mask, pattern, pattern.v, pattern.m, VNM_KEPT_COLUMNS, "columns")
             _check_groups(mask, pattern, 1, pattern.m, pattern.n, "weights")
@@ -60,11 +65,25 @@ def check_mask(mask: Tensor, pattern: Pattern) -> None:
 
 def _nm(scores: Tensor, pattern: NM) -> Tensor:
     out, columns = scores.shape
+    if pattern.transposable:
+        return _transposable(scores, pattern)
     if pattern.mask_rows == 1:
         return _ungroup(_top(_group(scores, pattern.m), pattern.n), columns)
     shared = _tile_sums(scores, pattern.mask_rows)
     mask = _ungroup(_top(_group(shared, pattern.m), pattern.n), columns)
     return mask.repeat_interleave(pattern.mask_rows, dim=0)[:out]
+
+
+def _transposable(scores: Tensor, pattern: NM) -> Tensor:
+    subsets = subsets_of(pattern)
+    assert subsets is not None  # groups are small
+    out, columns = scores.shape
+    squares = functional.pad(scores.double().square(), (0, -columns % pattern.m)).view(out, -1, pattern.m)
+    lost = squares @ (~subsets.kept).to(scores.device, torch.float64).T
+    # one row of tiles after the other, so that the rows of a tile lie together
+    ragged = functional.pad(lost, (0, 0, 0, 0, 0, -out % pattern.m)).transpose(0, 1).flatten(0, 1)
+    kept = subsets.kept.to(scores.device)[subsets.choose(ragged)].view(lost.shape[1], -1, pattern.m)
+    return _ungroup(kept.transpose(0, 1)[:out], columns)
 
 
 def _vnm(scores: Tensor, pattern: VNM) -> Tensor:
@@ -120,6 +139,19 @@ def _block_sums(values: Tensor, pattern: Block) -> Tensor:
     down, across = pattern.grid(*values.shape)
     missing = (0, across * pattern.cols - values.shape[1], 0, down * pattern.rows - values.shape[0])
     return functional.pad(values, missing).view(down, pattern.rows, across, pattern.cols).sum(dim=(1, 3))
+
+
+def _check_columns(mask: Tensor, pattern: NM) -> None:
+    out, columns = mask.shape
+    count = functional.pad(mask, (0, 0, 0, -out % pattern.m)).view(-1, pattern.m, columns).sum(dim=1)
+    over = count > pattern.n
+    if bool(over.any()):
+        group, column = over.nonzero()[0].tolist()
+        first, last = group * pattern.m, min((group + 1) * pattern.m, out) - 1
+        raise PatternError(
+            f"the mask breaks {pattern} in column {column}, rows {first} to {last}: "
+            f"{int(count[group, column])} weights kept, at most {pattern.n} allowed"
+        )
 
 
 def _check_groups(mask: Tensor, pattern: Pattern, rows: int, size: int, allowed: int, what: str) -> None:

@@ -213,6 +213,16 @@ def test_too_many_columns_in_a_vnm_tile_are_named():
         pack(weight, "4:2:8")
 
 
+def test_a_transposable_weight_is_stored_as_its_rows_and_its_columns_are_checked():
+    weight = torch.eye(5, 7) + torch.eye(7).roll(1, 0)[:5]
+    packed = pack(weight, "2:4@t")
+    assert torch.equal(packed.unpack(), weight)
+    assert torch.equal(packed.metadata, pack(weight, "2:4").metadata)
+    weight[:3, 5] = 1.0
+    with pytest.raises(PatternError, match="in column 5, rows 0 to 3: 3 nonzeros, at most 2 allowed"):
+        pack(weight, "2:4@t")
+
+
 def test_too_many_blocks_are_counted():
     with pytest.raises(PatternError, match=r"4 of 4 blocks hold nonzeros, at most 2 allowed"):
         pack(torch.ones(4, 4), "block2x2:0.5")

@@ -156,3 +156,33 @@ def test_a_mask_that_breaks_its_pattern_is_named(pattern, kept, message):
     mask[row, column] = False
     if len(kept) < 6:
         check_mask(mask, parse(pattern))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["1:2@t", "1:4@t", "2:4@t", "3:4@t"]), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6)
+)
+def test_a_transposable_mask_is_the_best_tile_by_tile(name, out, columns, seed):
+    pattern = parse(name)
+    scores = scores_of(out, columns, seed)
+    mask = project(scores, pattern)
+    check_mask(mask, pattern)
+    check_mask(mask.T.contiguous(), NM(pattern.n, pattern.m))
+    m = pattern.m
+    energy = torch.zeros(-(-out // m) * m, -(-columns // m) * m, dtype=torch.float64)
+    energy[:out, :columns] = scores.double().square()
+    row_masks = [torch.tensor([j in kept for j in range(m)]) for kept in combinations(range(m), pattern.n)]
+    tiles = [torch.stack(rows) for rows in product(row_masks, repeat=m)]
+    tiles = [tile for tile in tiles if bool((tile.sum(dim=0) == pattern.n).all())]
+    best = sum(
+        max((energy[top : top + m, left : left + m] * tile).sum().item() for tile in tiles)
+        for top, left in product(range(0, out, m), range(0, columns, m))
+    )
+    assert (scores.double().square() * mask).sum().item() == pytest.approx(best)
+
+
+def test_a_mask_that_is_not_transposable_names_the_column():
+    mask = torch.zeros(8, 4, dtype=torch.bool)
+    mask[4:7, 2] = True
+    with pytest.raises(PatternError, match="in column 2, rows 4 to 7: 3 weights kept, at most 2 allowed"):
+        check_mask(mask, parse("2:4@t"))
