@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,21 +18,34 @@ class Problem:
     """One layer to prune, checked: finite values and fitting shapes.
 
     ``weight`` [out, in] float32 or float64; ``gram`` X^T X [in, in] float32 or float64, or None; ``mask`` bool
-    [out, in] is the user's mask, True where a weight is kept, or None where the method chooses.
+    [out, in] is the user's mask, True where a weight is kept, or None where the method chooses. ``held_out`` is the
+    Gram of other tokens, to choose settings by.
     """
 
     weight: Tensor
     pattern: Pattern
     gram: Tensor | None = None
     mask: Tensor | None = None
+    held_out: Tensor | None = None
 
 
-Solve = Callable[[Problem], tuple[Tensor, Tensor]]
+class Solution(NamedTuple):
+    """``weight`` [out, in] and ``mask`` bool [out, in]; what the mask drops counts as 0.
+
+    ``notes`` are sentences on what the method had to do unasked or did not reach.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    notes: tuple[str, ...] = ()
+
+
+Solve = Callable[[Problem], Solution]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: ``solve`` gives (weight [out, in], mask bool [out, in]); what the mask drops counts as 0."""
+    """A registered method."""
 
     name: str
     solve: Solve

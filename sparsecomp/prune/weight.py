@@ -8,13 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import sparsecomp.prune.scores  # noqa: F401  (registers its methods)
 from sparsecomp.errors import CalibrationError, MethodError, PatternError
 from sparsecomp.layers import DTYPES
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.prune.error import relative_error
 from sparsecomp.prune.project import check_mask
 from sparsecomp.prune.registry import Problem, get_method
+
+# isort: off
+# these register their methods, which are listed in this order
+import sparsecomp.prune.scores
+import sparsecomp.prune.obs
+import sparsecomp.prune.presets  # noqa: F401
+# isort: on
 
 _ASYMMETRY = 1e-3
 
@@ -24,7 +30,8 @@ class PrunedWeight:
     """A weight that fits its pattern.
 
     ``weight`` [out, in] in the dtype it came in, zero where ``mask`` (bool [out, in]) is False. ``error`` is relative:
-    ||(W-V)X|| / ||WX|| on the Gram if ``measured_on`` is "gram", ||W-V|| / ||W|| if it is "weight".
+    ||(W-V)X|| / ||WX|| on the Gram if ``measured_on`` is "gram", ||W-V|| / ||W|| if it is "weight". ``notes`` say what
+    the method had to do unasked, such as raising the damping, or did not reach.
     """
 
     weight: Tensor
@@ -33,6 +40,7 @@ class PrunedWeight:
     method: str
     error: float
     measured_on: Literal["gram", "weight"]
+    notes: tuple[str, ...] = ()
 
     @property
     def density(self) -> float:
@@ -46,11 +54,13 @@ def prune_weight(
     method: str = "magnitude",
     gram: Tensor | None = None,
     mask: Tensor | None = None,
+    held_out: Tensor | None = None,
 ) -> PrunedWeight:
     """Prune ``w`` [out, in] (fp32, fp16, bf16 or fp64; computed in fp32 or wider) to ``pattern``.
 
     ``gram`` is X^T X [in, in], fp32 or fp64, over all calibration tokens; methods that need none use it for ``.error``.
     ``mask`` (bool [out, in], True = kept) replaces the method's own choice; it may keep less than the pattern allows.
+    ``held_out`` is the Gram of tokens that ``gram`` has not seen; "best" chooses its damping by it.
 
     Raises MethodError for an unknown method, PatternError for a weight or mask that cannot be used, CalibrationError
     for a Gram that is missing, of the wrong size or not finite.
@@ -58,6 +68,8 @@ def prune_weight(
     pattern = parse(pattern)
     chosen = get_method(method)
     weight = _checked_weight(w)
+    if held_out is not None:
+        held_out = _checked_gram(held_out, weight, "held_out")
     if gram is not None:
         gram = _checked_gram(gram, weight)
     elif chosen.needs_gram:
@@ -68,14 +80,14 @@ def prune_weight(
     if mask is not None:
         mask = _checked_mask(mask, weight, pattern)
     wide = weight if weight.dtype == torch.float64 else weight.float()
-    values, kept = chosen.solve(Problem(wide, pattern, gram, mask))
-    pruned = torch.where(kept, values, torch.zeros_like(values)).to(weight.dtype)
+    values, kept, notes = chosen.solve(Problem(wide, pattern, gram, mask, held_out))
+    pruned = torch.where(kept, values, 0.0).to(weight.dtype)
     if not bool(torch.isfinite(pruned).all()):
         raise MethodError(
             f'method "{method}" gave weights that overflow {weight.dtype}; prune a float32 weight instead'
         )
     error = relative_error(weight, pruned, gram)
-    return PrunedWeight(pruned, kept, pattern, method, error, "weight" if gram is None else "gram")
+    return PrunedWeight(pruned, kept, pattern, method, error, "weight" if gram is None else "gram", notes)
 
 
 def _checked_weight(w: Tensor) -> Tensor:
@@ -94,30 +106,30 @@ def _checked_weight(w: Tensor) -> Tensor:
     return weight
 
 
-def _checked_gram(gram: Tensor, weight: Tensor) -> Tensor:
+def _checked_gram(gram: Tensor, weight: Tensor, name: str = "gram") -> Tensor:
     columns = weight.shape[1]
     how = "pass X^T X over the layer's inputs, for example from sc.calibrate"
     if not isinstance(gram, Tensor):
-        raise CalibrationError(f"gram is a {type(gram).__name__}, not a tensor [in, in]; pass cal[name].gram")
+        raise CalibrationError(f"{name} is a {type(gram).__name__}, not a tensor [in, in]; pass cal[name].gram")
     if tuple(gram.shape) != (columns, columns):
         raise CalibrationError(
-            f"gram has shape {tuple(gram.shape)}; a weight of shape {tuple(weight.shape)} needs {(columns, columns)}; "
-            f"{how}"
+            f"{name} has shape {tuple(gram.shape)}; a weight of shape {tuple(weight.shape)} needs "
+            f"{(columns, columns)}; {how}"
         )
     if gram.dtype not in (torch.float32, torch.float64):
-        raise CalibrationError(f"gram is {gram.dtype}; allowed are torch.float32 and torch.float64; {how}")
+        raise CalibrationError(f"{name} is {gram.dtype}; allowed are torch.float32 and torch.float64; {how}")
     gram = gram.detach().to(weight.device)
     finite = torch.isfinite(gram)
     if not bool(finite.all()):
         row, column = (~finite).nonzero()[0].tolist()
-        raise CalibrationError(f"gram[{row}, {column}] is {gram[row, column].item()}; a Gram must be finite; {how}")
+        raise CalibrationError(f"{name}[{row}, {column}] is {gram[row, column].item()}; a Gram must be finite; {how}")
     diagonal = gram.diagonal()
     if bool((diagonal < 0).any()):
         feature = int((diagonal < 0).nonzero()[0])
-        raise CalibrationError(f"gram[{feature}, {feature}] is {diagonal[feature].item()}, below zero; {how}")
+        raise CalibrationError(f"{name}[{feature}, {feature}] is {diagonal[feature].item()}, below zero; {how}")
     scale = float(diagonal.max()) if columns else 0.0
     if columns and float((gram - gram.T).abs().max()) > _ASYMMETRY * scale:
-        raise CalibrationError(f"gram is not symmetric; {how}")
+        raise CalibrationError(f"{name} is not symmetric; {how}")
     return gram
 
 
