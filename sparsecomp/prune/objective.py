@@ -14,7 +14,9 @@ from sparsecomp.errors import CalibrationError
 
 DAMPING = 0.01
 _RAISE = 10.0
-_MOST_DAMPING = 1e3
+_MOST_DAMPING = 10.0
+# a channel counts at most so many medians in the mean: else a few outliers would damp all others away
+_OUTLIER = 100.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +53,15 @@ class Objective:
 def objective(weight: Tensor, gram: Tensor, damping: float = DAMPING) -> Objective:
     """The problem of pruning ``weight`` [out, in] (float32 or float64) on ``gram`` X^T X [in, in] (float32 or float64).
 
-    H = X^T X + damping * mean(diag) * I. Input channels that are always zero ("dead") have damping for their
-    diagonal, so that they go first and disturb nothing. A factorisation that fails is tried again with ten times the
-    damping, and ``notes`` says so. Raises CalibrationError if no damping helps.
+    H = X^T X + damping * mean(diag) * I; in the mean no channel counts more than 100 times the median of those that
+    are not zero. Input channels that are always zero ("dead") have damping for their diagonal, so that they go first
+    and disturb nothing. A factorisation that fails is tried again with ten times the damping, and ``notes`` says so.
+    Raises CalibrationError if no damping helps.
     """
     diagonal = gram.diagonal().double()
-    mean = float(diagonal.mean()) if diagonal.numel() else 0.0
-    if mean <= 0.0:
-        mean = 1.0  # no input at all: every channel counts the same
+    alive = diagonal[diagonal > 0]
+    # without any input every channel counts the same
+    mean = float(diagonal.clamp_max(_OUTLIER * alive.median()).mean()) if alive.numel() else 1.0
     used = damping
     while used <= _MOST_DAMPING:
         scale = (diagonal + used * mean).sqrt()
@@ -70,7 +73,7 @@ def objective(weight: Tensor, gram: Tensor, damping: float = DAMPING) -> Objecti
             raised = f"the Gram is not positive definite at damping {damping:g}; it was raised to {used:g}"
             notes = (raised,) if used != damping else ()
             return Objective((weight.double() * scale).float(), scaled.float(), factor, scale, notes)
-        used = max(used, 1e-6) * _RAISE
+        used *= _RAISE
     raise CalibrationError(
         f"the Gram is no X^T X: it is not positive definite even with damping {_MOST_DAMPING:g} times its mean "
         "diagonal; recompute it in float32 or wider, for example with sc.calibrate"

@@ -29,12 +29,12 @@ def obs_sweep(problem: Objective, pattern: NM | VNM) -> tuple[Tensor, Tensor]:
     size = pattern.m
     columns = problem.weight.shape[1]
     weight = functional.pad(problem.weight, (0, -columns % size))
-    upper = _pad_factor(problem.inverse_factor(), size)
+    upper = pad_square(problem.inverse_factor(), size)
     mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     for start in range(0, weight.shape[1], BLOCK):
         end = min(start + BLOCK, weight.shape[1])
         local = upper[start:end, start:end]
-        diagonal = _diagonal_blocks(local, size)
+        diagonal = diagonal_blocks(local, size)
         doubled = diagonal.double()
         drop = removal(pattern, doubled.transpose(1, 2) @ doubled)
         part = weight[:, start:end].clone()
@@ -94,20 +94,20 @@ def _ranked(scores: Tensor, pattern: Pattern, start: int, columns: int) -> Tenso
     return project(scores, Unstructured(count / scores.shape[1])) if count else torch.zeros_like(scores).bool()
 
 
-def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
     """The diagonal blocks [G, size, size] of a square matrix."""
     groups = matrix.shape[0] // size
     index = torch.arange(groups, device=matrix.device)
     return matrix.view(groups, size, groups, size)[index, :, index, :]
 
 
-def _pad_factor(upper: Tensor, size: int) -> Tensor:
-    """``upper`` with an identity for the columns that complete the last group: they hold nothing and cost nothing."""
-    missing = -upper.shape[0] % size
+def pad_square(matrix: Tensor, size: int) -> Tensor:
+    """``matrix`` with an identity for the columns that complete the last group: they hold nothing and cost nothing."""
+    missing = -matrix.shape[0] % size
     if missing:
-        upper = functional.pad(upper, (0, missing, 0, missing))
-        upper.diagonal()[-missing:] = 1.0
-    return upper
+        matrix = functional.pad(matrix, (0, missing, 0, missing))
+        matrix.diagonal()[-missing:] = 1.0
+    return matrix
 
 
 @method("sparsegpt", needs_gram=True, description="SparseGPT: one pass, error handed to the right")

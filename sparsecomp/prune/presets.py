@@ -1,24 +1,120 @@
-"""The methods to choose by how long one will wait: ``fast``."""
+"""Mask search with values to match, by how long one will wait: ``fast``, ``balanced``, ``best``; and ``admm`` alone.
+
+Inside, solutions are in the scaled coordinates of ``Objective``.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from sparsecomp.patterns import NM, VNM, Block, Pattern, Unstructured
+from sparsecomp.prune.admm import admm
+from sparsecomp.prune.descent import descend
+from sparsecomp.prune.error import relative_error
 from sparsecomp.prune.objective import Objective, objective
 from sparsecomp.prune.obs import swept
 from sparsecomp.prune.refit import refit
 from sparsecomp.prune.registry import Problem, Solution, method
+
+DAMPINGS = (0.01, 0.001, 0.03)
+
+
+@method("admm", needs_gram=True, description="ADMM mask search after ALPS, then the best values for its mask")
+def _admm(problem: Problem) -> Solution:
+    assert problem.gram is not None
+    layer = objective(problem.weight, problem.gram)
+    if problem.mask is not None or problem.pattern.density == 1.0:
+        return _unscaled(layer, _one_pass(layer, problem.pattern, problem.mask))
+    return _unscaled(layer, _search(layer, problem.pattern))
 
 
 @method("fast", needs_gram=True, description="obs, then the best values for its mask")
 def _fast(problem: Problem) -> Solution:
     assert problem.gram is not None
     layer = objective(problem.weight, problem.gram)
-    weight, mask = swept(layer, problem.pattern, problem.mask)
-    return _refitted(layer, weight, mask)
+    return _unscaled(layer, _one_pass(layer, problem.pattern, problem.mask))
 
 
-def _refitted(layer: Objective, weight: Tensor, mask: Tensor) -> Solution:
-    weight, converged = refit(layer, weight, mask)
-    notes = () if converged else ("the refit of the kept weights was stopped before it had converged",)
-    return Solution(layer.unscale(weight), mask, layer.notes + notes)
+@method("balanced", needs_gram=True, description="admm, then block coordinate descent; no row worse than in fast")
+def _balanced(problem: Problem) -> Solution:
+    assert problem.gram is not None
+    layer = objective(problem.weight, problem.gram)
+    return _unscaled(layer, _thorough(layer, problem))
+
+
+@method("best", needs_gram=True, description="balanced, at the damping that serves held-out tokens best")
+def _best(problem: Problem) -> Solution:
+    if problem.held_out is None:
+        return _balanced(problem)
+    assert problem.gram is not None
+    tried = []
+    for damping in DAMPINGS:
+        layer = objective(problem.weight, problem.gram, damping)
+        solution = _unscaled(layer, _thorough(layer, problem))
+        pruned = torch.where(solution.mask, solution.weight, 0.0)
+        tried.append((relative_error(problem.weight, pruned, problem.held_out), damping, solution))
+    error, damping, solution = min(tried, key=lambda each: each[0])
+    note = f"damping {damping:g} gave the least held-out error, {error:.4f}"
+    return solution._replace(notes=(*solution.notes, note))
+
+
+def _unscaled(layer: Objective, solution: Solution) -> Solution:
+    return Solution(layer.unscale(solution.weight), solution.mask, layer.notes + solution.notes)
+
+
+def _one_pass(layer: Objective, pattern: Pattern, mask: Tensor | None) -> Solution:
+    """One pass over the columns and a refit, on the user's mask if there is one."""
+    weight, mask = swept(layer, pattern, mask)
+    return _refitted(layer, Solution(weight, mask))
+
+
+def _search(layer: Objective, pattern: Pattern) -> Solution:
+    weight, mask, settled = admm(layer, pattern)
+    notes = () if settled else ("the ADMM mask was still changing when its steps ran out",)
+    return _refitted(layer, Solution(weight, mask, notes))
+
+
+def _thorough(layer: Objective, problem: Problem) -> Solution:
+    """ADMM and coordinate descent; each row (or tile of rows that share a choice) is the best that was met."""
+    pattern = problem.pattern
+    start = _one_pass(layer, pattern, problem.mask)
+    if problem.mask is not None or pattern.density == 1.0:
+        return start
+    found = _search(layer, pattern)
+    if isinstance(pattern, NM | VNM):
+        weight, mask = descend(layer, found.weight, found.mask, pattern)
+        found = _refitted(layer, Solution(weight, mask, found.notes))
+    return _best_of_rows(layer, pattern, start, found)
+
+
+def _refitted(layer: Objective, solution: Solution) -> Solution:
+    weight, converged = refit(layer, solution.weight, solution.mask)
+    notes = () if converged else ("the refit of the kept weights had not converged when its steps ran out",)
+    return Solution(weight, solution.mask, tuple(dict.fromkeys(solution.notes + notes)))
+
+
+def _best_of_rows(layer: Objective, pattern: Pattern, start: Solution, found: Solution) -> Solution:
+    losses = [layer.losses(each.weight) for each in (start, found)]
+    rows = _rows_together(pattern, len(losses[0]))
+    worse = losses[1] > losses[0]
+    if rows > 1 and len(worse):
+        tiles = torch.arange(len(worse), device=worse.device) // rows
+        change = torch.zeros(int(tiles[-1]) + 1, dtype=torch.float64, device=worse.device)
+        worse = (change.index_add_(0, tiles, losses[1] - losses[0]) > 0)[tiles]
+    pick = worse[:, None]
+    notes = tuple(dict.fromkeys(start.notes + found.notes))
+    return Solution(torch.where(pick, start.weight, found.weight), torch.where(pick, start.mask, found.mask), notes)
+
+
+def _rows_together(pattern: Pattern, out: int) -> int:
+    """Rows whose masks depend on one another."""
+    match pattern:
+        case NM():
+            return pattern.m if pattern.transposable else pattern.mask_rows
+        case VNM():
+            return pattern.v
+        case Unstructured():
+            return 1
+        case Block():
+            return max(out, 1)

@@ -104,13 +104,15 @@ def _block(scores: Tensor, pattern: Block) -> Tensor:
 
 def _top(groups: Tensor, count: int) -> Tensor:
     """True for the ``count`` largest of the last dimension, ties to the lower index; fast for small groups."""
-    size = groups.shape[-1]
-    rank = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
-    for i in range(size):
-        rival = groups[..., i : i + 1]
-        rank[..., :i] += rival > groups[..., :i]
-        rank[..., i + 1 :] += rival >= groups[..., i + 1 :]
-    return rank < count
+    # position by position, so that every comparison runs along contiguous memory
+    planes = groups.movedim(-1, 0).contiguous()
+    rank = torch.zeros(planes.shape, dtype=torch.uint8, device=groups.device)
+    for low in range(len(planes)):
+        for high in range(low + 1, len(planes)):
+            beaten = planes[high] > planes[low]
+            rank[low] += beaten
+            rank[high] += ~beaten
+    return (rank < count).movedim(0, -1)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
@@ -126,7 +128,7 @@ def _group(scores: Tensor, size: int) -> Tensor:
 
 
 def _ungroup(mask: Tensor, columns: int) -> Tensor:
-    return mask.flatten(1)[:, :columns].contiguous()
+    return mask.reshape(mask.shape[0], -1)[:, :columns].contiguous()
 
 
 def _tile_sums(scores: Tensor, rows: int) -> Tensor:

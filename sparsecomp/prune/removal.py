@@ -60,7 +60,7 @@ class _Exact:
 
     def __call__(self, group: int, values: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         parts = (values @ self.roots[group]).square_()
-        cost = parts.view(values.shape[0], -1, self.count).sum(dim=2)
+        cost = parts.view(values.shape[0], len(self.kept), self.count).sum(dim=2)
         chosen = self.subsets.choose(cost)
         solve = self.solves[group].index_select(0, chosen)
         return torch.bmm(values.unsqueeze(1), solve).squeeze(1), self.kept.index_select(0, chosen)

@@ -40,7 +40,7 @@ class Subsets:
         if self.rows == 1:
             return cost.argmin(dim=1)
         out = cost.shape[0]
-        tiles = functional.pad(cost, (0, 0, 0, -out % self.rows)).view(-1, self.rows, cost.shape[1])
+        tiles = functional.pad(cost, (0, 0, 0, -out % self.rows)).view(-(-out // self.rows), self.rows, cost.shape[1])
         if self.table is None:
             return tiles.sum(dim=1).argmin(dim=1).repeat_interleave(self.rows)[:out]
         table = self.table.to(cost.device)

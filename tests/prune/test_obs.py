@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from problems import layer_of
 
 from sparsecomp.patterns import parse
 from sparsecomp.prune import prune_weight
@@ -11,13 +12,6 @@ from sparsecomp.prune.project import check_mask, project
 from sparsecomp.prune.refit import refit
 
 PATTERNS = ["2:4", "1:4", "4:8", "8:16", "2:4@v4", "8:2:8", "2:4@t", "block4x4:0.5", "unstructured:0.5"]
-
-
-def layer_of(out, columns, seed=0, tokens=None):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    x = torch.randn(tokens or 4 * columns, columns, generator=generator) @ mix
-    return torch.randn(out, columns, generator=generator), x.T @ x
 
 
 def one_pass(layer, pattern, choose):
