@@ -6,6 +6,7 @@ The loss of a pruned weight V is tr((V-W) H (V-W)^T) with H = X^T X plus damping
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Objective:
         change = weight - self.weight
         return ((change @ self.gram).double() * change).sum(dim=1).clamp_min_(0.0)
 
+    @cached_property
     def inverse_factor(self) -> Tensor:
         """The upper triangular U [in, in], float32, with H^-1 = U^T U: what removal column by column needs."""
         inverse = torch.cholesky_inverse(self.factor)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsecomp.prune.objective import Objective
 
-REFIT_STEPS = 100
+REFIT_STEPS = 200
 _TOLERANCE = 1e-4
 
 

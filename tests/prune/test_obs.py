@@ -102,3 +102,21 @@ def test_a_users_mask_is_kept_and_its_weights_are_fitted(name):
         errors[method] = result.error
     assert errors["fast"] < min(errors["obs"], errors["magnitude"])
     assert errors["sparsegpt"] == errors["obs"]
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (7, 22), (1, 1)])
+def test_blocks_that_go_are_those_that_cost_least(shape):
+    pattern = parse("block3x5:0.5")
+    layer = objective(*layer_of(*shape))
+    _, mask = swept(layer, pattern)
+    h, dense = layer.gram.double(), layer.weight.double()
+    costs, kept = [], []
+    for top in range(0, shape[0], 3):
+        for left in range(0, shape[1], 5):
+            part, block = dense[top : top + 3, left : left + 5], torch.linalg.inv(h[left:, left:])[:5, :5]
+            costs.append(torch.trace(part @ torch.linalg.inv(block) @ part.T).item())
+            kept.append(bool(mask[top, left]))
+    assert sum(kept) == pattern.kept_blocks(*shape)
+    assert max([cost for cost, keep in zip(costs, kept, strict=True) if not keep], default=0) <= min(
+        cost for cost, keep in zip(costs, kept, strict=True) if keep
+    )
