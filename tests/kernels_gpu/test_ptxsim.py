@@ -1,0 +1,366 @@
+"""The PTX simulator: instructions against Python's arithmetic, mma.sp against torch's layout, what it refuses."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import ptxsim
+import pytest
+import torch
+from ptxsim import GlobalMemory, SimulationError
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+_TEMPLATE = """
+.version 8.7
+.target sm_80
+.extern .shared .align 16 .b8 buffer[];
+.visible .entry test(
+	.param .u64 .ptr .global .align 1 test_param_0,
+	.param .u64 .ptr .global .align 1 test_param_1,
+	.param .u32 test_param_2
+)
+.reqntid {threads}
+{{
+	.reg .pred %p<9>;
+	.reg .b16 %rs<9>;
+	.reg .b32 %r<99>;
+	.reg .b64 %rd<99>;
+	ld.param.b64 %rd1, [test_param_0];
+	ld.param.b64 %rd2, [test_param_1];
+	mov.u32 %r1, %tid.x;
+	mul.wide.u32 %rd3, %r1, 4;
+	add.s64 %rd4, %rd1, %rd3;
+	add.s64 %rd5, %rd2, %rd3;	// where this thread reads and writes its word
+	{body}
+	ret;
+}}
+"""
+
+
+def _run(
+    body: str, words: np.ndarray, out_words: int | None = None, threads: int = 32, shared: int = 4096, blocks: int = 1
+) -> tuple[np.ndarray, ptxsim.Report]:
+    """Run ``body``; the output words, and the report. %rd4 points to the thread's input word, %rd5 to its output."""
+    memory = GlobalMemory()
+    source = memory.place(words.astype(np.uint32))
+    target = memory.place(np.zeros(out_words or threads, np.uint32))
+    program = ptxsim.parse(_TEMPLATE.format(body=body, threads=threads))
+    report = ptxsim.simulate(program, (blocks, 1, 1), threads, [source, target, len(words)], memory, shared)
+    return memory.fetch(target).view(np.uint32), report
+
+
+_VALUES = np.array(
+    [0, 1, 2, 3, 7, 8, 31, 32, 33, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32 - 7, 12345, 99]
+    + [3 * 10**9 + 17 * i for i in range(12)],
+    np.uint32,
+)
+
+
+def _signed(value: int) -> int:
+    return value - 2**32 if value >= 2**31 else value
+
+
+def _truncated(a: int, b: int) -> int:
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+_INTEGER = {
+    "add.s32 %r3, %r2, 77": lambda v: v + 77,
+    "sub.s32 %r3, 5, %r2": lambda v: 5 - v,
+    "mul.lo.s32 %r3, %r2, -3": lambda v: v * -3,
+    "mul.hi.u32 %r3, %r2, 3000000000": lambda v: v * 3000000000 >> 32,
+    "mul.hi.s32 %r3, %r2, -1000000000": lambda v: _signed(v) * -1000000000 >> 32,
+    "div.s32 %r3, %r2, -7": lambda v: _truncated(_signed(v), -7),
+    "rem.s32 %r3, %r2, 7": lambda v: _signed(v) - 7 * _truncated(_signed(v), 7),
+    "div.u32 %r3, %r2, 7": lambda v: v // 7,
+    "min.s32 %r3, %r2, -5": lambda v: min(_signed(v), -5),
+    "max.u32 %r3, %r2, 70000": lambda v: max(v, 70000),
+    "neg.s32 %r3, %r2": lambda v: -v,
+    "not.b32 %r3, %r2": lambda v: ~v,
+    "xor.b32 %r3, %r2, 0xff00ff": lambda v: v ^ 0xFF00FF,
+    "shl.b32 %r3, %r2, 4": lambda v: v << 4,
+    "shl.b32 %r3, %r2, 32": lambda v: 0,
+    "shr.u32 %r3, %r2, 31": lambda v: v >> 31,
+    "shr.u32 %r3, %r2, 40": lambda v: 0,
+    "shr.s32 %r3, %r2, 3": lambda v: _signed(v) >> 3,
+    "shr.s32 %r3, %r2, 40": lambda v: _signed(v) >> 31,
+    "bfe.u32 %r3, %r2, 5, 7": lambda v: v >> 5 & 127,
+    "bfe.s32 %r3, %r2, 28, 3": lambda v: (v >> 28 & 7) - (8 if v >> 30 & 1 else 0),
+    "bfi.b32 %r3, %r2, 0x12345678, 8, 12": lambda v: 0x12345678 & ~0xFFF00 | (v & 0xFFF) << 8,
+    "prmt.b32 %r3, %r2, 0x44332211, 0x0415": lambda v: (0x22) | (v >> 8 & 255) << 8 | 0x11 << 16 | (v & 255) << 24,
+}
+
+
+@pytest.mark.parametrize("instruction", _INTEGER)
+def test_integers(instruction: str) -> None:
+    got, _ = _run(f"ld.global.b32 %r2, [%rd4];\n{instruction};\nst.global.b32 [%rd5], %r3;", _VALUES)
+    assert got.tolist() == [_INTEGER[instruction](int(value)) % 2**32 for value in _VALUES]
+
+
+def test_wide_products_and_comparisons_are_signed_where_they_say_so() -> None:
+    body = """ld.global.b32 %r2, [%rd4];
+	mul.wide.s32 %rd6, %r2, 2;
+	shr.u64 %rd7, %rd6, 32;
+	cvt.u32.u64 %r3, %rd7;
+	setp.lt.s32 %p1, %r2, 0;
+	setp.lt.u32 %p2, %r2, 100;
+	selp.b32 %r4, 1000, 0, %p1;
+	add.s32 %r3, %r3, %r4;
+	@!%p2 add.s32 %r3, %r3, 5;
+	st.global.b32 [%rd5], %r3;"""
+    got, _ = _run(body, _VALUES)
+    wanted = [
+        ((_signed(int(v)) * 2 >> 32) + (1000 if _signed(int(v)) < 0 else 0) + (0 if v < 100 else 5)) % 2**32
+        for v in _VALUES
+    ]
+    assert got.tolist() == wanted
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_halves_round_as_torch_rounds(kind: str, dtype: torch.dtype) -> None:
+    numbers = torch.randn(32) * 10.0 ** torch.randint(-6, 5, (32,)).float()
+    numbers[:3] = torch.tensor([1 + 2.0**-9, 65519.0, -0.0])
+    body = f"""ld.global.b32 %r2, [%rd4];
+	cvt.rn.{kind}x2.f32 %r3, 0f3F800000, %r2;
+	st.global.b32 [%rd5], %r3;"""
+    got, _ = _run(body, numbers.numpy().view(np.uint32))
+    assert np.array_equal(got & 0xFFFF, numbers.to(dtype).view(torch.int16).numpy().view(np.uint16))
+    assert set(got >> 16) == {int(torch.ones(1).to(dtype).view(torch.int16)[0])}
+
+
+def test_threads_that_part_meet_again() -> None:
+    body = """mov.b32 %r2, 0;
+	mov.b32 %r3, 0;
+$loop:
+	add.s32 %r3, %r3, %r2;
+	add.s32 %r2, %r2, 1;
+	setp.le.s32 %p1, %r2, %r1;
+	@%p1 bra $loop;
+	setp.lt.s32 %p2, %r1, 3;
+	@%p2 bra $small;
+	add.s32 %r3, %r3, 1000;
+$small:
+	st.global.b32 [%rd5], %r3;"""
+    got, report = _run(body, _VALUES)
+    assert got.tolist() == [i * (i + 1) // 2 + (0 if i < 3 else 1000) for i in range(32)]
+    assert report.executed["st"] == 1
+
+
+def test_matrices_are_loaded_and_transposed() -> None:
+    body = """ld.global.b32 %r2, [%rd4];
+	shl.b32 %r4, %r1, 2;
+	st.shared.b32 [%r4], %r2;
+	bar.sync 0;
+	and.b32 %r5, %r1, 7;
+	shl.b32 %r5, %r5, 4;
+	ldmatrix.sync.aligned.m8n8.x1.{trans}shared.b16 {{%r6}}, [%r5];
+	st.global.b32 [%rd5], %r6;"""
+    words = np.arange(64, dtype=np.uint16).view(np.uint32)
+    straight, _ = _run(body.format(trans=""), words)
+    turned, _ = _run(body.format(trans="trans."), words)
+    assert np.array_equal(straight, words)
+    assert np.array_equal(turned.view(np.uint16).reshape(8, 8), np.arange(64).reshape(8, 8).T)
+
+
+def test_a_shuffle_moves_registers_between_lanes() -> None:
+    body = "shfl.sync.bfly.b32 %r2, %r1, 5, 31, -1;\nst.global.b32 [%rd5], %r2;"
+    assert _run(body, _VALUES)[0].tolist() == [i ^ 5 for i in range(32)]
+
+
+_SPARSE = """
+	mul.wide.u32 %rd6, %r1, 32;
+	add.s64 %rd7, %rd1, %rd6;	// 8 words a thread: a0..a3, b0..b3
+	ld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [%rd7];
+	ld.global.v4.b32 {{%r14, %r15, %r16, %r17}}, [%rd7+16];
+	add.s64 %rd8, %rd1, %rd3;
+	ld.global.b32 %r18, [%rd8+1024];
+	mov.b32 %r20, 0;
+	mma.sp{ordered}.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32
+		{{%r21, %r22, %r23, %r24}}, {{%r10, %r11, %r12, %r13}}, {{%r14, %r15, %r16, %r17}},
+		{{%r20, %r20, %r20, %r20}}, %r18, {selector};
+	mul.wide.u32 %rd9, %r1, 16;
+	add.s64 %rd10, %rd2, %rd9;
+	st.global.v4.b32 [%rd10], {{%r21, %r22, %r23, %r24}};
+"""
+
+
+def _sparse_product(
+    values: torch.Tensor, metadata: np.ndarray, b: torch.Tensor, selector: int, ordered: bool = True
+) -> torch.Tensor:
+    """D [16, 8] of one mma.sp, its operands [16, 16] and [32, 8] put into lanes as the PTX manual's figures show."""
+    lane = np.arange(32)
+    g, t = lane // 4, lane % 4
+    left, right = (each.contiguous().view(torch.int16).numpy().view(np.uint16) for each in (values, b))
+    words = np.zeros((32, 8, 2), np.uint16)
+    for i in range(4):
+        for half in range(2):
+            words[:, i, half] = left[g + 8 * (i % 2), 2 * t + half + 8 * (i // 2)]
+            words[:, 4 + i, half] = right[2 * t + half + 8 * i, g]
+    kind = "bf16" if values.dtype == torch.bfloat16 else "f16"
+    body = _SPARSE.format(kind=kind, selector=hex(selector), ordered="::ordered_metadata" if ordered else "")
+    got, _ = _run(body, np.concatenate([words.view(np.uint32).reshape(-1), metadata]), out_words=128)
+    result = torch.zeros(16, 8)
+    for i in range(4):
+        result[g + 8 * (i // 2), 2 * t + i % 2] = torch.from_numpy(got.view(np.float32).reshape(32, 4)[:, i].copy())
+    return result
+
+
+def _sparse_tile(dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """A 32 x 32 weight of integers in which all six pairs of positions occur; exact in any order of summation."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(32, 8, 4, generator=generator).argsort(dim=2)
+    weight = torch.randint(1, 9, (32, 8, 4), generator=generator) * (order < 2)
+    assert len(torch.unique(((order < 2) * torch.tensor([1, 2, 4, 8])).sum(2))) == 6
+    return weight.flatten(1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sparse_products_read_metadata_as_torch_writes_it(dtype: torch.dtype) -> None:
+    # torch's converter is what CUTLASS's kernels take: of a 32 x 32 tile lane l is given word l, and the selector says
+    # whether lanes 0 and 1 of each four (rows 0 to 15) or lanes 2 and 3 (rows 16 to 31) count
+    weight = _sparse_tile(dtype, 1)
+    values, metadata = sparse_semi_structured_from_dense_cutlass(weight)
+    words = metadata.contiguous().flatten().view(torch.int32).numpy().view(np.uint32)
+    b = torch.randint(-4, 5, (32, 8)).to(dtype)
+    for selector in range(2):
+        rows = slice(16 * selector, 16 * selector + 16)
+        product = _sparse_product(values[rows], words, b, selector)
+        assert torch.equal(product, weight[rows].float() @ b.float())
+
+
+def test_wrong_metadata_gives_a_wrong_product_or_is_refused() -> None:
+    weight = _sparse_tile(torch.float16, 2)
+    values, metadata = sparse_semi_structured_from_dense_cutlass(weight)
+    words = metadata.contiguous().flatten().view(torch.int32).numpy().view(np.uint32)
+    b = torch.randint(-4, 5, (32, 8)).half()
+    exact = weight[:16].float() @ b.float()
+    swapped = words.reshape(-1, 2)[:, ::-1].reshape(-1)
+    assert not torch.equal(_sparse_product(values[:16], swapped, b, 0), exact)
+    assert not torch.equal(_sparse_product(values[:16], words, b, 1), exact)
+    # 0001: positions 1 and 0
+    with pytest.raises(SimulationError, match="does not ascend"):
+        _sparse_product(values[:16], np.full(32, 0x11111111, np.uint32), b, 0)
+    _sparse_product(values[:16], np.full(32, 0x11111111, np.uint32), b, 0, ordered=False)
+
+
+_REFUSED = {
+    "out of bounds": "ld.global.b32 %r2, [%rd4+64];",
+    "in the gap before a buffer": "ld.global.b32 %r2, [%rd1+-4];",
+    "misaligned": "ld.global.v4.b32 {%r2, %r3, %r4, %r5}, [%rd4];",
+    "shared out of bounds": "shl.b32 %r2, %r1, 2;\nst.shared.b32 [%r2+4096], %r1;",
+    "shared misaligned": "st.shared.b32 [%r1], %r1;",
+    "barrier": "setp.lt.s32 %p1, %r1, 7;\n@%p1 bra $end;\nbar.sync 0;\n$end:",
+    "part of a warp": "setp.lt.s32 %p1, %r1, 7;\n@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];",
+    "spill": "ld.local.b32 %r2, [%r1];",
+    "not known": "dp4a.u32.u32 %r2, %r1, %r1, %r1;",
+    "read before it is written": "add.s32 %r2, %r98, 1;",
+    "runs past": "bra $end;\nret;\n$end:\n",
+    "no end": "$loop:\nbra $loop;",
+}
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_what_a_program_must_not_do_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptxsim.machine._MOST_STEPS", 1000)
+    body = _REFUSED[name]
+    text = _TEMPLATE.format(body=body, threads=32)
+    if name == "runs past":
+        text = re.sub(r"ret;\s*\}\s*$", "}", text)
+    memory = GlobalMemory()
+    source, target = (memory.place(np.zeros(32, np.uint32)) for _ in range(2))
+    reason = {
+        "in the gap before a buffer": "out of bounds",
+        "misaligned": "not aligned",
+        "shared out of bounds": "out of bounds",
+        "shared misaligned": "not aligned",
+        "spill": "is there a spill",
+        "barrier": "barrier is not reached",
+    }.get(name, name)
+    with pytest.raises(SimulationError, match=reason):
+        ptxsim.simulate(ptxsim.parse(text), (1, 1, 1), 32, [source, target], memory, 4096)
+
+
+_EXCHANGE = """shl.b32 %r2, %r1, 2;
+	xor.b32 %r3, %r2, {other};
+	st.shared.b32 [%r2], %r1;
+	{barrier}
+	ld.shared.b32 %r4, [%r3];
+	st.global.b32 [%rd5], %r4;"""
+
+
+def test_a_missing_barrier_between_warps_is_a_race() -> None:
+    # the result is right even so: here a warp runs on only when all have stored
+    for other, barrier, races in ((128, "bar.sync 0;", 0), (128, "", 1), (64, "", 0)):
+        got, report = _run(_EXCHANGE.format(other=other, barrier=barrier), _VALUES, threads=64)
+        assert got.tolist() == [i ^ (other // 4) for i in range(64)]
+        assert len(report.races) == races
+
+
+_PIPELINE = """shl.b32 %r2, %r1, 4;
+	cvt.u64.u32 %rd6, %r2;
+	add.s64 %rd7, %rd1, %rd6;
+	cp.async.cg.shared.global [%r2], [%rd7], 0x10, 0x10;
+	cp.async.commit_group;
+	cp.async.cg.shared.global [%r2+1024], [%rd7+1024], 0x10, {read};
+	cp.async.commit_group;
+	cp.async.wait_group {outstanding};
+	{barrier}
+	xor.b32 %r3, %r2, 512;
+	ld.shared.b32 %r4, [%r3];
+	{overwrite}
+	{wait}
+	st.global.b32 [%rd5], %r4;"""
+
+
+def _pipeline(
+    read: str = "0x10", outstanding: int = 1, barrier: str = "bar.sync 0;", overwrite: str = "", wait: bool = True
+) -> tuple[np.ndarray, ptxsim.Report]:
+    text = "cp.async.wait_group 0;" if wait else ""
+    body = _PIPELINE.format(read=read, outstanding=outstanding, barrier=barrier, overwrite=overwrite, wait=text)
+    return _run(body, np.arange(512, dtype=np.uint32), threads=64)
+
+
+def test_copies_land_with_their_group() -> None:
+    got, report = _pipeline()
+    assert report.races == () and got.tolist() == [4 * (i ^ 32) for i in range(64)]
+
+
+def test_zeros_fill_what_a_copy_does_not_read() -> None:
+    got, _ = _pipeline(read="0", outstanding=0, overwrite="ld.shared.b32 %r4, [%r3+1024];")
+    assert not got.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "race"),
+    [
+        ({"outstanding": 2}, "a read meets a copy in flight"),
+        ({"barrier": ""}, "a read meets another warp's write"),
+        ({"overwrite": "st.shared.b32 [%r2+1024], %r4;"}, "a write meets a copy in flight"),
+        ({"overwrite": "st.shared.b32 [%r2], %r4;"}, "a write meets another warp's read"),
+        ({"wait": False}, "a cp.async was never waited for"),
+    ],
+)
+def test_each_fault_of_a_pipeline_is_a_race(change: dict[str, object], race: str) -> None:
+    _, report = _pipeline(**change)  # type: ignore[arg-type]
+    assert any(found.startswith(race) for found in report.races), report.races
+
+
+def test_blocks_have_shared_memory_of_their_own_and_two_stores_to_one_place_are_a_race() -> None:
+    body = "shl.b32 %r2, %r1, 2;\nst.shared.b32 [%r2], %r1;\nld.shared.b32 %r3, [%r2];\nst.global.b32 [%rd5], %r3;"
+    got, report = _run(body, _VALUES, blocks=2)
+    assert got.tolist() == list(range(32))
+    assert len(report.races) == 1 and "stored by two threads" in report.races[0]
+
+
+def test_a_text_without_a_kernel_is_refused() -> None:
+    with pytest.raises(SimulationError, match=r"no \.entry"):
+        ptxsim.parse(".version 8.7")
+
+
+def test_a_launch_of_other_threads_or_too_many_arguments_is_refused() -> None:
+    program = ptxsim.parse(_TEMPLATE.format(body="", threads=64))
+    with pytest.raises(SimulationError, match="64 threads a block, not 32"):
+        ptxsim.simulate(program, (1, 1, 1), 32, [], GlobalMemory(), 0)
+    with pytest.raises(SimulationError, match="takes 3 arguments, got 4"):
+        ptxsim.simulate(program, (1, 1, 1), 64, [0, 0, 0, 0], GlobalMemory(), 0)
