@@ -1,4 +1,4 @@
-"""Compiles the decompressing kernel for a GPU that need not be there, and reads the machine code."""
+"""Compiles kernels for a GPU that need not be there, and reads the machine code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -61,13 +62,18 @@ def compile_kernel(
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )
+    return machine_code(compiled, folder)
+
+
+def machine_code(compiled: Any, folder: Path) -> MachineCode:
+    """What is in a compiled Triton or Gluon kernel."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     listing = _output("nvdisasm", "-c", str(cubin))
     usage = re.search(r"REG:(\d+) STACK:(\d+)", _output("cuobjdump", "-res-usage", str(cubin)))
     assert usage is not None
-    # a line is /*address*/ [@predicate] OPCODE.modifiers operands
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", listing, re.MULTILINE)
+    # a line is /*address*/ [@predicate] OPCODE.modifiers operands; of the modifiers only "sparse" counts
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*(?:\.SP\b)?)", listing, re.MULTILINE)
     return MachineCode(Counter(opcodes), int(usage[1]), int(usage[2]), compiled.metadata.shared)
 
 

@@ -37,8 +37,9 @@ def multiply(machine: Machine, instruction: Instruction) -> None:
         if instruction.has("ordered_metadata") and not (positions[..., 0] < positions[..., 1])[warps].all():
             raise SimulationError("metadata does not ascend within a group")
         left = _expand(left, positions)
-    product = left.astype(np.float64) @ _b(machine, b, kind, depth).astype(np.float64)
-    result = (product + _c(machine, c)).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        product = left.astype(np.float64) @ _b(machine, b, kind, depth).astype(np.float64)
+        result = (product + _c(machine, c)).astype(np.float32)
     for i, register in enumerate(vector(target)):
         machine.write(register, result[:, _G + 8 * (i // 2), 2 * _T + i % 2].reshape(-1), "f32")
 

@@ -1,0 +1,98 @@
+"""Which tiles the mma.sp kernel is compiled for, and which of them suits a product. Imports no triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BYTES_PER_VALUE = 2
+SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Shared memory one block may have, by compute capability (CUDA C programming guide, table of technical figures)."""
+
+_UNKNOWN_SHARED_BYTES = 101376
+_PRODUCTS_PER_BYTE = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one program computes, and how.
+
+    A warp holds ``row_tiles`` x ``token_tiles`` tiles of 16 outputs by 8 tokens; ``warps_out`` x ``warps_tokens`` of
+    them make a block. ``depth`` input columns a step, ``stages`` steps in shared memory at once.
+    """
+
+    row_tiles: int
+    token_tiles: int
+    warps_out: int
+    warps_tokens: int
+    depth: int
+    stages: int
+
+    @property
+    def out(self) -> int:
+        """Outputs of a block."""
+        return 16 * self.row_tiles * self.warps_out
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a block."""
+        return 8 * self.token_tiles * self.warps_tokens
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.warps_out * self.warps_tokens
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the pipeline: per stage half of the weight tile and the whole tile of x."""
+        return self.stages * self.depth * BYTES_PER_VALUE * (self.out // 2 + self.tokens)
+
+    def __str__(self) -> str:
+        """Such as "128x128x64, 2x2 warps, 3 stages"."""
+        return (
+            f"{self.out}x{self.tokens}x{self.depth}, {self.warps_out}x{self.warps_tokens} warps, {self.stages} stages"
+        )
+
+
+# A warp's 4 x 8 tiles take 128 accumulators; 64x128 a warp would spill.
+CONFIGS = (
+    Config(4, 8, 2, 2, 64, 3),
+    Config(4, 8, 2, 2, 64, 4),
+    Config(4, 8, 4, 2, 64, 3),
+    Config(4, 4, 2, 2, 64, 4),
+    Config(4, 4, 4, 2, 64, 4),
+    Config(4, 2, 2, 2, 64, 4),
+    Config(2, 4, 2, 2, 128, 3),
+    Config(2, 2, 2, 2, 128, 3),
+    Config(2, 2, 2, 1, 128, 4),
+    Config(2, 1, 2, 1, 128, 4),
+)
+"""Every configuration that may be chosen; the tests compile and execute each."""
+
+
+def configs(capability: int) -> tuple[Config, ...]:
+    """Those whose pipeline fits the shared memory of sm_<capability>."""
+    limit = SHARED_BYTES.get(capability, _UNKNOWN_SHARED_BYTES)
+    return tuple(config for config in CONFIGS if config.shared_bytes <= limit)
+
+
+def choose_config(out: int, tokens: int, capability: int, multiprocessors: int) -> Config:
+    """The configuration expected to be fastest, from a model of how many blocks run at once.
+
+    Blocks a multiprocessor gets times the tensor work of one, padding included, or what one moves if that takes longer:
+    wide tiles win where they fill the GPU, narrow ones where there are few outputs or tokens. A guess: measure.
+    """
+    return min(configs(capability), key=lambda config: _cost(config, out, tokens, multiprocessors))
+
+
+def candidates(out: int, tokens: int, capability: int, multiprocessors: int, count: int = 4) -> tuple[Config, ...]:
+    """The ``count`` most promising configurations, best first: what an autotuner measures."""
+    ranked = sorted(configs(capability), key=lambda config: _cost(config, out, tokens, multiprocessors))
+    return tuple(ranked[:count])
+
+
+def _cost(config: Config, out: int, tokens: int, multiprocessors: int) -> float:
+    blocks = -(-out // config.out) * -(-tokens // config.tokens)
+    # bytes a block moves a step for each of its products, against the products that take as long as a byte
+    moved = _PRODUCTS_PER_BYTE * (config.out // 2 + config.tokens)
+    return -(-blocks // multiprocessors) * max(config.out * config.tokens, moved)
