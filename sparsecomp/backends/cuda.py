@@ -1,10 +1,13 @@
-"""What every GPU backend asks of the machine: a CUDA device that is new enough. Knows nothing of any one backend."""
+"""What GPU backends ask of the machine: a CUDA device and a Triton that are new enough. Knows no backend."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import torch
 
 MINIMUM_CAPABILITY = (8, 0)
+MINIMUM_TRITON = (3, 6)
 
 
 def missing_cuda() -> str | None:
@@ -26,3 +29,15 @@ def too_old(device: str) -> str | None:
         return None
     name = torch.cuda.get_device_name(device)
     return f"{name} has compute capability {major}.{minor}; 8.0 (Ampere) or newer is needed"
+
+
+def missing_triton() -> str | None:
+    """None if Triton 3.6 or newer can be imported, else the reason why not."""
+    try:
+        version = import_module("triton").__version__
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install sparsecomp[triton]"
+    wanted = ".".join(str(part) for part in MINIMUM_TRITON)
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
+        return f"Triton {version} is too old; install {wanted} or newer"
+    return None

@@ -25,6 +25,7 @@ from sparsecomp.patterns import Pattern
 _ADAPTERS = (
     ("sparsecomp.backends.cusparselt", "CusparseltBackend"),
     ("sparsecomp.backends.triton", "TritonBackend"),
+    ("sparsecomp.backends.gluon", "GluonBackend"),
     ("sparsecomp.backends.cpu", "CpuBackend"),
     ("sparsecomp.backends.dense", "DenseBackend"),
     ("sparsecomp.backends.reference", "ReferenceBackend"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends.cuda import missing_cuda, too_old
+from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import pack_positions, unpack_positions
@@ -22,7 +22,6 @@ from sparsecomp.pack.format import PackedWeight
 from sparsecomp.patterns import NM, Pattern, row_nm
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MINIMUM_TRITON = (3, 6)
 _DTYPE_NAMES = "torch.float16, torch.bfloat16 and torch.float32"
 
 
@@ -33,7 +32,7 @@ class TritonBackend(Backend):
 
     def missing(self) -> str | None:
         """None if there is a GPU of compute capability 8.0 and Triton 3.6, or newer, else the reason why not."""
-        return missing_cuda() or _missing_triton()
+        return missing_cuda() or missing_triton()
 
     def supports(self, request: Request) -> str | None:
         """None if the kernel runs this request, else the reason why not. Every shape and batch size is fine."""
@@ -98,14 +97,3 @@ def _nm(pattern: Pattern) -> NM:
     if nm is None:
         raise BackendError(f"the triton backend has no kernel for {pattern}; N:M and V:N:M patterns only")
     return nm
-
-
-def _missing_triton() -> str | None:
-    try:
-        version = import_module("triton").__version__
-    except ImportError as error:
-        return f"Triton cannot be imported ({error}); install sparsecomp[triton]"
-    wanted = ".".join(str(part) for part in MINIMUM_TRITON)
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
-        return f"Triton {version} is too old; install {wanted} or newer"
-    return None
