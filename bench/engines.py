@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import sparsecomp as sc
 from sparsecomp.backends.registry import Request, backends
 
+INT8 = "+int8"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -51,11 +52,13 @@ class Loaded(ABC):
 
 
 class Engine(ABC):
-    """A way to compute y = x W^T + b. ``pattern`` is None for a dense engine."""
+    """A way to compute y = x W^T + b. ``pattern`` is None for a dense engine, ``label`` names it in a result."""
 
     name: str
     openmp: ClassVar[bool] = False  # whether its threads are libgomp's
     pattern: str | None = None
+    label: str | None = None
+    quantized: bool = False
 
     @abstractmethod
     def missing(self, dtype: str) -> str | None:
@@ -64,6 +67,10 @@ class Engine(ABC):
     @abstractmethod
     def load(self, operands: Operands) -> Loaded:
         """The operands in the engine's form; weights must fit ``pattern``."""
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """The fp32 weight the engine multiplies by when given ``weight``: what its product is checked against."""
+        return weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,24 +116,34 @@ class SparseEngine(Engine):
 
     openmp = True
 
-    def __init__(self, pattern: str) -> None:
-        """An engine for weights that fit ``pattern``."""
-        self.name = f"sparsecomp {pattern}"
-        self.pattern = pattern
+    def __init__(self, label: str) -> None:
+        """An engine for weights that fit a pattern, such as "2:4"; "2:4+int8" rounds them to int8 with row scales."""
+        self.name = f"sparsecomp {label}"
+        self.label = label
+        self.pattern = label.removesuffix(INT8)
+        self.quantized = self.pattern != label
 
     def missing(self, dtype: str) -> str | None:
         """Why the compiled kernels cannot run this dtype, if they cannot."""
         cpu = backends()["cpu"]
         return cpu.missing() or cpu.supports(
-            Request(sc.parse_pattern(self.pattern or ""), (64, 64), DTYPES[dtype], "cpu", 1)
+            Request(sc.parse_pattern(self.pattern or ""), (64, 64), DTYPES[dtype], "cpu", 1, self.quantized)
         )
 
     def load(self, operands: Operands) -> Loaded:
         """One SparseLinear for each copy."""
-        assert self.pattern is not None
         dtype, bias = DTYPES[operands.dtype], operands.bias
-        packed = (sc.pack(weight.to(dtype), self.pattern) for weight in operands.weights)
+        packed = (self._packed(weight.to(dtype)) for weight in operands.weights)
         return _Modules([sc.SparseLinear.from_packed(each, bias.to(dtype), backend="cpu") for each in packed], dtype)
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """The weight itself, or what its integers and scales stand for."""
+        return self._packed(weight).unpack() if self.quantized else weight
+
+    def _packed(self, weight: Tensor) -> sc.PackedWeight:
+        assert self.pattern is not None
+        packed = sc.pack(weight, self.pattern)
+        return sc.quantize(packed) if self.quantized else packed
 
 
 class _OnnxSessions(Loaded):

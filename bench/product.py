@@ -52,7 +52,7 @@ class Product:
         self._runner = runner = self._loaded.bind(x, self._threads, copies)
         self._sampler = Sampler(runner.call)
         runner.call()
-        truth = x.double() @ weight.double().T + bias.double()
+        truth = x.double() @ self._engine.effective(weight).double().T + bias.double()
         error = float((runner.result().double() - truth).norm() / truth.norm())
         self._settle()
         return error

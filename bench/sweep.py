@@ -22,7 +22,7 @@ from sparsecomp.device import Device, detect
 from sparsecomp.display import progress
 from sparsecomp.errors import SparsecompError
 
-from .engines import DTYPES, Engine, SparseEngine, dense_engines
+from .engines import DTYPES, INT8, Engine, SparseEngine, dense_engines
 from .harness import Timing, measure
 from .machine import describe
 from .product import Product
@@ -128,12 +128,13 @@ def _rows(
                 "threads": threads,
                 "weights": weights,
                 "engine": engine.name,
-                "pattern": engine.pattern,
+                "pattern": engine.label,
                 "error": float(f"{errors[engine.name]:.2g}"),
                 **_times(timings[engine.name], count),
             }
             if engine.pattern is not None:
-                request = Request(sc.parse_pattern(engine.pattern), shape, DTYPES[dtype], "cpu", batch)
+                pattern = sc.parse_pattern(engine.pattern)
+                request = Request(pattern, shape, DTYPES[dtype], "cpu", batch, engine.quantized)
                 limit = bound(request, device, threads, warm=weights == "warm")
                 row |= {"bound": round(limit.value, 3), "bound_by": limit.limited_by}
             yield row
@@ -142,8 +143,12 @@ def _rows(
 def _copies(settings: Settings, device: Device, shape: tuple[int, int], dtype: str) -> int:
     if not settings.cold_batches:
         return 1
-    packed = min(sc.parse_pattern(pattern).density for pattern in settings.patterns)
-    size = shape[0] * shape[1] * DTYPES[dtype].itemsize * packed
+    item = DTYPES[dtype].itemsize
+    packed = min(
+        sc.parse_pattern(label.removesuffix(INT8)).density * (1 if label.endswith(INT8) else item)
+        for label in settings.patterns
+    )
+    size = shape[0] * shape[1] * packed
     return max(2, round(_BEYOND_CACHE * device.last_level_bytes / size))
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparsecomp.compiler import compile
     from sparsecomp.nn import SparseLinear
     from sparsecomp.onnx import export_onnx, onnx_session
-    from sparsecomp.pack import PackedWeight, pack
+    from sparsecomp.pack import PackedWeight, pack, quantize
     from sparsecomp.patterns import parse as parse_pattern
     from sparsecomp.plan import Plan, plan
     from sparsecomp.prune import prune, prune_weight
@@ -40,6 +40,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_weight",
+    "quantize",
     "save",
 ]
 
@@ -63,6 +64,7 @@ _HOME = {
     "plan": "plan",
     "prune": "prune",
     "prune_weight": "prune",
+    "quantize": "pack",
     "save": "storage",
 }
 

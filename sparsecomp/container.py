@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.errors import FormatError, ModelError, PatternError
 from sparsecomp.pack import PackedWeight
-from sparsecomp.pack.format import DTYPES
+from sparsecomp.pack.format import DTYPES, part_names
 from sparsecomp.patterns import parse
 
 FORMAT_VERSION = "1"
@@ -55,6 +55,7 @@ class LayerEntry:
     dtype: torch.dtype
     bias: bool
     activation: str
+    quantized: bool
 
 
 def require_folder(path: Path) -> None:
@@ -83,6 +84,7 @@ def write(
             "dtype": _dtype_name(e.dtype),
             "bias": e.bias,
             "activation": e.activation,
+            "quantized": e.quantized,
         }
         for name, e in layers.items()
     }
@@ -170,15 +172,19 @@ def _packed(
     if not isinstance(out, int) or not isinstance(columns, int) or min(out, columns) < 0:
         raise FormatError(f'layer "{name}" has shape {entry["shape"]}; a shape is [out, in]')
     found = []
-    for part in ("values", "metadata"):
+    quantized = entry["quantized"] is True
+    for part in part_names(quantized):
         stored = _stored(key(name, part), aliases)
         if stored not in tensors:
             raise FormatError(f'layer "{name}" has no tensor "{key(name, part)}" in the file')
         found.append(tensors[stored])
-    if found[0].dtype != _DTYPE_NAMES.get(entry["dtype"]):
+    dtype = _DTYPE_NAMES.get(entry["dtype"])
+    if found[0].dtype != (torch.int8 if quantized else dtype):
         raise FormatError(f'layer "{name}" is said to be {entry["dtype"]}, its values are {found[0].dtype}')
+    values, metadata, *scales = found
+    stands_for = (scales[0], dtype) if scales else ()
     try:
-        return PackedWeight(found[0], found[1], pattern, (out, columns)).validate()
+        return PackedWeight(values, metadata, pattern, (out, columns), *stands_for).validate()
     except (FormatError, PatternError) as error:
         raise FormatError(f'layer "{name}": {error}') from error
 

@@ -47,6 +47,11 @@ def packed_nbytes(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype) 
     return round(out * columns * pattern.density) * dtype.itemsize + out * packed_bytes(columns, 1)
 
 
+def _packed_bytes(request: Request) -> int:
+    scales = request.shape[0] * torch.float32.itemsize if request.quantized else 0
+    return packed_nbytes(request.pattern, request.shape, request.weight_dtype) + scales
+
+
 def bound(request: Request, device: Device, threads: int | None = None, warm: bool = True) -> Bound:
     """The bound of one product y[batch, out] = x[batch, in] W^T (roofline, Williams, Waterman and Patterson 2009).
 
@@ -67,7 +72,7 @@ def bound(request: Request, device: Device, threads: int | None = None, warm: bo
         rate = device.bandwidth(threads)
         activations = request.batch * (out + columns) * request.dtype.itemsize
         dense_memory = (dense_bytes + activations) / rate
-        sparse_memory = (packed_nbytes(request.pattern, request.shape, request.dtype) + activations) / rate
+        sparse_memory = (_packed_bytes(request) + activations) / rate
     dense, sparse = max(dense_compute, dense_memory), max(sparse_compute, sparse_memory)
     if sparse == 0.0:
         return Bound(1.0, "compute", dense, sparse)

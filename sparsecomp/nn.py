@@ -20,15 +20,15 @@ from sparsecomp.activations import activate, require_activation
 from sparsecomp.backends import registry
 from sparsecomp.backends.registry import Kernel, Request
 from sparsecomp.errors import ModelError, SparsecompError
-from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.pack.format import PackedWeight, pack, part_names
 from sparsecomp.pack.move import moved, zero_weight
+from sparsecomp.pack.quantize import quantize
+from sparsecomp.pack.state import STATE_VERSION, packed_of_state
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.readonly import NO_WEIGHT_GRADIENT, DenseCopy
 
 if TYPE_CHECKING:
     from sparsecomp.report import Explanation
-
-_FORMAT_VERSION = 1
 
 
 class SparseLinear(nn.Module):
@@ -46,10 +46,13 @@ class SparseLinear(nn.Module):
     ``activation`` is "none", "relu", "gelu" (exact), "gelu_tanh" or "silu", as torch.nn.functional defines them; the
     CPU kernels apply it before they round and store y. Like the pattern it is no part of the weights; it can be set.
 
+    With ``quantized`` the weight is int8 with one fp32 scale for each row (``sparsecomp.quantize``), ``scales`` in
+    the state_dict, while x, y and the bias stay in ``dtype``; ``to`` then changes the latter only.
+
     Raises ModelError for a weight that no backend runs and PatternError for a pattern that cannot be packed.
     """
 
-    _version = _FORMAT_VERSION
+    _version = STATE_VERSION
     dense_above: int | None
     bias: nn.Parameter | None
 
@@ -64,11 +67,12 @@ class SparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         activation: str = "none",
+        quantized: bool = False,
     ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         place = torch.device(device) if device is not None else torch.get_default_device()
-        packed = zero_weight(parse(pattern), (out_features, in_features), place, dtype)
+        packed = zero_weight(parse(pattern), (out_features, in_features), place, dtype, quantized)
         parameter = nn.Parameter(torch.zeros(out_features, device=place, dtype=dtype)) if bias else None
         self._build(packed, parameter, backend, activation)
 
@@ -115,12 +119,14 @@ class SparseLinear(nn.Module):
         *,
         backend: str | None = None,
         activation: str = "none",
+        quantized: bool = False,
     ) -> SparseLinear:
         """A packed copy of ``linear``, which stays as it is.
 
         Without ``method`` the weight must fit ``pattern`` already (PatternError names the first group that does not).
         With one it is pruned first; ``gram`` [in, in] is X^T X of the layer's inputs for methods that need it.
         ``activation`` is what the layer applies after the product; the model must then no longer apply it.
+        ``quantized`` rounds the packed weight to int8 with row scales.
         Raises ModelError for another module, whose weight may be [in, out].
         """
         if not isinstance(linear, nn.Linear):
@@ -133,11 +139,12 @@ class SparseLinear(nn.Module):
             from sparsecomp.prune import prune_weight
 
             weight = prune_weight(weight, pattern, method=method, gram=gram).weight.to(weight.dtype)
-        layer = cls.from_packed(pack(weight, pattern), linear.bias, backend=backend, activation=activation)
+        packed = quantize(pack(weight, pattern)) if quantized else pack(weight, pattern)
+        layer = cls.from_packed(packed, linear.bias, backend=backend, activation=activation)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """The same layer as nn.Linear, zeros in place, exactly; the way back for training.
+        """The same layer as nn.Linear, zeros in place, exactly (int8 times scale rounded); the way back for training.
 
         Raises ModelError for a layer with an activation, which nn.Linear cannot hold.
         """
@@ -158,8 +165,13 @@ class SparseLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of the weight, which is that of x and y."""
+        """Element type of x and y, and of the weight unless it is quantised."""
         return self.kernel.dtype
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is int8 with row scales."""
+        return self.kernel.quantized
 
     @property
     def device(self) -> torch.device:
@@ -200,7 +212,8 @@ class SparseLinear(nn.Module):
         if packed.device.type == "meta":
             name = "dense"
         else:
-            request = Request(packed.pattern, packed.shape, packed.dtype, packed.device.type, batch=1)
+            facts = packed.pattern, packed.shape, packed.dtype, packed.device.type
+            request = Request(*facts, batch=1, quantized=packed.scales is not None)
             name = self._wanted or registry.choose(request)
             if name not in registry.backends():
                 raise ModelError(f'backend "{name}" is not known; use one of {", ".join(registry.backends())}')
@@ -341,9 +354,7 @@ class SparseLinear(nn.Module):
         self.dense_above = dense_above
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        packed = self.packed()
-        destination[prefix + "values"] = packed.values
-        destination[prefix + "metadata"] = packed.metadata
+        destination.update((prefix + part, tensor) for part, tensor in self.packed().parts.items())
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # the shapes alone do not always tell two patterns apart
         notes = getattr(destination, "_metadata", {}).get(prefix[:-1])
@@ -362,14 +373,14 @@ class SparseLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load the canonical form, checked; whatever is wrong is reported and the layer stays as it was."""
-        names = prefix + "values", prefix + "metadata"
+        names = [prefix + part for part in part_names(self.quantized)]
         rest = {key: value for key, value in state_dict.items() if key not in names}
         absent = [name for name in names if name not in state_dict]
         missing_keys.extend(absent)
         kernel = None
         if not absent:
             try:
-                kernel = self._loaded(state_dict[names[0]], state_dict[names[1]], local_metadata)
+                kernel = self._loaded([state_dict[name].detach() for name in names], local_metadata)
             except (SparsecompError, RuntimeError) as error:
                 error_msgs.append(f'While loading "{prefix[:-1]}": {error}')
                 return
@@ -379,18 +390,9 @@ class SparseLinear(nn.Module):
         if kernel is not None and not errors:
             self._hold(kernel)
 
-    def _loaded(self, values: Tensor, metadata: Tensor, notes: dict[str, Any]) -> Kernel:
-        if notes.get("version", _FORMAT_VERSION) > _FORMAT_VERSION:
-            raise ModelError(f"the state has version {notes['version']}; this package reads up to {_FORMAT_VERSION}")
-        if (pattern := notes.get("pattern", self._name)) != self._name:
-            raise ModelError(f"the state holds a {pattern} weight; this layer was made for {self._name}")
-        if (activation := notes.get("activation", self._activation)) != self._activation:
-            raise ModelError(
-                f'the state is of a layer with activation "{activation}", this one has "{self._activation}"; '
-                f"set layer.activation to the one that is meant"
-            )
-        packed = PackedWeight(values.detach(), metadata.detach(), self.pattern, (self.out_features, self.in_features))
-        packed.validate()
+    def _loaded(self, parts: list[Tensor], notes: dict[str, Any]) -> Kernel:
+        shape = self.out_features, self.in_features
+        packed = packed_of_state(parts, notes, self.pattern, shape, self.dtype, self._activation)
         if notes.get("assign_to_params_buffers", False):
             return self._prepared(packed)
         if self.device.type == "meta":
@@ -410,8 +412,9 @@ class SparseLinear(nn.Module):
         """Sizes, pattern, dtype, kernel, and bytes beside those of the dense weight."""
         dense = self.out_features * self.in_features * self.dtype.itemsize
         activation = "" if self._activation == "none" else f"activation={self._activation}, "
+        weights = "weights=int8, " if self.quantized else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.pattern}, {activation}dtype={self.dtype}, kernel={self.kernel.backend}, "
+            f"pattern={self.pattern}, {activation}dtype={self.dtype}, {weights}kernel={self.kernel.backend}, "
             f"bytes={self.kernel.nbytes} of {dense} dense"
         )

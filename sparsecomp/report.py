@@ -41,8 +41,9 @@ class Explanation:
     def __str__(self) -> str:
         """Some lines: the request, the kernel, the bound, the times, the rejected."""
         out, columns = self.request.shape
+        weights = ", int8 weights," if self.request.quantized else ""
         lines = [
-            f"{out}x{columns} {self.request.pattern} {self.request.dtype} on {self.request.device}, "
+            f"{out}x{columns} {self.request.pattern} {self.request.dtype}{weights} on {self.request.device}, "
             f"batch {self.request.batch}",
             f"  kernel    {self.kernel}: {self.reason}",
         ]
@@ -66,7 +67,7 @@ def explain_kernel(
     if not isinstance(batch, int) or batch < 0:
         raise ModelError(f"batch={batch!r} is not a number of rows; use 0 or more")
     device = kernel.tensors[0].device.type
-    request = Request(kernel.pattern, kernel.shape, kernel.dtype, device, batch)
+    request = Request(kernel.pattern, kernel.shape, kernel.dtype, device, batch, kernel.quantized)
     if device == "meta":
         return Explanation(request, "none", "the layer is on the meta device and has no values", None, None, ())
     answers = dict(registry.explain(request))
@@ -207,13 +208,14 @@ def summarise(model: nn.Module, batch: Sequence[int], stayed_dense: Mapping[str,
 
 def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Device) -> SummaryRow:
     shape = (layer.out_features, layer.in_features)
-    requests = {batch: Request(layer.pattern, shape, layer.dtype, device.kind, batch) for batch in batches}
+    facts = layer.pattern, shape, layer.dtype, device.kind
+    requests = {batch: Request(*facts, batch, layer.quantized) for batch in batches}
     measured = {batch: tune.measure(request) for batch, request in requests.items()}
     return SummaryRow(
         name=name or "the model",
         shape=shape,
         pattern=str(layer.pattern),
-        dtype=str(layer.dtype).removeprefix("torch."),
+        dtype=("int8 weights, " if layer.quantized else "") + str(layer.dtype).removeprefix("torch."),
         dense_bytes=shape[0] * shape[1] * layer.dtype.itemsize,
         bytes=layer.kernel.nbytes,
         kernel=layer.kernel.backend,

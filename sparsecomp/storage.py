@@ -19,6 +19,7 @@ from sparsecomp.errors import FormatError, ModelError
 from sparsecomp.layers import LayerTable, find_linears, replace_layer, require_module
 from sparsecomp.nn import SparseLinear
 from sparsecomp.pack import PackedWeight
+from sparsecomp.pack.format import part_names
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
             layer.dtype,
             layer.bias is not None,
             layer.activation,
+            layer.quantized,
         )
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, SparseLinear)
@@ -148,7 +150,7 @@ def inspect(path: str | Path) -> Summary:
             name,
             str(packed.pattern),
             packed.shape,
-            str(packed.dtype).removeprefix("torch."),
+            ("int8 weights, " if packed.scales is not None else "") + str(packed.dtype).removeprefix("torch."),
             name in contents.biased,
             contents.activations[name],
             packed.nbytes,
@@ -180,7 +182,7 @@ def _twins(model: nn.Module) -> dict[str, str]:
     twins: dict[str, str] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, SparseLinear) and first.setdefault(layer, name) != name:
-            twins |= {key(name, part): key(first[layer], part) for part in ("values", "metadata")}
+            twins |= {key(name, part): key(first[layer], part) for part in part_names(layer.quantized)}
     return twins
 
 
@@ -288,8 +290,10 @@ def _check_state(path: str | Path, own: Mapping[str, Any], loaded: Mapping[str, 
 def _check_unknown(path: str | Path, contents: Contents, state: Mapping[str, Tensor]) -> None:
     """Raises FormatError for tensors below a sparse layer that no SparseLinear has."""
     within = tuple(key(name, "") for name in contents.layers)
-    known = {key(name, part) for name in contents.layers for part in ("values", "metadata")}
+    known = {key(name, part) for name, packed in contents.layers.items() for part in packed.parts}
     known |= {key(name, "bias") for name in contents.biased}
     unknown = sorted(entry for entry in state if entry.startswith(within) and entry not in known)
     if unknown:
-        raise FormatError(f"{path} has {some(unknown)} too many; a sparse layer has values, metadata and bias")
+        raise FormatError(
+            f"{path} has {some(unknown)} too many; a sparse layer has values, metadata, scales if quantised, and bias"
+        )

@@ -26,6 +26,7 @@ from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.device import Device, detect
 from sparsecomp.nn import SparseLinear
 from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import NM, VNM, Pattern
 from sparsecomp.prune.project import project
 
@@ -72,6 +73,8 @@ def measure(request: Request, *, budget: float = _BUDGET, again: bool = False) -
         return known
     copies, cold = _copies(request, device)
     weight = random_weight(request.pattern, request.shape, request.dtype).to(request.device)
+    if request.quantized:
+        weight = quantize(weight)
     bias = torch.zeros(request.shape[0], dtype=request.dtype, device=request.device)
     sparse = [SparseLinear.from_packed(weight, bias)]
     sparse += [copy.deepcopy(sparse[0]) for _ in range(copies - 1)]
@@ -129,7 +132,7 @@ def _unpacked(backend: Backend, kernel: Kernel, bias: torch.Tensor, x: torch.Ten
 def _copies(request: Request, device: Device) -> tuple[int, bool]:
     """How many weights to rotate over, and whether their packed form then exceeds the last-level cache."""
     weight = max(request.shape[0] * request.shape[1] * request.dtype.itemsize, 1)
-    packed = weight * request.pattern.density
+    packed = weight * request.pattern.density * request.weight_dtype.itemsize / request.dtype.itemsize
     wanted = int(1.5 * device.last_level_bytes // max(packed, 1)) + 1
     copies = max(1, min(wanted, _MOST_COPIES, _COPIES_BYTES // weight))
     return copies, copies * packed > device.last_level_bytes
@@ -193,7 +196,8 @@ def _digest(path: Path) -> str:
 
 def _key(request: Request, device: Device) -> str:
     out, columns = request.shape
-    what = f"{request.pattern} {out}x{columns} {request.dtype} batch {request.batch} threads {device.threads}"
+    dtype = f"{request.dtype} of int8 weights" if request.quantized else request.dtype
+    what = f"{request.pattern} {out}x{columns} {dtype} batch {request.batch} threads {device.threads}"
     return f"{device.fingerprint} {_versions()} {what}"
 
 

@@ -85,14 +85,14 @@ def test_all_engines_agree_with_float64_and_rotate_over_copies() -> None:
     weights = [torch.randn(24, 40) for _ in range(3)]
     fitting = [sweep.sc.prune_weight(weight, "2:4").weight for weight in weights]
     x, bias = torch.randn(5, 40), torch.randn(24)
-    for engine in [*engines.dense_engines(), engines.SparseEngine("2:4")]:
+    for engine in [*engines.dense_engines(), engines.SparseEngine("2:4"), engines.SparseEngine("2:4+int8")]:
         if engine.missing("fp32") is not None:
             continue
         loaded = engine.load(engines.Operands(fitting, bias, "fp32"))
         for copies in (1, 3):
             runner = loaded.bind(x, 1, copies)
             runner.call()
-            truth = x.double() @ fitting[copies - 1].double().T + bias.double()
+            truth = x.double() @ engine.effective(fitting[copies - 1]).double().T + bias.double()
             torch.testing.assert_close(runner.result().double().detach(), truth, rtol=1e-4, atol=1e-4)
 
 

@@ -8,6 +8,7 @@ import torch
 from sparsecomp.backends.registry import Request
 from sparsecomp.cost import bound, packed_nbytes
 from sparsecomp.device import Device
+from sparsecomp.pack import quantize
 from sparsecomp.pack.format import DTYPES
 from sparsecomp.patterns import parse
 from sparsecomp.tune import random_weight
@@ -30,6 +31,14 @@ def test_packed_bytes_are_those_of_the_format(pattern: str, shape: tuple[int, in
     assert packed_nbytes(parse(pattern), shape, torch.float32) == packed.nbytes
     values = packed.values.numel() * (torch.float32.itemsize - dtype.itemsize)
     assert packed_nbytes(parse(pattern), shape, dtype) == packed.nbytes - values
+
+
+def test_int8_weights_are_counted_in_bytes_with_their_scales(cpu: Device) -> None:
+    request = Request(parse("2:4"), (4096, 4096), torch.float32, "cpu", 1, quantized=True)
+    got = bound(request, cpu)
+    dense, packed, moved = 4096 * 4096 * 4, 4096 * 2048 + 4096 * 512 + 4096 * 4, 2 * 4096 * 4
+    assert packed == quantize(random_weight(parse("2:4"), (4096, 4096), torch.float32)).nbytes
+    assert got.limited_by == "memory" and got.value == pytest.approx((dense + moved) / (packed + moved))
 
 
 def test_bytes_bound_at_batch_one(cpu: Device) -> None:

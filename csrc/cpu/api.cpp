@@ -34,7 +34,8 @@ const char* sparsecomp_error_text(int code) {
       return "the weight description, a size, a stride, a pointer or the activation is not valid; "
              "needed are M in 2, 4, 8, 16, 1 <= N <= M, sizes below 2^31, ldx >= in_features, ldy >= out_features";
     case SPARSECOMP_UNSUPPORTED:
-      return "this product has no kernel for the element type; weights of float32, float16 and bfloat16 have one";
+      return "x has no element type that goes with the weight; it must be that of the weight, or float32, float16 or "
+             "bfloat16 for an int8 weight";
     case SPARSECOMP_NO_MEMORY:
       return "there is no memory for the workspace of this call; free some, or use a smaller batch";
     default:
@@ -94,19 +95,20 @@ int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const void* values, cons
   });
 }
 
-int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata, const void* x,
-                         int64_t ldx, int64_t batch, const sparsecomp_epilogue* epilogue, void* y, int64_t ldy,
-                         int threads) {
+int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata, int32_t dtype,
+                         const void* x, int64_t ldx, int64_t batch, const sparsecomp_epilogue* epilogue, void* y,
+                         int64_t ldy, int threads) {
   Geometry g;
   if (!weight || !make_geometry(*weight, &g) || batch < 0) return SPARSECOMP_INVALID;
   const sparsecomp_epilogue last = epilogue ? *epilogue : sparsecomp_epilogue{};
   if (last.activation < SPARSECOMP_NO_ACTIVATION || last.activation > SPARSECOMP_SILU) return SPARSECOMP_INVALID;
-  if (g.dtype == SPARSECOMP_I8) return SPARSECOMP_UNSUPPORTED;
+  if (dtype < SPARSECOMP_F32 || dtype > SPARSECOMP_BF16) return SPARSECOMP_UNSUPPORTED;
+  if (g.dtype != SPARSECOMP_I8 && g.dtype != dtype) return SPARSECOMP_UNSUPPORTED;
   if (g.out == 0 || batch == 0) return SPARSECOMP_OK;
   if (batch > 1 && (ldx < g.in || ldy < g.out)) return SPARSECOMP_INVALID;
   if (!y || (g.in > 0 && (!x || !values || !metadata))) return SPARSECOMP_INVALID;
   const sparsecomp::LinearCall call{
-      static_cast<const uint8_t*>(values), static_cast<const uint8_t*>(metadata), g.dtype, x, ldx, batch, last, y, ldy,
+      static_cast<const uint8_t*>(values), static_cast<const uint8_t*>(metadata), dtype, x, ldx, batch, last, y, ldy,
       sparsecomp::resolve_threads(threads)};
   const sparsecomp::Dispatch& dispatch = sparsecomp::dispatch();
   if (!dispatch.isa) {

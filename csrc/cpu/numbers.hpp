@@ -1,4 +1,4 @@
-// fp32 <-> the 16-bit types, one element at a time. Rounds to nearest even; NaN stays NaN.
+// fp32 <-> the 16-bit types, and from int8, one element at a time. Rounds to nearest even; NaN stays NaN.
 // Everything is `static`: each instruction set compiles its own copy, and the linker must not give one to the others.
 #pragma once
 
@@ -57,6 +57,7 @@ static inline uint16_t float_to_f16(float value) {
 }
 
 static inline float load_number(const void* data, int64_t index, int dtype) {
+  if (dtype == SPARSECOMP_I8) return static_cast<float>(static_cast<const int8_t*>(data)[index]);
   if (dtype == SPARSECOMP_F32) return static_cast<const float*>(data)[index];
   const uint16_t value = static_cast<const uint16_t*>(data)[index];
   return dtype == SPARSECOMP_F16 ? f16_to_float(value) : bf16_to_float(value);

@@ -74,12 +74,13 @@ SPARSECOMP_API int sparsecomp_nm_unpack(const sparsecomp_nm* weight, const void*
 SPARSECOMP_API int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const void* values, const void* metadata,
                                           void* dense, int threads);
 
-/* y [batch, out_features] = epilogue(x [batch, in_features] W^T); x and y have the weight's dtype, sums are fp32.
+/* y [batch, out_features] = epilogue(x [batch, in_features] W^T); sums are fp32. `dtype` is that of x, the bias and y:
+ * the weight's own, or F32, F16 or BF16 for an int8 weight, whose row_scales turn its integers into weights.
  * ldx and ldy are in elements; epilogue may be NULL; threads <= 0 means all cores.
  * y must not overlap what is read. */
 SPARSECOMP_API int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata,
-                                        const void* x, int64_t ldx, int64_t batch, const sparsecomp_epilogue* epilogue,
-                                        void* y, int64_t ldy, int threads);
+                                        int32_t dtype, const void* x, int64_t ldx, int64_t batch,
+                                        const sparsecomp_epilogue* epilogue, void* y, int64_t ldy, int threads);
 
 /* Measured peaks of this machine, for the roofline bound. */
 SPARSECOMP_API double sparsecomp_measure_flops(int32_t dtype, int threads); /* multiply-adds count as 2, per second */

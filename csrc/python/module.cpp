@@ -120,14 +120,15 @@ PyObject* nm_to_dense(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* nm_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  std::array<int64_t, 17> v;
+  std::array<int64_t, 18> v;
   if (!read_integers("nm_linear", args, given, &v)) return nullptr;
   const sparsecomp_nm weight = weight_of(v);
-  const sparsecomp_epilogue epilogue = {pointer<const float>(v[11]), pointer<const void>(v[12]), narrow(v[13], -1)};
+  const sparsecomp_epilogue epilogue = {pointer<const float>(v[12]), pointer<const void>(v[13]), narrow(v[14], -1)};
   int code;
   Py_BEGIN_ALLOW_THREADS;
-  code = sparsecomp_nm_linear(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<const void>(v[8]),
-                              v[9], v[10], &epilogue, pointer<void>(v[14]), v[15], thread_count(v[16]));
+  code = sparsecomp_nm_linear(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), narrow(v[8], -1),
+                              pointer<const void>(v[9]), v[10], v[11], &epilogue, pointer<void>(v[15]), v[16],
+                              thread_count(v[17]));
   Py_END_ALLOW_THREADS;
   return none_or_error(code);
 }
@@ -174,7 +175,7 @@ PyMethodDef methods[] = {
          "nm_to_dense(" WEIGHT ", values, metadata, dense, threads): layout -> dense weight [out, in]."),
     fast("nm_linear", nm_linear,
          "nm_linear(" WEIGHT
-         ", values, metadata, x, ldx, batch, row_scales or 0, bias or 0, activation, y, ldy, threads):"
+         ", values, metadata, x dtype, x, ldx, batch, row_scales or 0, bias or 0, activation, y, ldy, threads):"
          " y = activation(row_scales * x W^T + bias)."),
     fast("measure_flops", measure_flops, "measure_flops(dtype, threads) -> float: FLOP/s of multiply-adds."),
     fast("measure_read_bandwidth", measure_read_bandwidth, "measure_read_bandwidth(threads) -> float: bytes/s."),

@@ -1,6 +1,7 @@
-"""Adapter of the compiled CPU kernels (C ABI, raw pointers): N:M and V:N:M weights in fp32, fp16 and bf16.
+"""Adapter of the compiled CPU kernels (C ABI, raw pointers): N:M and V:N:M weights in fp32, fp16, bf16 and int8.
 
-Gives a Kernel of two byte tensors in the layout of csrc/include/sparsecomp.h. Knows no instruction set.
+Gives a Kernel of two byte tensors in the layout of csrc/include/sparsecomp.h, and row scales for int8.
+Knows no instruction set.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.backends.registry import Backend, Kernel, Request
+from sparsecomp.backends.registry import QUANTIZED_TENSORS, Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import packed_bytes
-from sparsecomp.pack.format import PackedWeight
+from sparsecomp.pack.format import PackedWeight, dequantize
 from sparsecomp.patterns import NM, Pattern, row_nm
 
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -62,7 +63,7 @@ class CpuBackend(Backend):
         return module if isinstance(module, str) else None
 
     def supports(self, request: Request) -> str | None:
-        """None for N:M and V:N:M in fp32, fp16 and bf16 on the CPU, else the reason."""
+        """None for N:M and V:N:M in fp32, fp16 and bf16 on the CPU, weights also in int8, else the reason."""
         if request.device != "cpu":
             return f"runs on cpu, not on {request.device}"
         if row_nm(request.pattern) is None:
@@ -74,47 +75,51 @@ class CpuBackend(Backend):
     def adopt(
         self, tensors: tuple[Tensor, ...], pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype
     ) -> Kernel:
-        """The kernel whose layout these two byte tensors already are; BackendError if their sizes say otherwise."""
+        """The kernel whose layout these byte tensors (and scales) are; BackendError if their sizes say otherwise."""
         module, nm = _require_native(), _stored(pattern)
-        arguments = (*shape, nm.n, nm.m, nm.mask_rows, DTYPE_CODES[dtype])
-        sizes = module.nm_values_bytes(*arguments), module.nm_metadata_bytes(*arguments)
+        quantized = len(tensors) == QUANTIZED_TENSORS
+        arguments = (*shape, nm.n, nm.m, nm.mask_rows, DTYPE_CODES[torch.int8 if quantized else dtype])
+        sizes = module.nm_values_bytes(*arguments), module.nm_metadata_bytes(*arguments), *([4 * shape[0]] * quantized)
         # the library reads raw memory, so sizes are checked wherever tensors come from outside
         if tuple(tensor.nbytes for tensor in tensors) != sizes or not all(each.is_contiguous() for each in tensors):
             got = ", ".join(str(tensor.nbytes) for tensor in tensors)
             raise BackendError(
-                f"a {pattern} layout of shape {shape} in {dtype} takes contiguous tensors of {sizes[0]} and {sizes[1]} "
-                f"bytes, got {got}; prepare it with SparseLinear"
+                f"a {pattern} layout of shape {shape} in {dtype} takes contiguous tensors of "
+                f"{', '.join(map(str, sizes))} bytes, got {got}; prepare it with SparseLinear"
             )
         return Kernel(self.name, tensors, pattern, shape, dtype, arguments)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The layout of ``packed``, which must be on the CPU."""
         module, nm = _require_native(), _stored(packed.pattern)
-        arguments = (*packed.shape, nm.n, nm.m, nm.mask_rows, DTYPE_CODES[packed.dtype])
+        arguments = (*packed.shape, nm.n, nm.m, nm.mask_rows, DTYPE_CODES[packed.values.dtype])
         values = torch.empty(module.nm_values_bytes(*arguments), dtype=torch.uint8)
         metadata = torch.empty(module.nm_metadata_bytes(*arguments), dtype=torch.uint8)
         canonical = packed.values.detach().contiguous(), packed.metadata.contiguous()
         pointers = (tensor.data_ptr() for tensor in (*canonical, values, metadata))
         module.nm_pack(*arguments, *pointers)
-        return self.adopt((values, metadata), packed.pattern, packed.shape, packed.dtype)
+        scales = () if packed.scales is None else (packed.scales.detach().contiguous(),)
+        return self.adopt((values, metadata, *scales), packed.pattern, packed.shape, packed.dtype)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, bit for bit what ``prepare`` was given."""
         nm, (out, columns) = _stored(kernel.pattern), kernel.shape
         slots = nm.slots(columns)
-        values = torch.empty(out, slots, dtype=kernel.dtype)
+        layout, scales = kernel.tensors[:2], kernel.tensors[2:]
+        values = torch.empty(out, slots, dtype=torch.int8 if scales else kernel.dtype)
         metadata = torch.empty(-(-out // nm.mask_rows), packed_bytes(slots, nm.index_bits), dtype=torch.uint8)
-        pointers = (tensor.data_ptr() for tensor in (*kernel.tensors, values, metadata))
+        pointers = (tensor.data_ptr() for tensor in (*layout, values, metadata))
         _require_native().nm_unpack(*kernel.arguments, *pointers)
-        return PackedWeight(values, metadata, kernel.pattern, kernel.shape)
+        quantized = (scales[0], kernel.dtype) if scales else ()
+        return PackedWeight(values, metadata, kernel.pattern, kernel.shape, *quantized)
 
     def dense(self, kernel: Kernel) -> Tensor:
         """The dense weight [out, in], written straight from the layout."""
-        weight = torch.empty(kernel.shape, dtype=kernel.dtype)
-        values, metadata = kernel.tensors
+        values, metadata, *scales = kernel.tensors
+        weight = torch.empty(kernel.shape, dtype=torch.int8 if scales else kernel.dtype)
         pointers = (values.data_ptr(), metadata.data_ptr(), weight.data_ptr())
         _require_native().nm_to_dense(*kernel.arguments, *pointers, torch.get_num_threads())
-        return weight
+        return dequantize(weight, scales[0], kernel.dtype) if scales else weight
 
     def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """``run`` with the activation applied in the same call."""
@@ -131,16 +136,17 @@ class CpuBackend(Backend):
         if x.stride(1) != 1 or step < columns:
             # a single row and a single column may carry any stride
             x, step = x.contiguous(), columns
-        values, metadata = kernel.tensors
+        values, metadata, *scales = kernel.tensors
         # pointers are read at every call: a tensor whose storage was replaced is then followed, not read after free
         _require_native().nm_linear(
             *kernel.arguments,
             values.data_ptr(),
             metadata.data_ptr(),
+            DTYPE_CODES[kernel.dtype],
             x.data_ptr(),
             step,
             batch,
-            0,
+            scales[0].data_ptr() if scales else 0,
             0 if bias is None else bias.data_ptr(),
             activation,
             y.data_ptr(),

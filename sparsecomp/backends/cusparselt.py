@@ -38,7 +38,7 @@ class CusparseltBackend(Backend):
         """None if cuSPARSELt runs this request, else the reason why not. The shape rules are those of torch.sparse."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        reason = _unfit(request.pattern, request.dtype, request.shape)
+        reason = _unfit(request.pattern, request.weight_dtype, request.shape)
         return reason or self.missing() or too_old(request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
@@ -46,7 +46,7 @@ class CusparseltBackend(Backend):
 
         Raises BackendError for a weight that ``supports`` refuses, and if the comparison fails.
         """
-        reason = _unfit(packed.pattern, packed.dtype, packed.shape)
+        reason = _unfit(packed.pattern, packed.values.dtype, packed.shape)
         if reason is not None:
             raise BackendError(f"the cusparselt backend {reason}")
         dense = packed.unpack()

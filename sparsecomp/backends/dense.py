@@ -32,12 +32,13 @@ class DenseBackend(Backend):
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The canonical tensors themselves."""
-        return Kernel(self.name, (packed.values, packed.metadata), packed.pattern, packed.shape, packed.dtype)
+        return Kernel(self.name, tuple(packed.parts.values()), packed.pattern, packed.shape, packed.dtype)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical tensors themselves."""
-        values, metadata = kernel.tensors
-        return PackedWeight(values, metadata, kernel.pattern, kernel.shape)
+        values, metadata, *scales = kernel.tensors
+        quantized = (scales[0], kernel.dtype) if scales else ()
+        return PackedWeight(values, metadata, kernel.pattern, kernel.shape, *quantized)
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out], the dense weight being freed before it returns."""

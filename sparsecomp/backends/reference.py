@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,10 @@ class ReferenceBackend(DenseBackend):
 
     def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """``run`` with the activation in float64, before the rounding."""
-        y = x.to(torch.float64) @ self.restore(kernel).unpack().to(torch.float64).T
+        packed = self.restore(kernel)
+        if packed.scales is not None:
+            packed = replace(packed, dense_dtype=torch.float64)  # the weight itself is not rounded
+        y = x.to(torch.float64) @ packed.unpack().to(torch.float64).T
         if bias is not None:
             y = y + bias.to(torch.float64)
         return activate(y, activation).to(kernel.dtype)

@@ -32,21 +32,34 @@ _ADAPTERS = (
 )
 
 
+QUANTIZED_TENSORS = 3  # of a kernel: values, metadata, scales
+
+
 @dataclass(frozen=True)
 class Request:
-    """One linear product y[batch, out] = x[batch, in] W^T, as backends are asked about it."""
+    """One linear product y[batch, out] = x[batch, in] W^T, as backends are asked about it.
+
+    ``dtype`` is that of x and y. The weight is stored in it, or, with ``quantized``, in int8 with row scales.
+    """
 
     pattern: Pattern
     shape: tuple[int, int]
     dtype: torch.dtype
     device: str
     batch: int
+    quantized: bool = False
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Element type in which the weight is stored."""
+        return torch.int8 if self.quantized else self.dtype
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """A weight [out, in] prepared for one backend: the only copy a live layer holds.
 
+    ``dtype`` is that of x and y. Int8 weights have a third tensor, their row scales.
     ``arguments`` are constants the backend derived from the other fields, so that no call derives them again.
     """
 
@@ -56,6 +69,11 @@ class Kernel:
     shape: tuple[int, int]
     dtype: torch.dtype
     arguments: tuple[int, ...] = ()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are int8 with row scales."""
+        return len(self.tensors) == QUANTIZED_TENSORS
 
     @property
     def nbytes(self) -> int:

@@ -40,8 +40,8 @@ class TritonBackend(Backend):
             return f"runs on cuda, not on {request.device}"
         if row_nm(request.pattern) is None:
             return f"has no kernel for {request.pattern}; N:M and V:N:M patterns only"
-        if request.dtype not in DTYPES:
-            return f"has no kernel for {request.dtype}; {_DTYPE_NAMES} only"
+        if request.weight_dtype not in DTYPES:
+            return f"has no kernel for {request.weight_dtype}; {_DTYPE_NAMES} only"
         return self.missing() or too_old(request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
@@ -52,8 +52,8 @@ class TritonBackend(Backend):
         """
         kernels = _kernels()
         nm = _nm(packed.pattern)
-        if packed.dtype not in DTYPES:
-            raise BackendError(f"the triton backend has no kernel for {packed.dtype}; {_DTYPE_NAMES} only")
+        if packed.values.dtype not in DTYPES:
+            raise BackendError(f"the triton backend has no kernel for {packed.values.dtype}; {_DTYPE_NAMES} only")
         out, columns = packed.shape
         groups = nm.groups(columns)
         padding = (0, -groups % kernels.GROUP_BLOCK)

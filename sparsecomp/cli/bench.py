@@ -23,7 +23,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     parser.add_argument("--batches", type=_numbers, metavar="LIST", help="rows of the input, such as 1,8,32,128")
     parser.add_argument("--cold", type=_numbers, metavar="LIST", help="batches also measured on cold weights; 0: none")
     parser.add_argument("--dtypes", type=_words, metavar="LIST", help="of fp32,bf16")
-    parser.add_argument("--patterns", type=_words, metavar="LIST", help="such as 2:4,8:16")
+    parser.add_argument("--patterns", type=_words, metavar="LIST", help="such as 2:4,8:16,2:4+int8 (int8 weights)")
     parser.add_argument("--threads", type=_numbers, metavar="LIST", help="default: 1 and all cores")
     parser.add_argument("--seconds", type=float, metavar="S", help="time for all engines of one row (default 0.6)")
     parser.add_argument(

@@ -236,6 +236,8 @@ def _stand_in(name: str, layer: SparseLinear, form: Form) -> tuple[nn.Module, Ex
     if form == "packed":
         if nm is None:
             note = f"{packed.pattern} has no packed node"
+        elif packed.scales is not None:
+            note = "int8 weights have no packed node"
         elif packed.dtype not in _ONNX_TYPES:
             note = f"{packed.dtype} has no packed node"
         elif 0 in packed.shape:

@@ -17,7 +17,14 @@ from sparsecomp.errors import FormatError, PatternError
 from sparsecomp.pack.bits import pack_positions, packed_bytes, unpack_positions
 from sparsecomp.patterns import NM, VNM, VNM_KEPT_COLUMNS, Block, Pattern, Unstructured, parse, row_nm
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (*FLOAT_DTYPES, torch.int8)
+LARGEST_INT8 = 127  # of quantised weights: symmetric, so -128 is not used
+
+
+def part_names(quantized: bool) -> tuple[str, ...]:
+    """The names of a weight's tensors in files and in a state_dict."""
+    return ("values", "metadata", "scales") if quantized else ("values", "metadata")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,17 +34,27 @@ class PackedWeight:
     N:M and V:N:M: ``values`` [out, groups*N] and ``metadata`` uint8 [ceil(out/mask_rows), bytes].
     Block: ``values`` [kept, rows, cols] in row-major block order and ``metadata`` uint8
     [block rows, ceil(block columns / 8)], a bitmap of the kept blocks, least significant bit first.
+
+    Quantised N:M weights have int8 ``values`` and ``scales`` fp32 [out], one for each row, and stand for
+    ``values * scales`` in ``dense_dtype``; both are None otherwise.
     """
 
     values: Tensor
     metadata: Tensor
     pattern: Pattern
     shape: tuple[int, int]
+    scales: Tensor | None = None
+    dense_dtype: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of the stored weights."""
-        return self.values.dtype
+        """Element type of the weight this stands for; that of ``values`` unless it is quantised."""
+        return self.dense_dtype or self.values.dtype
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors by name, as files and state_dict hold them."""
+        return {name: getattr(self, name) for name in part_names(self.scales is not None)}
 
     @property
     def device(self) -> torch.device:
@@ -46,21 +63,30 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and metadata."""
-        return self.values.nbytes + self.metadata.nbytes
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts.values())
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes of the dense weight [out, in] of the same dtype."""
-        return self.shape[0] * self.shape[1] * self.values.element_size()
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PackedWeight:
-        """The same weight elsewhere or in another of the supported dtypes (rounded as ``Tensor.to`` rounds)."""
+        """The same weight elsewhere or in another of the supported dtypes (rounded as ``Tensor.to`` rounds).
+
+        A quantised weight keeps its integers and scales; only what it stands for changes its dtype.
+        """
         if dtype is not None and dtype not in DTYPES:
             raise PatternError(f"dtype {dtype} cannot be packed; use one of {_dtype_names()}")
         moved = replace(self, values=self.values.to(device=device), metadata=self.metadata.to(device=device))
+        if self.scales is not None:
+            moved = replace(moved, scales=self.scales.to(device=device))
         if dtype is None or dtype == self.dtype:
             return moved
+        if self.scales is not None:
+            if dtype not in FLOAT_DTYPES:
+                raise PatternError(f"a quantised weight stands for a floating dtype, not for {dtype}")
+            return replace(moved, dense_dtype=dtype)
         values = moved.values.to(dtype)
         if not bool(torch.isfinite(values).all()):
             raise PatternError(f"the weights overflow {values.dtype}; keep {self.dtype} or use torch.bfloat16")
@@ -70,7 +96,12 @@ class PackedWeight:
         return replace(moved, values=values)
 
     def unpack(self) -> Tensor:
-        """The dense weight [out, in]: the exact inverse of ``pack`` (-0.0 having become +0.0)."""
+        """The dense weight [out, in]: the exact inverse of ``pack`` (-0.0 having become +0.0).
+
+        Of a quantised weight: integers times scales, a product that fp32 rounds once, then in ``dtype``.
+        """
+        if self.scales is not None:
+            return dequantize(self.integers().unpack(), self.scales, self.dtype)
         if isinstance(self.pattern, Block):
             return _unpack_block(self, self.pattern)
         positions = self.positions()
@@ -79,6 +110,10 @@ class PackedWeight:
         dense = torch.zeros(out, nm.groups(columns), nm.m, dtype=self.dtype, device=self.device)
         dense.scatter_(2, positions.to(torch.int64), self.values.view(out, nm.groups(columns), nm.n))
         return dense.flatten(1)[:, :columns].contiguous()
+
+    def integers(self) -> PackedWeight:
+        """The stored values as a weight of their own, without scales."""
+        return replace(self, scales=None, dense_dtype=None)
 
     def positions(self) -> Tensor:
         """In-group positions, uint8 [out, groups, N], ascending in each group. N:M and V:N:M only."""
@@ -99,6 +134,8 @@ class PackedWeight:
                 f"packed tensors are {self.values.dtype} values and {self.metadata.dtype} metadata; "
                 f"values must be one of {_dtype_names()} and metadata torch.uint8"
             )
+        if self.scales is not None or self.dense_dtype is not None:
+            _validate_scales(self)
         if isinstance(self.pattern, Block):
             _validate_block(self, self.pattern)
         else:
@@ -122,7 +159,7 @@ class PackedWeight:
     def _check_canonical(self) -> None:
         """Tails, fill rule, -0.0, unused bits and shared columns: exactly one packed form belongs to a weight."""
         try:
-            again = pack(self.unpack(), self.pattern)
+            again = pack(self.integers().unpack(), self.pattern)
         except PatternError as error:
             raise FormatError(f"the packed tensors hold no {self.pattern} weight ({error})") from error
         same = torch.equal(_bits(again.values), _bits(self.values)) and torch.equal(again.metadata, self.metadata)
@@ -161,6 +198,12 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
     if isinstance(pattern, NM) and pattern.transposable:
         _check_transpose(weight, pattern)
     return _pack_nm(weight, _stored_nm(pattern), pattern)
+
+
+def dequantize(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``integers`` [out, columns] times ``scales`` [out], rounded to fp32 (exact in float64), then to ``dtype``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (integers.to(wide) * scales[:, None].to(wide)).to(dtype)
 
 
 def _pack_nm(weight: Tensor, nm: NM, pattern: Pattern) -> PackedWeight:
@@ -303,6 +346,22 @@ def _validate_block(packed: PackedWeight, pattern: Block) -> None:
     want_values = (kept, pattern.rows, pattern.cols)
     if tuple(packed.values.shape) != want_values or kept > pattern.kept_blocks(*packed.shape):
         raise FormatError(f"block values have shape {tuple(packed.values.shape)}; the bitmap names {want_values}")
+
+
+def _validate_scales(packed: PackedWeight) -> None:
+    scales, out = packed.scales, packed.shape[0]
+    if scales is None or packed.dense_dtype not in FLOAT_DTYPES or packed.values.dtype != torch.int8:
+        raise FormatError("row scales belong to int8 values that stand for a floating dtype; quantise the weight again")
+    if scales.dtype != torch.float32 or tuple(scales.shape) != (out,):
+        raise FormatError(
+            f"scales have shape {tuple(scales.shape)} and dtype {scales.dtype}; "
+            f"this weight needs ({out},) of torch.float32"
+        )
+    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        raise FormatError("scales hold a number that is not positive and finite; the file is damaged")
+    if bool((packed.values < -LARGEST_INT8).any()):
+        raise FormatError(f"quantised values hold -128; they are symmetric, {-LARGEST_INT8} to {LARGEST_INT8}")
+    _stored_nm(packed.pattern, FormatError)
 
 
 def _stored_nm(pattern: Pattern, error: Callable[[str], Exception] = PatternError) -> NM:

@@ -11,10 +11,13 @@ import torch
 
 from sparsecomp.errors import ModelError, SparsecompError
 from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import Block, Pattern, row_nm
 
 
-def zero_weight(pattern: Pattern, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> PackedWeight:
+def zero_weight(
+    pattern: Pattern, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, quantized: bool = False
+) -> PackedWeight:
     """The packed all-zero weight [out, in], without its dense form where rows are alike."""
     out, columns = shape
     nm = row_nm(pattern)
@@ -25,7 +28,7 @@ def zero_weight(pattern: Pattern, shape: tuple[int, int], device: torch.device, 
         values = torch.zeros(out, nm.slots(columns), dtype=dtype, device="cpu")
         metadata = row.metadata.repeat(-(-out // nm.mask_rows), 1)
         packed = PackedWeight(values, metadata, pattern, shape)
-    return moved(packed, device, dtype)
+    return moved(quantize(packed) if quantized else packed, device, dtype)
 
 
 def moved(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> PackedWeight:
@@ -33,10 +36,12 @@ def moved(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> Pac
 
     Raises ModelError for a dtype in which a layer cannot hold it.
     """
+    if device.type == "meta" and packed.scales is not None:
+        return replace(packed.to(device), dense_dtype=dtype)
     if device.type == "meta":
         return replace(packed, values=packed.values.to(device, dtype), metadata=packed.metadata.to(device))
     if packed.device.type == "meta":
-        return zero_weight(packed.pattern, packed.shape, device, dtype)
+        return zero_weight(packed.pattern, packed.shape, device, dtype, packed.scales is not None)
     try:
         return packed.to(device, dtype)
     except SparsecompError as error:

@@ -37,6 +37,16 @@ def test_every_pattern_on_odd_shapes(pattern, dtype):
             )
 
 
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [*((each, torch.float32) for each in PATTERNS), ("2:4", torch.float16), ("5:8", torch.bfloat16)],
+)
+def test_int8_weights_on_odd_shapes(pattern, dtype):
+    for i, ((out, columns), batch) in enumerate(zip(SHAPES, BATCHES[1:], strict=True)):
+        check_linear(pattern, out, columns, batch, dtype, has_bias=i % 2 == 0, gap=i % 3, seed=i, int8_weights=True)
+    check_linear(pattern, 35, 1040, 40, dtype, threads=2, int8_weights=True)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "8:16", "5:8"])

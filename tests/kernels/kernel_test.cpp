@@ -73,6 +73,10 @@ class Buffer {
   const int64_t size;
 
   void fill_numbers(int dtype) {
+    if (dtype == SPARSECOMP_I8) {
+      for (int64_t i = 0; i < size; ++i) data[i] = static_cast<uint8_t>(uniform(-128, 127));
+      return;
+    }
     for (int64_t i = 0; i < size / element_bytes(dtype); ++i)
       store_number(static_cast<float>(uniform(-1000, 1000)) / 512, data, i, dtype);
   }
@@ -132,33 +136,36 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
         name.c_str());
 
   const int64_t ldx = g.in + gap, ldy = g.out + gap;
-  const auto extent = [&](int64_t ld, int64_t row) { return batch == 0 ? 0 : ((batch - 1) * ld + row) * size; };
-  Buffer x(extent(ldx, g.in)), bias(g.out * size), y(extent(ldy, g.out)), want(extent(ldy, g.out));
-  x.fill_numbers(g.dtype);
-  bias.fill_numbers(g.dtype);
+  const int dtype = g.dtype == SPARSECOMP_I8 ? static_cast<int>(uniform(SPARSECOMP_F32, SPARSECOMP_BF16)) : g.dtype;
+  const int x_size = element_bytes(dtype);
+  const auto extent = [&](int64_t ld, int64_t row) { return batch == 0 ? 0 : ((batch - 1) * ld + row) * x_size; };
+  Buffer x(extent(ldx, g.in)), bias(g.out * x_size), y(extent(ldy, g.out)), want(extent(ldy, g.out));
+  x.fill_numbers(dtype);
+  bias.fill_numbers(dtype);
   Buffer scales(g.out * 4);
   scales.fill_numbers(SPARSECOMP_F32);
   const bool has_scales = uniform(0, 1) == 1;
   const sparsecomp_epilogue epilogue{has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr,
                                      has_bias ? bias.data : nullptr,
                                      static_cast<int32_t>(uniform(SPARSECOMP_NO_ACTIVATION, SPARSECOMP_SILU))};
-  CHECK(sparsecomp_nm_linear(&weight, values.data, metadata.data, x.data, ldx, batch, &epilogue, y.data, ldy,
+  CHECK(sparsecomp_nm_linear(&weight, values.data, metadata.data, dtype, x.data, ldx, batch, &epilogue, y.data, ldy,
                              threads) == SPARSECOMP_OK,
         "%s", name.c_str());
-  reference_linear(g, {values.data, metadata.data, g.dtype, x.data, ldx, batch, epilogue, want.data, ldy, 1});
+  reference_linear(g, {values.data, metadata.data, dtype, x.data, ldx, batch, epilogue, want.data, ldy, 1});
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t row = 0; row < g.out; ++row) {
-      const float got = load_number(y.data, b * ldy + row, g.dtype);
-      const float expected = load_number(want.data, b * ldy + row, g.dtype);
-      const float unit = g.dtype == SPARSECOMP_F32 ? 1e-5f : g.dtype == SPARSECOMP_F16 ? 2e-3f : 1.6e-2f;
-      const float factor = has_scales ? std::fabs(epilogue.row_scales[row]) : 1.0f;
+      const float got = load_number(y.data, b * ldy + row, dtype);
+      const float expected = load_number(want.data, b * ldy + row, dtype);
+      const float unit = dtype == SPARSECOMP_F32 ? 1e-5f : dtype == SPARSECOMP_F16 ? 2e-3f : 1.6e-2f;
+      const float factor =
+          (has_scales ? std::fabs(epilogue.row_scales[row]) : 1.0f) * (g.dtype == SPARSECOMP_I8 ? 128.0f : 1.0f);
       const float scale = std::fabs(expected) + factor * std::sqrt(static_cast<float>(g.in) + 1) + 1;
       CHECK(std::fabs(got - expected) <= unit * scale, "%s: y[%d][%d] is %g, not %g", name.c_str(), static_cast<int>(b),
             static_cast<int>(row), static_cast<double>(got), static_cast<double>(expected));
     }
     for (int64_t row = g.out; row < ldy && b + 1 < batch; ++row)
-      for (int i = 0; i < size; ++i)
-        CHECK(y.data[static_cast<size_t>((b * ldy + row) * size + i)] == 0xa5, "%s wrote between rows", name.c_str());
+      for (int i = 0; i < x_size; ++i)
+        CHECK(y.data[static_cast<size_t>((b * ldy + row) * x_size + i)] == 0xa5, "%s wrote between rows", name.c_str());
   }
 }
 
@@ -168,7 +175,7 @@ void compare_random(int count) {
     weight.m = 2 << uniform(0, 3);
     weight.n = static_cast<int32_t>(i % 3 == 0 ? weight.m / 2 : uniform(1, weight.m));
     weight.mask_rows = static_cast<int32_t>(i % 4 == 0 ? uniform(1, 5) : 1);
-    weight.dtype = static_cast<int32_t>(uniform(SPARSECOMP_F32, SPARSECOMP_BF16));
+    weight.dtype = static_cast<int32_t>(uniform(SPARSECOMP_F32, SPARSECOMP_I8));
     weight.out_features = uniform(0, 70);
     weight.in_features = i % 5 == 0 ? 16 * uniform(0, 12) : uniform(0, 200);
     compare_with_reference(weight, uniform(0, 20), uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1);
@@ -182,7 +189,7 @@ void compare_random(int count) {
     weight.mask_rows = static_cast<int32_t>(4 * uniform(0, 2));
     weight.n = static_cast<int32_t>(weight.mask_rows ? uniform(1, weight.m) : pattern[0]);
     weight.mask_rows = weight.mask_rows ? weight.mask_rows : 1;
-    weight.dtype = static_cast<int32_t>(uniform(SPARSECOMP_F32, SPARSECOMP_BF16));
+    weight.dtype = static_cast<int32_t>(uniform(SPARSECOMP_F32, SPARSECOMP_I8));
     weight.out_features = uniform(1, 40);
     weight.in_features = i % 2 == 0 ? 16 * uniform(0, 9) : uniform(0, 150);
     const int64_t batch = 16 * uniform(1, 20) - (uniform(0, 1) == 1 ? uniform(0, 5) : 0);
@@ -191,7 +198,7 @@ void compare_random(int count) {
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16})  // in several tasks
     compare_with_reference({500, 300, 2, 4, dtype == SPARSECOMP_BF16 ? 4 : 1, dtype}, 144, 1, 2, true);
   // long enough to be cut along the columns
-  for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16})
+  for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8})
     compare_with_reference({20, 6500, 2, 4, 1, dtype}, 18, 1, 2, true);
 }
 
@@ -214,7 +221,7 @@ void check_unnamed_columns(int32_t dtype, int32_t n, int32_t mask_rows, int64_t 
   Buffer x(batch * g.in * size), y(batch * g.out * size);
   for (int64_t k = 0; k < batch * g.in; ++k) store_number(k % 16 < 10 ? INFINITY : 1.0f, x.data, k, dtype);
   sparsecomp_nm_pack(&weight, canonical_values.data, canonical_metadata.data, values.data, metadata.data);
-  sparsecomp_nm_linear(&weight, values.data, metadata.data, x.data, g.in, batch, nullptr, y.data, g.out, 1);
+  sparsecomp_nm_linear(&weight, values.data, metadata.data, dtype, x.data, g.in, batch, nullptr, y.data, g.out, 1);
   for (int64_t i = 0; i < batch * g.out; ++i)
     CHECK(load_number(y.data, i, dtype) == static_cast<float>(2 * n), "%d:16@v%d dtype %d batch %d", n, mask_rows,
           dtype, static_cast<int>(batch));
@@ -266,19 +273,26 @@ void check_refusals() {
                             sparsecomp_nm{-1, 8, 2, 4, 1, SPARSECOMP_F32}, sparsecomp_nm{4, 8, 2, 4, 0, SPARSECOMP_F32},
                             sparsecomp_nm{4, 8, 2, 4, 1, 9}}) {
     CHECK(sparsecomp_nm_values_bytes(&bad) == -1, "a bad description has no size");
-    CHECK(sparsecomp_nm_linear(&bad, "", "", "", 8, 1, nullptr, &bad, 4, 1) == SPARSECOMP_INVALID, "refused");
+    CHECK(sparsecomp_nm_linear(&bad, "", "", SPARSECOMP_F32, "", 8, 1, nullptr, &bad, 4, 1) == SPARSECOMP_INVALID,
+          "refused");
   }
   Buffer y(16);
-  CHECK(sparsecomp_nm_linear(&good, nullptr, nullptr, nullptr, 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_INVALID,
+  CHECK(sparsecomp_nm_linear(&good, nullptr, nullptr, SPARSECOMP_F32, nullptr, 8, 1, nullptr, y.data, 4, 1) ==
+            SPARSECOMP_INVALID,
         "null weight");
   const int32_t most = 0x7fffffff;
   const sparsecomp_nm huge{most, most, 4, 4, 1, SPARSECOMP_F32};
   CHECK(sparsecomp_nm_values_bytes(&huge) == -1, "its bytes do not fit 64 bits");
   const sparsecomp_epilogue unknown{nullptr, nullptr, SPARSECOMP_SILU + 1};
-  CHECK(sparsecomp_nm_linear(&good, "", "", "", 8, 1, &unknown, y.data, 4, 1) == SPARSECOMP_INVALID, "activation");
-  CHECK(sparsecomp_nm_linear(&good, "", "", "", 7, 2, nullptr, y.data, 4, 1) == SPARSECOMP_INVALID, "short ldx");
+  CHECK(sparsecomp_nm_linear(&good, "", "", SPARSECOMP_F32, "", 8, 1, &unknown, y.data, 4, 1) == SPARSECOMP_INVALID,
+        "activation");
+  CHECK(sparsecomp_nm_linear(&good, "", "", SPARSECOMP_F32, "", 7, 2, nullptr, y.data, 4, 1) == SPARSECOMP_INVALID,
+        "short ldx");
+  CHECK(sparsecomp_nm_linear(&good, "", "", SPARSECOMP_BF16, "", 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_UNSUPPORTED,
+        "x of another type");
   const sparsecomp_nm bytes{4, 8, 2, 4, 1, SPARSECOMP_I8};
-  CHECK(sparsecomp_nm_linear(&bytes, "", "", "", 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_UNSUPPORTED, "int8");
+  CHECK(sparsecomp_nm_linear(&bytes, "", "", SPARSECOMP_I8, "", 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_UNSUPPORTED,
+        "int8 x");
 }
 
 }  // namespace

@@ -90,6 +90,7 @@ class Layout:
             *self.description,
             self.values.data_ptr(),
             self.metadata.data_ptr(),
+            CODES[x.dtype],
             x.data_ptr(),
             x.stride(0),
             x.shape[0],
@@ -113,18 +114,25 @@ def check_linear(
     gap: int = 0,
     threads: int = 1,
     seed: int = 0,
+    int8_weights: bool = False,
 ) -> None:
-    """Compare one product with float64, outputs poisoned beforehand and the gaps between rows of y untouched."""
+    """Compare one product with float64, outputs poisoned beforehand and the gaps between rows of y untouched.
+
+    ``dtype`` is that of x and y, and of the weight if it is not int8, which then has row scales.
+    """
     generator = torch.Generator().manual_seed(seed)
-    weight = random_weight(pattern, out, columns, dtype, generator)
+    weight = random_weight(pattern, out, columns, torch.int8 if int8_weights else dtype, generator)
     layout = Layout.of(pack(weight, pattern))
+    scales = torch.rand(out, generator=generator) / 64 if int8_weights else None
     x = torch.randn(batch, columns + gap, generator=generator).to(dtype)
     x[:, columns:] = float("nan")
     bias = torch.randn(out, generator=generator).to(dtype) if has_bias else None
     y = torch.full((batch, out + gap), float("nan"), dtype=dtype)
-    layout.linear(x, bias, y, threads)
+    layout.linear(x, bias, y, threads, row_scales=scales)
 
     x64, w64 = x[:, :columns].double(), weight.double()
+    if scales is not None:
+        w64 = w64 * scales.double()[:, None]
     want = x64 @ w64.T
     scale = x64.abs() @ w64.abs().T
     if bias is not None:
@@ -135,4 +143,4 @@ def check_linear(
     error = (y[:, :out].double() - want).abs()
     assert bool((error <= bound).all()), f"error {(error / bound).nan_to_num(1e30).max().item():.3g} times the bound"
     assert bool(y[:, out:].isnan().all()), "the gap between rows of y was written"
-    assert layout.to_dense(dtype).equal(weight)
+    assert layout.to_dense(weight.dtype).equal(weight)

@@ -38,7 +38,7 @@ def test_an_unknown_isa_still_computes():
     program = (
         "import torch, sparsecomp; from sparsecomp import _native\n"
         "y = torch.zeros(2, 3); b = torch.ones(3)\n"
-        "_native.nm_linear(3, 0, 2, 4, 1, 0, 0, 0, 0, 0, 2, 0, b.data_ptr(), 0, y.data_ptr(), 3, 1)\n"
+        "_native.nm_linear(3, 0, 2, 4, 1, 0, 0, 0, 0, 0, 0, 2, 0, b.data_ptr(), 0, y.data_ptr(), 3, 1)\n"
         "assert y.equal(torch.ones(2, 3))\n"
     )
     assert _run("avx1024", "-c", program).returncode == 0

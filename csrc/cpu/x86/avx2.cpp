@@ -1,6 +1,6 @@
 // fp32 products on AVX2 + FMA + F16C, from the same layout: a tile is two halves of 8 rows, a step two halves of 8
 // columns. A group of at most 8 columns lies in one half of the step, so one permute finds an activation; a group of 16
-// takes a permute of both halves and a blend. 16-bit weights are widened in registers; x arrives widened.
+// takes a permute of both halves and a blend. Narrower weights are widened in registers; x arrives widened.
 #include <immintrin.h>
 
 #include "../dispatch.hpp"
@@ -36,6 +36,13 @@ inline __m256i load_index_word(const Geometry& g, const uint8_t* block, int word
 struct ValuesF32 {
   static __m256 load(const uint8_t* block, int slot, int half) {
     return _mm256_loadu_ps(reinterpret_cast<const float*>(block + slot * kTile * 4 + half * 32));
+  }
+};
+
+struct ValuesI8 {
+  static __m256 load(const uint8_t* block, int slot, int half) {
+    const uint8_t* from = block + slot * kTile + half * kLanes;
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
   }
 };
 
@@ -185,6 +192,8 @@ const KernelSet* select(const Geometry& g) {
       return select_for<ValuesF32>(g);
     case SPARSECOMP_F16:
       return select_for<ValuesF16>(g);
+    case SPARSECOMP_I8:
+      return select_for<ValuesI8>(g);
     default:
       return select_for<ValuesBf16>(g);
   }

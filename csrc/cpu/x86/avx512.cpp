@@ -1,6 +1,6 @@
 // fp32 products on AVX-512 F/BW/VL/DQ. A register holds 16 rows of one slot; 16 activations of a step are one load, the
 // slot's positions permute them into place, one multiply-add per slot and batch column does the rest.
-// 16-bit weights are widened in registers; x arrives widened.
+// Narrower weights are widened in registers; x arrives widened.
 #include "avx512_common.hpp"
 
 #include "../dispatch.hpp"
@@ -13,14 +13,28 @@ namespace {
 
 struct ValuesF32 {
   using Raw = __m512;
+  static constexpr int kBytes = 4;
   static constexpr bool kPaired = false;
   static Raw load(const uint8_t* block, int slot) { return _mm512_loadu_ps(block + slot * kTile * 4); }
   static __m512 even(Raw raw) { return raw; }
   static __m512 odd(Raw raw) { return raw; }
 };
 
+struct ValuesI8 {
+  using Raw = __m512;
+  static constexpr int kBytes = 1;
+  static constexpr bool kPaired = false;
+  static Raw load(const uint8_t* block, int slot) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + slot * kTile));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  }
+  static __m512 even(Raw raw) { return raw; }
+  static __m512 odd(Raw raw) { return raw; }
+};
+
 struct ValuesBf16 {
   using Raw = __m512i;
+  static constexpr int kBytes = 2;
   static constexpr bool kPaired = true;
   static Raw load(const uint8_t* block, int slot) { return _mm512_loadu_si512(block + slot / 2 * kTile * 4); }
   static __m512 even(Raw raw) { return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)); }
@@ -29,6 +43,7 @@ struct ValuesBf16 {
 
 struct ValuesF16 {
   using Raw = __m512i;
+  static constexpr int kBytes = 2;
   static constexpr bool kPaired = true;
   static Raw load(const uint8_t* block, int slot) { return _mm512_loadu_si512(block + slot / 2 * kTile * 4); }
   static __m512 even(Raw raw) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(raw)); }
@@ -42,7 +57,7 @@ struct Product {
   using X = float;
   using Vector = __m512;
   static constexpr int kXDtype = SPARSECOMP_F32;
-  static constexpr int kWeightBytes = Values::kPaired ? 2 : 4;
+  static constexpr int kWeightBytes = Values::kBytes;
 
   static Vector load(const X* x) { return _mm512_loadu_ps(x); }
 
@@ -80,6 +95,8 @@ const KernelSet* select(const Geometry& g) {
       return select_for<Product<ValuesF32>>(g);
     case SPARSECOMP_F16:
       return select_for<Product<ValuesF16>>(g);
+    case SPARSECOMP_I8:
+      return select_for<Product<ValuesI8>>(g);
     default:
       return select_for<Product<ValuesBf16>>(g);
   }
