@@ -58,7 +58,7 @@ lint: $(READY)
 
 # Pass options through ARGS, as in: make bench ARGS='--shapes 4096x4096 --batches 1,8'
 bench: $(VENV)/.bench
-	$(BIN)/python -m sparsecomp.cli.main bench --output auto $(ARGS)
+	$(BIN)/python -m sparsecomp.cli.main bench --output auto $(or $(ARGS),--goals)
 
 # The same program runs in make test where the compiler has the sanitizers; here its whole output is shown.
 sanitize: $(READY)

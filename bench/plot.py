@@ -6,6 +6,7 @@ Takes a sweep's result, gives SVG text. Knows nothing of how it was measured.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 from xml.sax.saxutils import escape
@@ -20,13 +21,17 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
 def limit_plot(result: dict[str, Any], shape: tuple[int, int], dtype: str, threads: int) -> str:
-    """One line for each pattern and its bound, over warm batches of one shape [out, in]."""
+    """One line for each pattern and its bound, over the batches of one shape [out, in]: cold ones if there are any."""
     chosen = [
         each
         for each in comparisons(result)
-        if (each.row["out"], each.row["in"]) == shape
-        and (each.row["dtype"], each.row["threads"], each.row["weights"]) == (dtype, threads, "warm")
+        if ((each.row["out"], each.row["in"]), each.row["dtype"], each.row["threads"]) == (shape, dtype, threads)
     ]
+    weights = "cold" if any(each.row["weights"] == "cold" for each in chosen) else "warm"
+    chosen = [each for each in chosen if each.row["weights"] == weights]
+    counts = Counter(each.row["pattern"] for each in chosen)
+    drawn = {pattern for pattern, count in counts.most_common(len(_COLOURS)) if count >= min(3, max(counts.values()))}
+    chosen = [each for each in chosen if each.row["pattern"] in drawn]
     batches = sorted({int(each.row["batch"]) for each in chosen})
     top = max(2.5, math.ceil(2 * max(max(each.speedup, each.row["bound"]) for each in chosen)) / 2)
     frame = _Frame(batches, top)

@@ -28,8 +28,7 @@ class Product:
     @torch.inference_mode()
     def load(self, shape: tuple[int, int], dtype: str, copies: int) -> None:
         """Draw ``copies`` weights and a bias of values that the dtype holds exactly, and bring them into its form."""
-        # what was loaded before would double the memory
-        self._operands = self._loaded = self._runner = self._sampler = None
+        self.clear()  # what was loaded before would double the memory
         generator = torch.Generator().manual_seed(shape[0] * 31 + shape[1])
         weights = [_random(shape, dtype, generator, shape[1] ** -0.5) for _ in range(copies)]
         bias = _random(shape[:1], dtype, generator, 1.0)
@@ -38,6 +37,10 @@ class Product:
             weights = [sc.prune_weight(weight, pattern).weight for weight in weights]
         self._operands = Operands(weights, bias, dtype)
         self._loaded = self._engine.load(self._operands)
+
+    def clear(self) -> None:
+        """Forget what was loaded."""
+        self._operands = self._loaded = self._runner = self._sampler = None
 
     @torch.inference_mode()
     def bind(self, batch: int, copies: int) -> float:

@@ -16,6 +16,8 @@ from sparsecomp.display import table
 from sparsecomp.errors import FormatError
 
 EVEN = 0.97
+# a table of time by N is worth printing from so many N on
+_CURVE_POINTS = 6
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def load_result(path: Path) -> dict[str, Any]:
     """A result file. Raises FormatError if it is none."""
     try:
         result = json.loads(path.read_text())
-        known = result["format"] == 1 and result["kind"] == "gemm" and isinstance(result["rows"], list)
+        known = result["format"] == 2 and result["kind"] == "gemm" and isinstance(result["rows"], list)
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path} is no benchmark result: {error!r}; make one with: sparsecomp bench") from error
     if not known:
@@ -94,6 +96,8 @@ def render(result: dict[str, Any]) -> str:
             title = f"{dtype}, {threads} thread{'s' if threads > 1 else ''}{', pinned' if threads == 1 else ''}"
             parts.append(table(_COLUMNS, (_cells(each) for each in chosen), title=title))
     parts.append(_means(found))
+    if curve := _curve(found):
+        parts.append(curve)
     for name, reason in result["missing"].items():
         parts.append(f"left out: {name}: {reason}")
     return "\n\n".join(parts)
@@ -144,6 +148,30 @@ def _heading(machine: dict[str, Any]) -> str:
             f"bf16 {peak['bf16_gflops']:.0f} GFLOP/s, memory {peak['read_gb_s']:.0f} GB/s"
         )
     return "\n".join(lines)
+
+
+def _curve(found: list[Comparison]) -> str:
+    """Time by N of N:16 as a share of the best dense engine's, where a case has many N; "" if none has."""
+    cases: dict[tuple[Any, ...], dict[int, Comparison]] = {}
+    for each in found:
+        row = each.row
+        kept, _, group = row["pattern"].partition(":")
+        if group == "16":
+            key = tuple(row[name] for name in ("out", "in", "dtype", "threads", "weights", "batch"))
+            cases.setdefault(key, {})[int(kept)] = each
+    curves = {key: by_n for key, by_n in cases.items() if len(by_n) >= _CURVE_POINTS}
+    if not curves:
+        return ""
+    kept_counts = sorted(set().union(*curves.values()))
+    lines = [
+        (
+            f"{n}:16",
+            *(f"{by_n[n].row['us'] / by_n[n].dense['us']:.2f}" if n in by_n else "" for by_n in curves.values()),
+        )
+        for n in kept_counts
+    ]
+    heads = [f">{key[0]}x{key[1]} {key[2]}, batch {key[5]}, {key[3]} thread(s)" for key in curves]
+    return table(("pattern", *heads), lines, title="Time by N, as a share of the best dense engine's")
 
 
 def _means(found: list[Comparison]) -> str:

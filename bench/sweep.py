@@ -28,7 +28,7 @@ from .machine import describe
 from .product import Product
 from .worker import Worker, ask_all, workers
 
-FORMAT = 1
+FORMAT = 2
 # relative Frobenius distance to float64 above which a figure would be the speed of something else
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 # copies that together exceed the last-level cache by this much leave nothing of the first when the last is done
@@ -37,7 +37,7 @@ _BEYOND_CACHE = 1.5
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. ``cold_batches`` are also measured on rotating copies larger than the last-level cache."""
+    """What is measured: ``batches`` on warm weights, ``cold_batches`` on copies that exceed the cache, in turn."""
 
     shapes: tuple[tuple[int, int], ...] = ((384, 384), (1536, 384), (768, 768), (3072, 768), (4096, 4096))
     batches: tuple[int, ...] = (1, 8, 32, 128)
@@ -48,7 +48,7 @@ class Settings:
     seconds: float = 0.6
 
 
-def sweep(settings: Settings) -> dict[str, Any]:
+def sweep(*parts: Settings) -> dict[str, Any]:
     """Measure; the result holds machine, settings, engines left out with the reason, and a row for each timing.
 
     Every engine works in a process of its own, one for each number of threads: a pool made by another engine, or by
@@ -59,29 +59,38 @@ def sweep(settings: Settings) -> dict[str, Any]:
     # peaks are those of this run, not of another day
     os.environ["SPARSECOMP_CACHE"] = "off"
     device = detect("cpu")
-    machine = describe(device, list(settings.threads))
-    engines = [*dense_engines(), *(SparseEngine(pattern) for pattern in settings.patterns)]
-    missing = {
-        f"{engine.name}, {dtype}": reason
-        for engine in engines
-        for dtype in settings.dtypes
-        if (reason := engine.missing(dtype)) is not None
-    }
+    counts = list(dict.fromkeys(count for part in parts for count in part.threads))
+    machine = describe(device, counts)
+    missing: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
-    for threads in settings.threads:
+    for threads in counts:
+        groups = [
+            (part, shape, dtype)
+            for part in parts
+            if threads in part.threads
+            for shape in part.shapes
+            for dtype in part.dtypes
+        ]
+        patterns = dict.fromkeys(pattern for part, _, _ in groups for pattern in part.patterns)
+        sparse = {pattern: SparseEngine(pattern) for pattern in patterns}
+        engines = [*dense_engines(), *sparse.values()]
         makes = {engine.name: partial(Product, engine, threads) for engine in engines}
-        groups = [(shape, dtype) for shape in settings.shapes for dtype in settings.dtypes]
         with workers(makes, threads, [engine.name for engine in engines if engine.openmp]) as started:
-            for shape, dtype in progress(groups, f"measuring, {threads} thread(s)"):
-                ready = [engine for engine in engines if f"{engine.name}, {dtype}" not in missing]
+            for part, shape, dtype in progress(groups, f"measuring, {threads} thread(s)"):
+                wanted = [*dense_engines(), *(sparse[pattern] for pattern in part.patterns)]
+                why = {engine.name: engine.missing(dtype) for engine in wanted}
+                missing |= {f"{name}, {dtype}": reason for name, reason in why.items() if reason is not None}
+                ready = [engine for engine in wanted if why[engine.name] is None]
                 asked = {engine.name: started[engine.name] for engine in ready}
-                rows.extend(_rows(settings, device, ready, asked, shape, dtype, threads))
+                # weights of an earlier shape would fill the memory
+                ask_all((worker for name, worker in started.items() if name not in asked), "clear")
+                rows.extend(_rows(part, device, ready, asked, shape, dtype, threads))
     return {
         "format": FORMAT,
         "kind": "gemm",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine,
-        "settings": asdict(settings),
+        "settings": [asdict(part) for part in parts],
         "missing": missing,
         "rows": rows,
     }
@@ -113,7 +122,7 @@ def _rows(
     copies = _copies(settings, device, shape, dtype)
     ask_all(asked.values(), "load", shape, dtype, copies)
     cases = [(batch, "warm", 1) for batch in settings.batches]
-    cases += [(batch, "cold", copies) for batch in settings.batches if batch in settings.cold_batches]
+    cases += [(batch, "cold", copies) for batch in settings.cold_batches]
     for batch, weights, count in cases:
         errors = ask_all(asked.values(), "bind", batch, count)
         _check(errors, dtype, f"{shape[0]}x{shape[1]}, batch {batch}, {threads} threads")

@@ -166,7 +166,7 @@ def test_a_wrong_product_ends_the_run() -> None:
         sweep._check({"torch": float("nan")}, "fp32", "8x16")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 2, "kind": "gemm", "rows": []}', '{"rows": []}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 3, "kind": "gemm", "rows": []}', '{"rows": []}'])
 def test_a_file_that_is_no_result(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(FormatError, match=r"r\.json"):

@@ -24,6 +24,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     parser.add_argument("--cold", type=_numbers, metavar="LIST", help="batches also measured on cold weights; 0: none")
     parser.add_argument("--dtypes", type=_words, metavar="LIST", help="of fp32,bf16")
     parser.add_argument("--patterns", type=_words, metavar="LIST", help="such as 2:4,8:16,2:4+int8 (int8 weights)")
+    parser.add_argument(
+        "--goals", action="store_true", help="measure what the kernels are held to, and say where each goal stands"
+    )
     parser.add_argument("--threads", type=_numbers, metavar="LIST", help="default: 1 and all cores")
     parser.add_argument("--seconds", type=float, metavar="S", help="time for all engines of one row (default 0.6)")
     parser.add_argument(
@@ -35,7 +38,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
-    from sparsecomp.bench import plot, report, sweep
+    from sparsecomp.bench import goals, plot, report, sweep
 
     cores = len(os.sched_getaffinity(0))
     chosen = {
@@ -47,21 +50,29 @@ def run(arguments: argparse.Namespace) -> int:
         "threads": arguments.threads or tuple(dict.fromkeys((1, cores))),
         "seconds": arguments.seconds,
     }
-    settings = sweep.Settings(**{name: value for name, value in chosen.items() if value is not None})
-    if unknown := set(settings.dtypes) - {"fp32", "bf16"}:
+    if arguments.goals:
+        if given := [name for name in ("shapes", "batches", "cold_batches", "dtypes", "patterns") if chosen[name]]:
+            raise ModelError(f"--goals sets {', '.join(given)} itself; leave either out")
+        parts = goals.parts(chosen["threads"])
+    else:
+        parts = [sweep.Settings(**{name: value for name, value in chosen.items() if value is not None})]
+    used = {dtype for part in parts for dtype in part.dtypes}
+    if unknown := used - {"fp32", "bf16"}:
         raise ModelError(f"--dtypes got {', '.join(sorted(unknown))}; allowed are fp32 and bf16")
-    if too_many := [count for count in settings.threads if not 1 <= count <= cores]:
+    if too_many := [count for count in chosen["threads"] if not 1 <= count <= cores]:
         raise ModelError(f"--threads got {too_many[0]}; this process may use 1 to {cores} cores")
-    result = sweep.sweep(settings)
+    result = sweep.sweep(*parts)
     print(report.render(result))
+    if table := goals.render(result):
+        print(f"\n{table}")
     if arguments.output:
         path = Path(arguments.output)
         path = sweep.default_path(result, Path("bench/results")) if arguments.output == "auto" else path
         sweep.write(result, path)
         print(f"\nwrote {path}")
     if arguments.plot:
-        shape = max(settings.shapes, key=lambda each: each[0] * each[1])
-        Path(arguments.plot).write_text(plot.limit_plot(result, shape, settings.dtypes[0], settings.threads[0]))
+        shape = max(parts[0].shapes, key=lambda each: each[0] * each[1])
+        Path(arguments.plot).write_text(plot.limit_plot(result, shape, parts[0].dtypes[0], parts[0].threads[0]))
         print(f"wrote {arguments.plot}")
     return 0
 
