@@ -141,10 +141,10 @@ def _block_scores(layer: Objective, pattern: Block) -> Tensor:
     With those free to make up for it, too, the costs are far too low: about half of the columns will be gone.
     """
     size = pattern.cols
-    columns = layer.weight.shape[1]
+    out, columns = layer.weight.shape
     upper = diagonal_blocks(pad_square(layer.inverse_factor, size), size).double()
     roots = torch.linalg.cholesky(upper.transpose(1, 2) @ upper)
-    weight = functional.pad(layer.weight, (0, -columns % size)).view(-1, roots.shape[0], size, 1)
+    weight = functional.pad(layer.weight, (0, -columns % size)).view(out, roots.shape[0], size, 1)
     cost = torch.linalg.solve_triangular(roots.float(), weight, upper=False).square().sum(dim=(2, 3))
     scores = torch.zeros_like(weight[..., 0])
     scores[:, :, 0] = cost.sqrt()
