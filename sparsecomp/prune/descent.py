@@ -30,7 +30,7 @@ def descend(
     gram = pad_square(layer.gram, size)
     gradient = functional.pad((weight - layer.weight) @ layer.gram, (0, missing))
     inverses = torch.linalg.inv(diagonal_blocks(gram, size).double())
-    loss = float("inf")
+    loss = _loss(weight - layer.weight, gradient[:, :columns])
     starts = list(range(0, values.shape[1], BLOCK))
     for sweep in range(sweeps):
         for start in starts if sweep % 2 == 0 else reversed(starts):
@@ -53,9 +53,12 @@ def descend(
             change = part - values[:, start:end]
             gradient += change @ gram[start:end]
             values[:, start:end] = part
-        change = values[:, :columns] - layer.weight
-        now = float((change.double() * gradient[:, :columns]).sum())
-        if loss - now <= _TOLERANCE * abs(loss):
+        now = _loss(values[:, :columns] - layer.weight, gradient[:, :columns])
+        if loss - now <= _TOLERANCE * loss:
             break
         loss = now
     return values[:, :columns].contiguous(), kept_now[:, :columns].contiguous()
+
+
+def _loss(change: Tensor, gradient: Tensor) -> float:
+    return float((change.double() * gradient).sum())

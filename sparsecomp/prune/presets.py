@@ -18,6 +18,8 @@ from sparsecomp.prune.refit import refit
 from sparsecomp.prune.registry import Problem, Solution, method
 
 DAMPINGS = (0.01, 0.001, 0.03)
+# of conjugate gradients before a pass of descent: enough to undo most of what the first pass froze
+_SETTLING_STEPS = 12
 
 
 @method("admm", needs_gram=True, description="ADMM mask search after ALPS, then the best values for its mask")
@@ -26,10 +28,10 @@ def _admm(problem: Problem) -> Solution:
     layer = objective(problem.weight, problem.gram)
     if problem.mask is not None or problem.pattern.density == 1.0:
         return _unscaled(layer, _one_pass(layer, problem.pattern, problem.mask))
-    return _unscaled(layer, _search(layer, problem.pattern))
+    return _unscaled(layer, _refitted(layer, _search(layer, problem.pattern)))
 
 
-@method("fast", needs_gram=True, description="obs, then the best values for its mask")
+@method("fast", needs_gram=True, description="obs, one pass of coordinate descent, best values for the mask")
 def _fast(problem: Problem) -> Solution:
     assert problem.gram is not None
     layer = objective(problem.weight, problem.gram)
@@ -64,15 +66,22 @@ def _unscaled(layer: Objective, solution: Solution) -> Solution:
 
 
 def _one_pass(layer: Objective, pattern: Pattern, mask: Tensor | None) -> Solution:
-    """One pass over the columns and a refit, on the user's mask if there is one."""
+    """One pass over the columns and a refit, on the user's mask if there is one.
+
+    Where the pattern has groups, they are chosen once more in between, when nothing is frozen any longer.
+    """
+    fixed = mask is not None or pattern.density == 1.0
     weight, mask = swept(layer, pattern, mask)
+    if not fixed and isinstance(pattern, NM | VNM):
+        weight, _ = refit(layer, weight, mask, _SETTLING_STEPS)
+        weight, mask = descend(layer, weight, mask, pattern, sweeps=1)
     return _refitted(layer, Solution(weight, mask))
 
 
 def _search(layer: Objective, pattern: Pattern) -> Solution:
     weight, mask, settled = admm(layer, pattern)
     notes = () if settled else ("the ADMM mask was still changing when its steps ran out",)
-    return _refitted(layer, Solution(weight, mask, notes))
+    return Solution(weight, mask, notes)
 
 
 def _thorough(layer: Objective, problem: Problem) -> Solution:
@@ -84,7 +93,8 @@ def _thorough(layer: Objective, problem: Problem) -> Solution:
     found = _search(layer, pattern)
     if isinstance(pattern, NM | VNM):
         weight, mask = descend(layer, found.weight, found.mask, pattern)
-        found = _refitted(layer, Solution(weight, mask, found.notes))
+        found = Solution(weight, mask, found.notes)
+    found = _refitted(layer, found)
     return _best_of_rows(layer, pattern, start, found)
 
 

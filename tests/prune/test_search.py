@@ -101,6 +101,9 @@ def test_descent_never_raises_the_loss(name, columns):
         losses.append(loss_of(layer, weight))
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses))
     assert losses[-1] < 0.97 * losses[0]
+    # passes in one call alternate in direction, and are as many as asked for
+    one, three = (descend(layer, *swept(layer, pattern), pattern, sweeps=count)[0] for count in (1, 3))
+    assert loss_of(layer, three) < 0.995 * loss_of(layer, one)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
