@@ -1,5 +1,7 @@
 """ADMM and coordinate descent against literal twins in float64, and what the presets promise."""
 
+import sys
+from functools import partial
 from itertools import combinations, pairwise
 
 import pytest
@@ -170,3 +172,30 @@ def test_same_input_same_bits(method):
 
 def test_all_of_them_are_registered():
     assert {"magnitude", "wanda", "ria", *SEARCHES} <= set(methods())
+
+
+def test_what_did_not_settle_is_said_and_the_best_is_kept(monkeypatch):
+    presets = sys.modules["sparsecomp.prune.presets"]
+    weight, gram = layer_of(24, 64)
+    monkeypatch.setattr(presets, "admm", partial(admm, schedule=Schedule(steps=2)))
+    monkeypatch.setattr(presets, "refit", lambda layer, weight, mask, steps=1: refit(layer, weight, mask, steps))
+    result = prune_weight(weight, "2:4", "balanced", gram)
+    assert [note.split()[1] for note in result.notes] == ["refit", "ADMM"]
+    check_mask(result.mask, parse("2:4"))
+    monkeypatch.undo()
+    assert result.error < prune_weight(weight, "2:4", "sparsegpt", gram).error
+
+
+def test_rows_that_admm_made_worse_keep_their_start():
+    presets = sys.modules["sparsecomp.prune.presets"]
+    layer = objective(*layer_of(8, 16))
+    good, mask = swept(layer, parse("2:4"))
+    bad, other = good.clone(), mask.clone()
+    bad[[1, 6]], other[[1, 6]] = 0.0, False
+    better, same = layer.weight * (layer.weight.abs() > 0), torch.ones_like(mask)
+    bad[3], other[3] = better[3], same[3]
+    start, found = (presets.Solution(*each) for each in ((good, mask), (bad, other)))
+    for name, rows in (("2:4", [3]), ("2:4@v2", [3]), ("2:4@v4", []), ("2:4@t", []), ("block4x4:0.5", [])):
+        result = presets._best_of_rows(layer, parse(name), start, found)
+        taken = [row for row in range(8) if not torch.equal(result.weight[row], good[row])]
+        assert taken == rows, name
