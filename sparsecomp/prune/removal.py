@@ -91,13 +91,13 @@ class _Greedy:
                 column = gain.masked_fill(dropped, torch.inf).argmin(dim=1)
                 _sweep(tableau, residual, dropped, column)
         else:
-            first = functional.pad(kept, (0, 0, 0, -out % self.rows), value=True).view(-1, self.rows, size)
+            first = functional.pad(kept, (0, 0, 0, -out % self.rows)).view(-1, self.rows, size)
             order = first.any(dim=1).to(torch.uint8).sort(dim=1, stable=True).indices
             for step in range(self.drop):
                 _sweep(tableau, residual, dropped, order[:, step])
+        active = torch.arange(count, device=values.device)
         for _ in range(_MOST_SWAPS):
-            if not _swap(tableau, residual, dropped):
-                break
+            active = _swap(tableau, residual, dropped, active)
         kept_now = ~dropped.repeat_interleave(self.rows, dim=0)[:out]
         multipliers = (residual * dropped[:, None]).flatten(0, 1)[:out]
         return multipliers, kept_now
@@ -120,8 +120,9 @@ def _sweep(tableau: Tensor, residual: Tensor, dropped: Tensor, column: Tensor) -
     dropped[tiles, column] ^= True
 
 
-def _swap(tableau: Tensor, residual: Tensor, dropped: Tensor) -> bool:
-    """Make the best exchange of one dropped and one kept column in every tile that gains; False if none does."""
+def _swap(tableaus: Tensor, residuals: Tensor, drops: Tensor, active: Tensor) -> Tensor:
+    """Exchange the best pair of a dropped and a kept column in each ``active`` tile; gives the tiles that gained."""
+    tableau, residual, dropped = tableaus[active], residuals[active], drops[active]
     diagonal = tableau.diagonal(dim1=1, dim2=2)
     inverse = -diagonal[:, :, None]  # ((B_SS)^-1)_ii for dropped i
     back = residual.square().sum(dim=1)[:, :, None] / inverse
@@ -133,12 +134,11 @@ def _swap(tableau: Tensor, residual: Tensor, dropped: Tensor) -> bool:
     # a gain within rounding could be undone by the next exchange
     total = back.squeeze(2).masked_fill(~dropped, 0.0).amax(dim=1)
     better = (best < -_ROUNDING * total).nonzero().squeeze(1)
-    if len(better) == 0:
-        return False
     size = dropped.shape[1]
-    parts = [each[better] for each in (tableau, residual, dropped)]
+    parts = tableau[better], residual[better], dropped[better]
     for column in (pair[better] // size, pair[better] % size):
-        _sweep(parts[0], parts[1], parts[2], column)
-    for whole, part in zip((tableau, residual, dropped), parts, strict=True):
-        whole[better] = part
-    return True
+        _sweep(*parts, column)
+    gained = active[better]
+    for whole, part in zip((tableaus, residuals, drops), parts, strict=True):
+        whole[gained] = part
+    return gained
