@@ -23,8 +23,8 @@ class Schedule:
     after ``steps``.
     """
 
-    start: float = 0.03
-    growth: float = 1.15
+    start: float = 0.1
+    growth: float = 1.05
     every: int = 3
     steps: int = 300
     settled: float = 1e-3
