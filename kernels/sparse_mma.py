@@ -21,7 +21,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparsecomp.kernels.gluon_compat import commit_group, copy_to_shared, wait_group
-from sparsecomp.kernels.sparse_mma_config import Config, choose_config
+from sparsecomp.kernels.sparse_mma_config import Config, candidates
+from sparsecomp.kernels.sparse_mma_tuning import bucket, tuned
 
 _TANH_SLOPE = 2 * math.sqrt(2 / math.pi) * math.log2(math.e)
 
@@ -317,16 +318,41 @@ def sparse_mma_linear(
 
     ``x`` [tokens, in] in fp16 or bf16; ``fragments`` int32 [row tiles of 16, depth blocks of 32, 128] and ``metadata``
     int32 [rows / 64, columns / 64, 128] as ``sparsecomp.pack.fragments`` makes them. Rows of x that do not start at
-    multiples of 16 bytes are copied once, padded; all else is read where it is. ``config`` None takes the one that is
-    expected to be fastest on this GPU.
+    multiples of 16 bytes are copied once, padded; all else is read where it is. ``config`` None takes the
+    fastest of a few, measured at the first call for about that many tokens.
     """
     tokens = x.shape[0]
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     x = aligned_rows(x)
+
+    def run(config: Config) -> None:
+        _run(x, fragments, metadata, bias, y, activation, config)
+
     if config is None:
-        config = choose_config(out_features, tokens, *gpu(x.get_device()))
+        capability, multiprocessors = gpu(x.get_device())
+        options = candidates(out_features, tokens, capability, multiprocessors)
+        config = tuned(tuning_key(x.get_device(), out_features, x.shape[1], tokens), options, run)
+    run(config)
+    return y
+
+
+def tuning_key(device: int, out_features: int, in_features: int, tokens: int) -> tuple[int, ...]:
+    """What products share a measurement: those of one GPU, one padded shape and about as many tokens."""
+    return (device, out_features, in_features + -in_features % 8, bucket(tokens))
+
+
+def _run(
+    x: torch.Tensor,
+    fragments: torch.Tensor,
+    metadata: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    activation: str,
+    config: Config,
+) -> None:
+    tokens, out_features = y.shape
     row_tiles, depth_blocks = fragments.shape[0], metadata.shape[1]
     blocks = -(-row_tiles * 16 // config.out) * -(-tokens // config.tokens)
     unit = 8 if out_features % 8 == 0 else 1
@@ -344,7 +370,6 @@ def sparse_mma_linear(
         tokens,
     )
     launch(arguments, constants(config, x.dtype, bias is not None, activation, unit), blocks, config.warps)
-    return y
 
 
 def constants(config: Config, dtype: torch.dtype, has_bias: bool, activation: str, unit: int) -> dict[str, Any]:

@@ -56,9 +56,10 @@ class GluonBackend(Backend):
         return from_fragments(fragments, metadata, kernel.pattern, kernel.shape, kernel.dtype)
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
-        """y [batch, out] on torch's current stream; the first call of a tile compiles it (about 1 s).
+        """y [batch, out] on torch's current stream. Rows of ``x`` not aligned to 16 bytes are copied once.
 
-        Rows of ``x`` that do not start at multiples of 16 bytes are copied once.
+        The first call for about as many rows compiles a few tiles (about 1 s each) and measures them; in a CUDA graph
+        that is being captured nothing can be measured, so run it once before.
         """
         fragments, metadata = kernel.tensors
         y: Tensor = _kernels().sparse_mma_linear(x, fragments, metadata, bias, kernel.shape[0])

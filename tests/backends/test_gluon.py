@@ -88,6 +88,7 @@ def test_a_layer_runs_through_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     monkeypatch.setattr(sparse_mma, "launch", Simulator().launch)
     monkeypatch.setattr(sparse_mma, "gpu", lambda index: (80, 108))
+    monkeypatch.setattr(sparse_mma, "tuned", lambda key, options, run: options[0])
     monkeypatch.setattr(GluonBackend, "supports", lambda self, request: None)
     monkeypatch.setattr(GluonBackend, "missing", lambda self: None)
     linear = torch.nn.Linear(72, 40, dtype=HALF)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_cases import Case, assert_close_to_float64, random_case
+from torch.nn import functional
 
 from sparsecomp.backends.cusparselt import CusparseltBackend
+from sparsecomp.backends.gluon import GluonBackend
 from sparsecomp.backends.registry import Backend, Request
 from sparsecomp.backends.triton import TritonBackend
+from sparsecomp.kernels.sparse_mma_config import CONFIGS, Config, configs
 from sparsecomp.pack.format import pack
+from sparsecomp.pack.fragments import to_fragments
 from sparsecomp.patterns import parse
 
 pytestmark = pytest.mark.gpu
@@ -47,8 +51,47 @@ def test_triton_on_a_large_layer(batch: int) -> None:
     assert_close_to_float64(_run(TritonBackend(), case), case)
 
 
-def test_triton_replays_in_a_cuda_graph() -> None:
-    backend = TritonBackend()
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (512, 1024), (130, 72)])
+@pytest.mark.parametrize("batch", [0, 1, 17, 129])
+def test_gluon_matches_float64(out: int, columns: int, dtype: torch.dtype, batch: int) -> None:
+    _need(GluonBackend())
+    case = random_case("2:4", out, columns, batch, dtype, row_gap=3)
+    assert_close_to_float64(_run(GluonBackend(), case), case)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_gluon_configuration_sanitized(config: Config) -> None:
+    _need(GluonBackend())
+    from sparsecomp.kernels.sparse_mma import sparse_mma_linear
+
+    major, minor = torch.cuda.get_device_capability()
+    if config not in configs(10 * major + minor):
+        pytest.skip(f"{config} does not fit this GPU's shared memory")
+    case = random_case("2:4", config.out + 40, config.depth * (config.stages + 1) + 24, config.tokens + 5, BRAIN)
+    assert case.bias is not None
+    fragments, metadata = to_fragments(pack(case.weight.cuda(), "2:4"))
+    x, bias, out = case.x.cuda(), case.bias.cuda(), case.weight.shape[0]
+    assert_close_to_float64(sparse_mma_linear(x, fragments, metadata, bias, out, "none", config), case)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_gluon_activations(activation: str) -> None:
+    _need(GluonBackend())
+    from sparsecomp.kernels.sparse_mma import sparse_mma_linear
+
+    case = random_case("2:4", 128, 256, 40, HALF)
+    assert case.bias is not None
+    fragments, metadata = to_fragments(pack(case.weight.cuda(), "2:4"))
+    y = sparse_mma_linear(case.x.cuda(), fragments, metadata, case.bias.cuda(), 128, activation)
+    exact = functional.linear(case.x.double(), case.weight.double(), case.bias.double())
+    calls = {"relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu}
+    wanted = functional.gelu(exact, approximate="tanh") if activation == "gelu_tanh" else calls[activation](exact)
+    torch.testing.assert_close(y.cpu().double(), wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("backend", [TritonBackend(), GluonBackend()], ids=["triton", "gluon"])
+def test_a_backend_replays_in_a_cuda_graph(backend: Backend) -> None:
     _need(backend)
     case = random_case("2:4", 256, 512, 4, HALF)
     kernel = backend.prepare(pack(case.weight.cuda(), case.pattern))
