@@ -27,7 +27,7 @@ def describe(device: Device, threads: list[int]) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "sparsecomp": sparsecomp.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "peaks": {
             str(count): {
                 "fp32_gflops": round(device.flops(torch.float32, count) / 1e9, 1),
@@ -46,7 +46,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout this file lies in, or None where it is no checkout."""
     folder = Path(__file__).resolve().parent
     try:

@@ -1,0 +1,165 @@
+"""The ways to compute one linear layer on a GPU that the sweep compares, each behind the same three questions.
+
+Takes dense weights that fit 2:4; gives calls. Knows nothing of timing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsecomp.backends import registry
+from sparsecomp.backends.registry import Request
+from sparsecomp.pack.format import pack
+from sparsecomp.patterns import parse
+
+from .gpu_cases import Case
+
+PATTERN = "2:4"
+
+Call = Callable[[], Tensor]
+
+
+class GpuEngine(ABC):
+    """One way to compute y = x W^T."""
+
+    name: ClassVar[str]
+    sparse: ClassVar[bool]
+
+    def missing(self) -> str | None:
+        """None if this machine can run it, else the reason why not."""
+        return None
+
+    def refuses(self, case: Case, dtype: torch.dtype) -> str | None:
+        """None if it runs this case, else the reason why not."""
+        return None
+
+    @abstractmethod
+    def prepare(self, weight: Tensor, x: Tensor) -> Call:
+        """Everything that is done once; the call does what is done for every batch."""
+
+    def note(self, case: Case) -> str:
+        """What it chose for a case it has run, for the row; empty where there is no choice."""
+        return ""
+
+
+class Cublas(GpuEngine):
+    """torch's linear."""
+
+    name, sparse = "cublas", False
+
+    def prepare(self, weight: Tensor, x: Tensor) -> Call:
+        """torch.nn.functional.linear."""
+        return lambda: functional.linear(x, weight)
+
+
+class TritonDense(GpuEngine):
+    """Our own dense kernel in Triton."""
+
+    name, sparse = "triton dense", False
+
+    def prepare(self, weight: Tensor, x: Tensor) -> Call:
+        """The kernel of ``gpu_dense``."""
+        dense_linear = import_module("sparsecomp.bench.gpu_dense").dense_linear
+        return lambda: dense_linear(x, weight)
+
+
+class Cusparselt(GpuEngine):
+    """cuSPARSELt with the algorithm that its own search finds for each shape."""
+
+    name, sparse = "cusparselt", True
+
+    def __init__(self) -> None:
+        """Nothing is found yet."""
+        self._algorithms: dict[tuple[int, int, int], int] = {}
+
+    def missing(self) -> str | None:
+        """Why the cusparselt backend cannot run."""
+        return registry.backends()["cusparselt"].missing()
+
+    def refuses(self, case: Case, dtype: torch.dtype) -> str | None:
+        """Why the cusparselt backend refuses the weight, or the batch that it would have to pad."""
+        return registry.backends()["cusparselt"].supports(_request(case, dtype))
+
+    def prepare(self, weight: Tensor, x: Tensor) -> Call:
+        """The compressed weight; x is padded to 8 rows once, so that the library alone is timed."""
+        compressed = torch._cslt_compress(weight)
+        tokens = x.shape[0]
+        rows = functional.pad(x, (0, 0, 0, -tokens % 8)).t()
+        key = (*weight.shape, tokens)
+        if key not in self._algorithms:
+            self._algorithms[key] = torch._cslt_sparse_mm_search(compressed, rows, transpose_result=True)
+        algorithm = self._algorithms[key]
+        return lambda: torch._cslt_sparse_mm(compressed, rows, transpose_result=True, alg_id=algorithm)[:tokens]
+
+    def note(self, case: Case) -> str:
+        """The algorithm."""
+        return f"algorithm {self._algorithms.get((case.out, case.columns, case.tokens))}"
+
+
+class SemiStructured(GpuEngine):
+    """torch.sparse.to_sparse_semi_structured, with torch's own choice of library."""
+
+    name, sparse = "torch semi-structured", True
+
+    def missing(self) -> str | None:
+        """Why torch's semi-structured tensors cannot be used: what holds for cuSPARSELt holds for them."""
+        return registry.backends()["cusparselt"].missing()
+
+    def refuses(self, case: Case, dtype: torch.dtype) -> str | None:
+        """torch asks for sides that are multiples of 64 where CUTLASS might be used."""
+        if case.out % 64 or case.columns % 64:
+            return f"takes sides that are multiples of 64, not {case.out}x{case.columns}"
+        return None
+
+    def prepare(self, weight: Tensor, x: Tensor) -> Call:
+        """A semi-structured parameter under torch's linear."""
+        semi: Any = torch.sparse.to_sparse_semi_structured(weight)
+        return lambda: functional.linear(x, semi)
+
+
+class Ours(GpuEngine):
+    """A backend of this package, as a layer calls it."""
+
+    sparse = True
+
+    def __init__(self, backend: str) -> None:
+        """``backend`` is a name in the registry."""
+        self._backend = registry.backends()[backend]
+        self.name = f"sparsecomp {backend}"  # type: ignore[misc]
+
+    def missing(self) -> str | None:
+        """Why the backend cannot run here."""
+        return self._backend.missing()
+
+    def refuses(self, case: Case, dtype: torch.dtype) -> str | None:
+        """Why the backend refuses the case."""
+        return self._backend.supports(_request(case, dtype))
+
+    def prepare(self, weight: Tensor, x: Tensor) -> Call:
+        """The layout; the first call compiles, and tunes where there is something to tune."""
+        kernel = self._backend.prepare(pack(weight, PATTERN))
+        return lambda: self._backend.run(kernel, x, None)
+
+    def note(self, case: Case) -> str:
+        """The configuration that was found fastest."""
+        if self._backend.name != "gluon":
+            return ""
+        kernels, tuning = (import_module(f"sparsecomp.kernels.{name}") for name in ("sparse_mma", "sparse_mma_tuning"))
+        key = kernels.tuning_key(torch.cuda.current_device(), case.out, case.columns, case.tokens)
+        return str(tuning.known(key))
+
+
+def engines() -> list[GpuEngine]:
+    """All of them, baselines first."""
+    return [Cublas(), TritonDense(), Cusparselt(), SemiStructured(), Ours("gluon"), Ours("triton")]
+
+
+def _request(case: Case, dtype: torch.dtype) -> Request:
+    return Request(parse(PATTERN), (case.out, case.columns), dtype, "cuda", case.tokens)

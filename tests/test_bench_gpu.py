@@ -1,0 +1,195 @@
+"""The GPU sweep without a GPU: what it measures, how it times, what it refuses to time, and what it reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsecomp.bench import gpu, gpu_cases, gpu_report, gpu_timing
+from sparsecomp.bench.gpu_cases import Case
+from sparsecomp.bench.gpu_engines import GpuEngine, engines
+from sparsecomp.bench.gpu_machine import ranges
+from sparsecomp.bench.harness import Timing
+from sparsecomp.pack.format import pack
+
+CASE = Case(64, 32, 8, "somewhere")
+
+
+def test_every_layer_is_measured_once_at_every_batch_size() -> None:
+    found = gpu_cases.cases()
+    keys = [(case.out, case.columns, case.tokens) for case in found]
+    assert len(keys) == len(set(keys))
+    for model, shapes in gpu_cases.MODELS.items():
+        for out, columns in shapes:
+            for tokens in gpu_cases.TOKENS:
+                (case,) = [each for each in found if (each.out, each.columns, each.tokens) == (out, columns, tokens)]
+                assert model in case.where or case.where == "square"
+    assert {(4096, 4096, 4096), (8192, 8192, 8192)} <= set(keys)
+
+
+def test_a_sweep_cut_short_has_seen_prefill_and_decoding() -> None:
+    first = [case.tokens for case in gpu_cases.cases()][:40]
+    assert 4096 in first and 1 in first
+    assert [case.tokens for case in gpu_cases.cases(["BERT-base"], [5, 1])] == [4096, 8192, 1, 1, 1, 5, 5, 5]
+
+
+def test_operands_exceed_the_cache_unless_there_are_too_many_of_them() -> None:
+    l2 = 50 << 20
+    for case in gpu_cases.cases():
+        count = gpu_cases.copies(case, l2)
+        each = case.out * case.columns * 2 * 9 // 16 + case.tokens * (case.out + case.columns) * 2
+        assert count >= 2
+        assert count == 64 or count * each >= 2 * l2
+
+
+def test_a_sample_is_whole_rounds_and_long_enough() -> None:
+    assert gpu_timing.repetitions(1e-3, 3) == 3
+    assert gpu_timing.repetitions(1e-5, 3) == 201
+    assert gpu_timing.repetitions(0.0, 4) == 512
+    assert gpu_timing.repetitions(10.0, 2) == 2
+
+
+def test_operands_fit_the_pattern_and_are_random() -> None:
+    (first, x), (second, _) = gpu.random_operands(CASE, torch.bfloat16, 2, device="cpu")
+    assert pack(first, "2:4").shape == (64, 32) and x.shape == (8, 32)
+    assert not torch.equal(first, second)
+    assert len(torch.unique(first.view(-1, 4) != 0, dim=0)) == 6
+
+
+def test_the_distance_notices_errors_and_numbers_that_are_none() -> None:
+    ((weight, x),) = gpu.random_operands(Case(64, 32, 600, ""), torch.float16, 1, device="cpu")
+    y = (x.float() @ weight.float().T).half()
+    assert gpu.distance(y, weight, x) < 1e-3
+    assert gpu.distance(y * 1.1, weight, x) == pytest.approx(0.1, rel=0.01)
+    y[-1, 0] = torch.nan  # in a row that is not compared
+    assert gpu.distance(y, weight, x) == float("inf")
+
+
+class _Fake(GpuEngine):
+    """torch on the CPU, with a fault if asked for."""
+
+    def __init__(self, name: str, sparse: bool, fault: str = "") -> None:
+        self.name, self.sparse, self._fault = name, sparse, fault  # type: ignore[misc]
+
+    def refuses(self, case: Case, dtype: torch.dtype) -> str | None:
+        return "has no such shape" if self._fault == "refuses" else None
+
+    def prepare(self, weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
+        if self._fault == "raises":
+            raise RuntimeError("no algorithm")
+        return lambda: (x.float() @ weight.float().T * (1.2 if self._fault == "wrong" else 1)).to(x.dtype)
+
+    def note(self, case: Case) -> str:
+        return f"note of {self.name}"
+
+
+class _FakeSampler:
+    captured = True
+
+    def __init__(self, calls: list[Callable[[], Tensor]]) -> None:
+        self._calls = calls
+
+    def __call__(self) -> float:
+        self._calls[0]()
+        return 2e-6
+
+
+def _result() -> dict[str, Any]:
+    return {"machine": {"gpu": "test"}, "rows": [], "refused": [], "failed": [], "missing": [], "not measured": []}
+
+
+def test_wrong_and_failing_engines_are_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = gpu.random_operands
+    monkeypatch.setattr(gpu, "random_operands", lambda case, dtype, count: make(case, dtype, 2, "cpu"))
+    monkeypatch.setattr(gpu, "GpuSampler", _FakeSampler)
+    result = _result()
+    offered = [
+        _Fake("cublas", False),
+        _Fake("sparsecomp good", True),
+        _Fake("sparsecomp wrong", True, "wrong"),
+        _Fake("picky", True, "refuses"),
+        _Fake("broken", True, "raises"),
+    ]
+    gpu.measure_case(CASE, "bf16", offered, 1 << 20, 0.0, result)
+    assert [row["engine"] for row in result["rows"]] == ["cublas", "sparsecomp good"]
+    row = result["rows"][1]
+    assert row["us"] == 2.0 and row["note"] == "note of sparsecomp good" and row["graph"] and row["error"] < 1e-2
+    assert row["dense_tflops"] == pytest.approx(2 * 64 * 32 * 8 / 2e-6 / 1e12, rel=1e-3)
+    assert result["refused"] == ["picky, 64x32, 8 tokens: has no such shape"]
+    assert result["failed"][0].startswith("sparsecomp wrong, 64x32, 8 tokens: relative error 2.0")
+    assert result["failed"][1] == "broken, 64x32, 8 tokens: RuntimeError: no algorithm"
+
+
+def _row(engine: str, sparse: bool, us: float, tokens: int = 4096, out: int = 64) -> dict[str, Any]:
+    timing = Timing(us * 1e-6, us * 0.9e-6, us * 1.1e-6, 9)
+    return gpu.rows(
+        Case(out, 32, tokens, "x"), "bf16", [_Fake(engine, sparse)], {engine: timing}, {engine: 1e-3}, {engine: False}
+    )[0]
+
+
+def test_ours_is_compared_with_the_best_dense_and_the_best_vendor_engine() -> None:
+    rows = [
+        _row("cublas", False, 10.0),
+        _row("triton dense", False, 12.0),
+        _row("cusparselt", True, 8.0),
+        _row("torch semi-structured", True, 9.0),
+        _row("sparsecomp gluon", True, 5.0),
+        _row("sparsecomp triton", True, 20.0),
+        _row("cublas", False, 10.0, tokens=1),
+        _row("sparsecomp gluon", True, 20.0, tokens=1),
+        _row("cublas", False, 10.0, out=128),
+    ]
+    prefill, decode = gpu_report.compare(rows)
+    assert (prefill.speedup, prefill.to_vendor) == (2.0, 1.6)
+    assert (decode.speedup, decode.to_vendor) == (0.5, None)
+    result = {**_result(), "rows": rows, "failed": ["broken, 1x1: why"]}
+    text = gpu_report.summary(result)
+    assert "tokens >= 2048: geometric mean 2.00x, 1.60x to the vendor's 2:4; peak 2.00x at 64x32, 4096 tokens" in text
+    assert "tokens <= 16: geometric mean 0.50x; peak" in text
+    assert "all: geometric mean 1.00x" in text
+    assert "slower than the best dense engine: 1 of 2 cases" in text
+    assert "broken, 1x1: why" in text
+
+
+def test_an_empty_sweep_still_reports() -> None:
+    assert gpu_report.geometric_mean([]) is None
+    assert "nothing was measured" in gpu_report.summary(_result())
+
+
+def test_a_result_is_written_one_row_to_a_line_and_read_back(tmp_path: Path) -> None:
+    result = {**_result(), "rows": [_row("cublas", False, 10.0), _row("sparsecomp gluon", True, 5.0)]}
+    text = gpu.write(result, tmp_path / "new")
+    assert (tmp_path / "new" / "gpu.txt").read_text() == text
+    written = (tmp_path / "new" / "gpu.json").read_text()
+    assert json.loads(written) == result
+    assert sum('"engine"' in line for line in written.splitlines()) == 2
+
+
+def test_clocks_are_ranges_and_broken_lines_are_passed_over() -> None:
+    lines = ["1980, 3201, 690.5, 60", "1200, 3201, [N/A], 55", "19", ""]
+    assert ranges(lines) == {
+        "SM clock, MHz": (1200.0, 1980.0),
+        "memory clock, MHz": (3201.0, 3201.0),
+        "power, W": (690.5, 690.5),
+        "temperature, C": (55.0, 60.0),
+    }
+    assert ranges([]) == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_every_engine_that_needs_one_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+    assert {engine.name for engine in engines() if engine.missing() is None} == {"cublas", "triton dense"}
+
+
+def test_the_script_is_valid_bash() -> None:
+    script = Path(__file__).parents[1] / "bench" / "gpu.sh"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
