@@ -28,6 +28,7 @@ class GluonBackend(Backend):
     """
 
     name = "gluon"
+    fuses_activations = True
 
     def missing(self) -> str | None:
         """None if there is a GPU of compute capability 8.0 and Triton 3.6, or newer, else the reason why not."""
@@ -61,8 +62,12 @@ class GluonBackend(Backend):
         The first call for about as many rows compiles a few tiles (about 1 s each) and measures them; in a CUDA graph
         that is being captured nothing can be measured, so run it once before.
         """
+        return self.run_activated(kernel, x, bias, "none")
+
+    def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """``run`` with the activation in fp32, before the rounding."""
         fragments, metadata = kernel.tensors
-        y: Tensor = _kernels().sparse_mma_linear(x, fragments, metadata, bias, kernel.shape[0])
+        y: Tensor = _kernels().sparse_mma_linear(x, fragments, metadata, bias, kernel.shape[0], activation)
         return y
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sparsecomp import SparseLinear
+from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends.gluon import GluonBackend
 from sparsecomp.backends.registry import Request, explain
 from sparsecomp.errors import BackendError
@@ -105,6 +106,10 @@ def test_a_layer_runs_through_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         layer(x).sum().backward()
         torch.testing.assert_close(x.grad, linear.weight.sum(0).expand(2, 3, 72), rtol=1e-2, atol=1e-2)
         assert layer(x[:0]).shape == (0, 3, 40)
+        fused = SparseLinear.from_linear(linear, activation="gelu", backend="gluon")
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), torch.nn.functional.gelu(linear(x)), rtol=2e-3, atol=2e-3)
+        assert set(sparse_mma.ACTIVATIONS) == set(ACTIVATIONS)
     fresh = SparseLinear(72, 40, dtype=HALF, backend="gluon")
     fresh.load_state_dict(layer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(fresh.kernel.tensors, layer.kernel.tensors, strict=True))
