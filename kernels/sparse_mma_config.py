@@ -66,6 +66,10 @@ CONFIGS = (
     Config(2, 2, 2, 2, 128, 3),
     Config(2, 2, 2, 1, 128, 4),
     Config(2, 1, 2, 1, 128, 4),
+    # decoding: blocks enough for every multiprocessor, each with 16 to 24 KB of copies on the way
+    Config(1, 2, 2, 1, 128, 4),
+    Config(1, 1, 2, 1, 128, 4),
+    Config(1, 1, 2, 1, 256, 3),
 )
 """Every configuration that may be chosen; the tests compile and execute each."""
 
