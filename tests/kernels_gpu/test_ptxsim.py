@@ -297,6 +297,19 @@ def test_a_missing_barrier_between_warps_is_a_race() -> None:
         assert len(report.races) == races
 
 
+@pytest.mark.parametrize(("value", "races"), [("%r4", 0), ("%r1", 1)])
+def test_warps_may_store_the_same_value_to_one_place_but_no_other(value: str, races: int) -> None:
+    body = f"""and.b32 %r4, %r1, 31;
+	shl.b32 %r2, %r4, 2;
+	st.shared.b32 [%r2], {value};
+	bar.sync 0;
+	ld.shared.b32 %r3, [%r2];
+	st.global.b32 [%rd5], %r3;"""
+    got, report = _run(body, _VALUES, threads=64)
+    assert len(report.races) == races
+    assert races or got.tolist() == [i % 32 for i in range(64)]
+
+
 _PIPELINE = """shl.b32 %r2, %r1, 4;
 	cvt.u64.u32 %rd6, %r2;
 	add.s64 %rd7, %rd1, %rd6;

@@ -101,8 +101,9 @@ class _Copies:
 class SharedMemory:
     """``size`` bytes for each block. An epoch of a block ends with each of its barriers.
 
-    A race is two warps that touch the same granule in one epoch, one of them writing; or any touch of a granule that a
-    cp.async still writes. A copy lands as late as it may: when its thread waits for its group.
+    A race is two warps that touch the same granule in one epoch, one of them writing, unless both write the same value:
+    compilers let warps that hold the same data store it. So is any touch of a granule that a cp.async still writes. A
+    copy lands as late as it may: when its thread waits for its group.
     """
 
     def __init__(self, blocks: int, size: int, threads_per_block: int) -> None:
@@ -137,10 +138,13 @@ class SharedMemory:
         """Write neighbouring values at each address."""
         width = values[0].dtype.itemsize
         offsets = self._offsets(threads, addresses, width * len(values))
-        self._write(threads, offsets, width * len(values), what)
         whole = self._bytes.view(UNSIGNED[width])
-        for i, value in enumerate(values):
-            whole[offsets // width + i] = value
+        places = [offsets // width + i for i in range(len(values))]
+        repeated = np.all([whole[place] == value for place, value in zip(places, values, strict=True)], axis=0)
+        for place, value in zip(places, values, strict=True):
+            whole[place] = value
+        agreed = np.all([whole[place] == value for place, value in zip(places, values, strict=True)], axis=0)
+        self._write(threads, offsets, width * len(values), what, repeated, agreed)
 
     def rows(self, threads: Array, addresses: Array, what: str) -> Array:
         """[addresses, 8] 16-bit values: the rows of 16 bytes that ldmatrix reads."""
@@ -210,16 +214,28 @@ class SharedMemory:
         self._reader[crowded] = _SEVERAL
         self._read_epoch[at] = epoch
 
-    def _write(self, threads: Array, offsets: Array, size: int, what: str) -> None:
+    def _write(
+        self,
+        threads: Array,
+        offsets: Array,
+        size: int,
+        what: str,
+        repeated: Array | None = None,
+        agreed: Array | None = None,
+    ) -> None:
+        """``repeated``: the thread writes what was there; ``agreed``: what it wrote is there after all have written."""
         at, warp, epoch = self._touched(threads, offsets, size)
+        none = np.zeros(len(threads), bool)
+        per_thread = at.size // max(len(threads), 1)
+        repeated, agreed = (np.repeat(none if each is None else each, per_thread) for each in (repeated, agreed))
         if self._in_flight[at].any():
             self._note("a write meets a copy in flight", what)
-        if ((self._write_epoch[at] == epoch) & (self._writer[at] != warp)).any():
+        if ((self._write_epoch[at] == epoch) & (self._writer[at] != warp) & ~repeated).any():
             self._note("a write meets another warp's write", what)
         if ((self._read_epoch[at] == epoch) & (self._reader[at] != warp)).any():
             self._note("a write meets another warp's read", what)
         self._writer[at] = warp
-        if (self._writer[at] != warp).any():
+        if ((self._writer[at] != warp) & ~agreed).any():
             self._note("two warps write at once", what)
         self._write_epoch[at] = epoch
 
