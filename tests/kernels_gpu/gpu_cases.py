@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.patterns import VNM, VNM_KEPT_COLUMNS, parse, row_nm
+from sparsecomp.patterns import VNM, VNM_KEPT_COLUMNS, Block, parse, row_nm
 
 UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149}
@@ -29,9 +29,17 @@ def _top(scores: Tensor, count: int) -> Tensor:
 
 
 def random_weight(pattern: str, out: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """A weight that fits an N:M or V:N:M pattern; a tenth of what the pattern keeps is zero, and so is a whole row."""
+    """A weight that fits a pattern; a tenth of what the pattern keeps is zero, and so is a whole row."""
     generator = torch.Generator().manual_seed(seed)
     parsed = parse(pattern)
+    if isinstance(parsed, Block):
+        down, across = parsed.grid(out, columns)
+        kept = _top(torch.rand(down * across, generator=generator), parsed.kept_blocks(out, columns)).view(down, across)
+        kept = kept.repeat_interleave(parsed.rows, 0).repeat_interleave(parsed.cols, 1)[:out, :columns]
+        dense = torch.randn(out, columns, generator=generator).to(dtype)
+        dense = dense * (kept & (torch.rand(dense.shape, generator=generator) > 0.1))
+        dense[out // 2 : out // 2 + 1] = 0
+        return dense
     nm = row_nm(parsed)
     assert nm is not None
     groups = nm.groups(columns)

@@ -1,4 +1,4 @@
-"""The decompressing kernel against float64, run by Triton's interpreter on the CPU."""
+"""The decompressing and the block-sparse kernel against float64, run by Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ CASES = {
     "no bias": random_case("2:4", 32, 64, 16, HALF, with_bias=False),
     "rows of x apart": random_case("2:4", 32, 64, 6, HALF, row_gap=5),
     "rows of x apart, NaN inside a step": random_case("2:4", 32, 70, 6, HALF, row_gap=200),
+    **{
+        f"{pattern}-{dtype}".replace("torch.", ""): random_case(pattern, 150, 170, 3, dtype)
+        for pattern in ("block16x16:0.5", "block32x64:0.3", "block128x128:0.5")
+        for dtype in (HALF, BRAIN, SINGLE)
+    },
+    "block rows of 128, columns of 16": random_case("block128x16:0.4", 200, 50, 70, HALF),
+    "block, whole tiles of 128 tokens": random_case("block64x32:0.5", 64, 64, 130, BRAIN),
+    "block, nothing beside one": random_case("block16x16:0.1", 33, 40, 1, HALF),
+    "block, rows of x apart, no bias": random_case("block16x32:0.5", 40, 70, 6, HALF, with_bias=False, row_gap=9),
+    "block, batch 0": random_case("block16x16:0.5", 8, 16, 0, HALF),
+    "block, fp32 in wide batches": random_case("block64x64:0.5", 70, 100, 33, SINGLE),
 }
 
 

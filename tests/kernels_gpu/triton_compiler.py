@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsecomp.kernels import nm_decompress
+from sparsecomp.kernels import block_sparse, nm_decompress
 from sparsecomp.patterns import NM
 
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -51,18 +51,48 @@ def compile_kernel(
         "TILE_BATCH": tile.batch,
         "TILE_COLUMNS": tile.columns,
     }
+    types = {"positions": "*u8"}
+    compiled = _compile(kernel, capability, dtype, types, constants, aligned, tile.warps, tile.stages)
+    return machine_code(compiled, folder)
+
+
+def compile_block_kernel(
+    capability: int, rows: int, columns: int, dtype: torch.dtype, tile: block_sparse.Tile, aligned: bool
+) -> Any:
+    """The block-sparse kernel, compiled likewise."""
+    constants = {
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "HAS_BIAS": True,
+        "TILE_TOKENS": tile.tokens,
+        "TILE_COLUMNS": tile.columns,
+    }
+    types = {"starts": "*i32", "block_columns": "*i32"}
+    kernel = block_sparse.block_linear_kernel
+    return _compile(kernel, capability, dtype, types, constants, aligned, tile.warps, tile.stages)
+
+
+def _compile(
+    kernel: Any,
+    capability: int,
+    dtype: torch.dtype,
+    own_types: dict[str, str],
+    constants: dict[str, Any],
+    aligned: bool,
+    warps: int,
+    stages: int,
+) -> Any:
     pointer = "*" + _NAMES[dtype]
-    types = {"x": pointer, "values": pointer, "positions": "*u8", "bias": pointer, "y": pointer}
+    types = {"x": pointer, "values": pointer, "bias": pointer, "y": pointer, **own_types}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     multiples = {*types, "out_features", "in_features", "stride_x", "stride_y"} if aligned else {*types}
     divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in multiples}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, constants, divisible),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
+        options={"num_warps": warps, "num_stages": stages},
     )
-    return machine_code(compiled, folder)
 
 
 def machine_code(compiled: Any, folder: Path) -> MachineCode:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def interpret(cases: list[Case]) -> list[Tensor]:
-    """y [batch, out] of the triton backend for every case."""
+    """y [batch, out] of the triton backends for every case."""
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder, "cases.pt"), Path(folder, "results.pt")
         torch.save([(case.weight, case.pattern, case.x, case.bias) for case in cases], given)
@@ -80,11 +80,13 @@ def fenced(tensor: Tensor) -> Tensor:
 def _main(given: str, made: str) -> None:
     repair_interpreter()
     from sparsecomp.backends.triton import TritonBackend
+    from sparsecomp.backends.triton_block import TritonBlockBackend
     from sparsecomp.pack.format import pack
+    from sparsecomp.patterns import Block, parse
 
-    backend = TritonBackend()
     results = []
     for weight, pattern, x, bias in torch.load(given):
+        backend = TritonBlockBackend() if isinstance(parse(pattern), Block) else TritonBackend()
         kernel = backend.prepare(pack(weight, pattern))
         kernel = replace(kernel, tensors=tuple(fenced(tensor) for tensor in kernel.tensors))
         results.append(backend.run(kernel, x, bias))
