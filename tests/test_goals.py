@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sparsecomp.bench import goals, report
+from sparsecomp.bench import anyshape, goals, report
 from sparsecomp.cli.main import main
 
 GOAL = goals.GOALS[1]
@@ -81,3 +81,23 @@ def test_time_by_n_is_shown_as_a_share_of_dense() -> None:
 def test_goals_and_shapes_do_not_go_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--goals", "--shapes", "64x64"]) != 0
     assert "--goals sets shapes itself" in capsys.readouterr().err
+
+
+def test_random_sizes_are_the_same_for_one_seed_and_within_range() -> None:
+    drawn = anyshape.sizes(300)
+    assert drawn == anyshape.sizes(300) != anyshape.sizes(300, seed=1)
+    for out, columns, batch in drawn:
+        assert 1 <= out <= anyshape.MOST_FEATURES
+        assert 1 <= columns <= anyshape.MOST_FEATURES
+        assert 1 <= batch <= anyshape.MOST_BATCH
+
+
+def test_a_compiled_layer_is_compared_with_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anyshape, "_SECONDS", 0.01)
+    found = [anyshape.compare(33, 65, 3, "fp32"), anyshape.compare(1, 1, 1, "bf16")]
+    assert all(row["low"] <= row["speedup"] <= row["high"] for row in found)
+    slow = found[0] | {"speedup": 0.5, "low": 0.4, "high": 0.6, "sparse": True}
+    text = anyshape.render([*found, slow])
+    assert "0.50x" in text
+    assert "3 layers" in text
+    assert "1 of them beyond their spread" in text or "2 of them beyond" in text

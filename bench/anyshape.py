@@ -1,0 +1,119 @@
+"""Whether a compiled layer is ever slower than nn.Linear: random sizes, dense left alone where it wins.
+
+``python -m sparsecomp.bench.anyshape [--count 200] [--threads 1] [--output FILE]`` prints the slowest layers and writes
+every one of them as JSON. Dense is torch's nn.Linear, which is what ``sc.compile`` replaces or leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import sparsecomp as sc
+from sparsecomp.device import detect
+from sparsecomp.display import progress, table
+
+from .engines import DTYPES
+from .harness import Sampler, measure, use_threads
+from .machine import describe
+from .report import EVEN, geometric_mean
+
+MOST_FEATURES, MOST_BATCH = 4096, 512
+_SECONDS = 0.25
+_SHOWN = 12
+
+
+def sizes(count: int, seed: int = 0) -> list[tuple[int, int, int]]:
+    """(out, in, batch), each uniform on a logarithmic scale: odd and tiny sizes come up as often as large ones."""
+    drawn = random.Random(seed)
+
+    def number(most: int) -> int:
+        return round(most ** drawn.random())
+
+    return [(number(MOST_FEATURES), number(MOST_FEATURES), number(MOST_BATCH)) for _ in range(count)]
+
+
+@torch.inference_mode()
+def compare(out: int, columns: int, batch: int, dtype: str) -> dict[str, Any]:
+    """One layer at 2:4, compiled for its batch, beside nn.Linear, called in turn."""
+    dense = nn.Sequential(nn.Linear(columns, out, dtype=DTYPES[dtype]))
+    dense[0].weight.copy_(sc.prune_weight(dense[0].weight.float(), "2:4").weight)
+    compiled = sc.compile(copy.deepcopy(dense), "2:4", batch=batch)
+    x = torch.randn(batch, columns, dtype=DTYPES[dtype])
+    timings = measure({"dense": Sampler(partial(dense, x)), "compiled": Sampler(partial(compiled, x))}, _SECONDS)
+    before, after = timings["dense"], timings["compiled"]
+    return {
+        "out": out,
+        "in": columns,
+        "batch": batch,
+        "dtype": dtype,
+        "sparse": isinstance(compiled[0], sc.SparseLinear),
+        "speedup": round(before.median / after.median, 3),
+        "low": round(before.low / after.high, 3),
+        "high": round(before.high / after.low, 3),
+    }
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The slowest layers, and the whole in one sentence."""
+    slowest = sorted(rows, key=lambda row: float(row["speedup"]))
+    lines = [
+        (
+            f"{row['out']}x{row['in']}",
+            row["batch"],
+            row["dtype"],
+            "sparse" if row["sparse"] else "dense",
+            f"{row['speedup']:.2f}x",
+            f"{row['low']:.2f}-{row['high']:.2f}",
+        )
+        for row in slowest[:_SHOWN]
+    ]
+    columns = (">out x in", ">batch", "dtype", "runs", ">speedup", ">low-high")
+    packed = [row for row in rows if row["sparse"]]
+    behind = [row for row in rows if row["speedup"] < EVEN]
+    certain = [row for row in behind if row["high"] < 1]
+    return (
+        f"{table(columns, lines, title='The slowest compiled layers, against nn.Linear')}\n\n"
+        f"{len(rows)} layers: {len(packed)} packed, geometric mean of these "
+        f"{geometric_mean(row['speedup'] for row in packed):.2f}x; {len(rows) - len(packed)} left dense. Below {EVEN}: "
+        f"{len(behind)}, {len(certain)} of them beyond their spread, {sum(row['sparse'] for row in behind)} packed."
+    )
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description="random layers, compiled for this machine, against nn.Linear")
+    parser.add_argument("--count", type=int, default=200, help="layers for each precision (default 200)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    parser.add_argument("--output", help="write every row as JSON")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    with use_threads(arguments.threads):
+        cases = [(*size, dtype) for dtype in arguments.dtypes for size in sizes(arguments.count)]
+        rows = [compare(*case) for case in progress(cases, f"measuring, {arguments.threads} thread(s)")]
+    print(render(rows))
+    if arguments.output:
+        result = {
+            "kind": "anyshape",
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "machine": describe(detect("cpu"), [arguments.threads]),
+            "threads": arguments.threads,
+        }
+        head = json.dumps(result, indent=1)[:-2]
+        lines = ",\n  ".join(json.dumps(row) for row in rows)
+        Path(arguments.output).write_text(f'{head},\n "rows": [\n  {lines}\n ]\n}}\n')
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
