@@ -166,3 +166,14 @@ def test_model_error_for_unpackable_quantised_blocks() -> None:
         SparseLinear(16, 16, "block4x4:0.5", quantized=True)
     with pytest.raises(ModelError, match="cannot become"):
         quantised().to(torch.float64)
+
+
+def test_onnx_writes_what_the_integers_stand_for(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    layer = quantised()
+    report = sc.export_onnx(layer, (torch.randn(2, 40),), tmp_path / "m.onnx")
+    assert [(each.form, each.note) for each in report.layers] == [("dense", "int8 weights have no packed node")]
+    stored = [onnx.numpy_helper.to_array(each) for each in onnx.load(str(tmp_path / "m.onnx")).graph.initializer]
+    (weight,) = [each for each in stored if each.ndim == 2]
+    assert torch.equal(torch.from_numpy(weight.copy()).T, layer.packed().unpack())
