@@ -10,6 +10,7 @@ import argparse
 import copy
 import datetime
 import json
+import math
 import random
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ def sizes(count: int, seed: int = 0) -> list[tuple[int, int, int]]:
     drawn = random.Random(seed)
 
     def number(most: int) -> int:
-        return round(most ** drawn.random())
+        return round(math.exp(drawn.uniform(0, math.log(most))))
 
     return [(number(MOST_FEATURES), number(MOST_FEATURES), number(MOST_BATCH)) for _ in range(count)]
 
@@ -45,8 +46,9 @@ def sizes(count: int, seed: int = 0) -> list[tuple[int, int, int]]:
 @torch.inference_mode()
 def compare(out: int, columns: int, batch: int, dtype: str) -> dict[str, Any]:
     """One layer at 2:4, compiled for its batch, beside nn.Linear, called in turn."""
-    dense = nn.Sequential(nn.Linear(columns, out, dtype=DTYPES[dtype]))
-    dense[0].weight.copy_(sc.prune_weight(dense[0].weight.float(), "2:4").weight)
+    linear = nn.Linear(columns, out, dtype=DTYPES[dtype])
+    linear.weight.copy_(sc.prune_weight(linear.weight.float(), "2:4").weight)
+    dense = nn.Sequential(linear)
     compiled = sc.compile(copy.deepcopy(dense), "2:4", batch=batch)
     x = torch.randn(batch, columns, dtype=DTYPES[dtype])
     timings = measure({"dense": Sampler(partial(dense, x)), "compiled": Sampler(partial(compiled, x))}, _SECONDS)
@@ -56,7 +58,7 @@ def compare(out: int, columns: int, batch: int, dtype: str) -> dict[str, Any]:
         "in": columns,
         "batch": batch,
         "dtype": dtype,
-        "sparse": isinstance(compiled[0], sc.SparseLinear),
+        "sparse": isinstance(compiled.get_submodule("0"), sc.SparseLinear),
         "speedup": round(before.median / after.median, 3),
         "low": round(before.low / after.high, 3),
         "high": round(before.high / after.low, 3),
