@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sparsecomp.pack import PackedWeight, pack, quantize
     from sparsecomp.patterns import parse as parse_pattern
     from sparsecomp.plan import Plan, plan
-    from sparsecomp.prune import prune, prune_weight
+    from sparsecomp.prune import Tuning, distill, prune, prune_blocks, prune_weight
     from sparsecomp.storage import load, save
 
 __all__ = [
@@ -29,8 +29,10 @@ __all__ = [
     "PackedWeight",
     "Plan",
     "SparseLinear",
+    "Tuning",
     "calibrate",
     "compile",
+    "distill",
     "errors",
     "export_onnx",
     "load",
@@ -39,6 +41,7 @@ __all__ = [
     "parse_pattern",
     "plan",
     "prune",
+    "prune_blocks",
     "prune_weight",
     "quantize",
     "save",
@@ -54,8 +57,10 @@ _HOME = {
     "PackedWeight": "pack",
     "Plan": "plan",
     "SparseLinear": "nn",
+    "Tuning": "prune",
     "calibrate": "calibration",
     "compile": "compiler",
+    "distill": "prune",
     "export_onnx": "onnx",
     "load": "storage",
     "onnx_session": "onnx",
@@ -63,6 +68,7 @@ _HOME = {
     "parse_pattern": "patterns",
     "plan": "plan",
     "prune": "prune",
+    "prune_blocks": "prune",
     "prune_weight": "prune",
     "quantize": "pack",
     "save": "storage",

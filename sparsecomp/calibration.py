@@ -103,11 +103,8 @@ def calibrate(
     total = len(batches) if isinstance(batches, Sized) else None
     with _calibrating(model, layers, recorder):
         for batch in progress(batches, "calibrating", total) if show_progress else batches:
-            recorder.start_batch(count, _row_mask(batch, mask))
-            if forward is not None:
-                forward(model, batch)
-            else:
-                _call(model, batch, count)
+            recorder.start_batch(count, row_mask(batch, mask))
+            run_batch(model, batch, count, forward)
             recorder.end_batch()
             count += 1
     if count == 0:
@@ -144,21 +141,26 @@ def _calibrating(model: nn.Module, layers: LayerTable, recorder: _Recorder) -> I
         torch.set_float32_matmul_precision(precision)
 
 
-def _call(model: nn.Module, batch: Any, index: int) -> None:
+def run_batch(
+    model: Callable[..., object], batch: Any, index: int, forward: Callable[[Any, Any], object] | None = None
+) -> object:
+    """What ``model`` returns for a batch, passed as ``calibrate`` says; CalibrationError if it cannot be passed."""
+    if forward is not None:
+        return forward(model, batch)
     if isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        raise CalibrationError(
-            f"batch {index} is a {type(batch).__name__}; allowed are a tensor, a tuple or list and a mapping; "
-            f"pass forward=lambda model, batch: ... for anything else"
-        )
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    raise CalibrationError(
+        f"batch {index} is a {type(batch).__name__}; allowed are a tensor, a tuple or list and a mapping; "
+        f"pass forward=lambda model, batch: ... for anything else"
+    )
 
 
-def _row_mask(batch: Any, mask: Callable[[Any], Tensor | None] | None) -> Tensor | None:
+def row_mask(batch: Any, mask: Callable[[Any], Tensor | None] | None) -> Tensor | None:
+    """True on the real tokens of a batch: what ``mask`` gives, else its "attention_mask"; None counts every row."""
     if mask is not None:
         rows = mask(batch)
         return None if rows is None else rows.bool()

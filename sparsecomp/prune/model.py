@@ -1,73 +1,102 @@
-"""Prune the linear layers of a model in place: all of them or, if one fails, none."""
+"""Prune the linear layers of a model in place, each on its own: all of them or, if one fails, none."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparsecomp.calibration import LayerStatistics
-from sparsecomp.display import progress
-from sparsecomp.errors import CalibrationError, SparsecompError
+from sparsecomp.errors import CalibrationError, ModelError, PatternError
 from sparsecomp.layers import Globs, LayerTable, check_globs, find_linears, require_layers
-from sparsecomp.patterns import Pattern, parse
+from sparsecomp.patterns import NM, Pattern, Unstructured, parse
+from sparsecomp.prune.checkpoint import Checkpoint
+from sparsecomp.prune.graph import Hidden, find_hidden
+from sparsecomp.prune.layerwise import Solved, make_jobs, solve
+from sparsecomp.prune.permute import order_matters
 from sparsecomp.prune.registry import Method, get_method
-from sparsecomp.prune.report import LayerReport, PruneReport
-from sparsecomp.prune.weight import PrunedWeight, prune_weight
+from sparsecomp.prune.report import PruneReport
+
+if TYPE_CHECKING:
+    from sparsecomp.plan import Plan
+
+# the method that also permutes input channels
+PERMUTING = "best"
 
 
 def prune(
     model: nn.Module,
-    pattern: str | Pattern | Mapping[str, str | Pattern],
+    pattern: str | Pattern | Mapping[str, str | Pattern] | Plan,
     method: str = "magnitude",
     calibration: Mapping[str, LayerStatistics] | None = None,
     only: Globs = None,
     skip: Globs = None,
     show_progress: bool = True,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    held_out: Mapping[str, LayerStatistics] | None = None,
+    example: Any = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
 ) -> PruneReport:
     """Prune every linear layer of ``model`` to ``pattern``, in place; print the report to see what happened.
 
-    ``pattern`` is one pattern or a mapping from globs on layer names to patterns: the first match wins, and layers
-    that none matches stay dense and are named in the report. ``only`` and ``skip`` are globs as in ``find_linears``.
+    ``pattern`` is one pattern, a mapping from globs on layer names to patterns (the first match wins; layers that none
+    matches stay dense and are named in the report), or a Plan, whose decisions are followed. ``only`` and ``skip`` are
+    globs as in ``find_linears``. ``masks`` (bool [out, in], True = kept) by exact layer name replace the method's
+    choice; the masks of all layers are in the report. ``held_out`` is the calibration on other batches: errors on it
+    are reported, and "best" chooses by it. With ``method="best"`` and an ``example`` batch, hidden channels that the
+    graph of the model lets move are permuted where the solved layer gets better; the model's function before pruning
+    does not change by it.
+
+    ``checkpoint`` is a folder in which finished layers are kept; a second call with equal input goes on from there.
+    ``seed`` is that of torch's generator while methods run; the caller's generator is left as it was.
     Parameters keep their identity, dtype and requires_grad; nothing is written before every layer has been solved.
 
     Raises what ``prune_weight`` raises, with the layer's name; CalibrationError naming the layers whose statistics are
-    missing when the method needs them; ModelError if no layer can be sparse or a glob matches none.
+    missing when the method needs them; ModelError if no layer can be sparse, a glob matches none or a mask has no
+    layer.
     """
     chosen = get_method(method)
     found = require_layers(find_linears(model, only, skip))
-    patterns, skipped = _patterns(found, pattern)
+    patterns, skipped = choose_patterns(found, pattern)
     grams = calibration or {}
-    _check_calibration(chosen, list(patterns), calibration)
-    solved: dict[str, PrunedWeight] = {}
-    layers: dict[str, LayerReport] = {}
-    names = list(patterns)
-    for name in progress(names, f"pruning ({method})", len(names)) if show_progress else names:
-        begin = time.perf_counter()
-        gram = grams[name].gram if name in grams else None
-        try:
-            pruned = prune_weight(found[name].get_weight(), patterns[name], method, gram)
-        except SparsecompError as error:
-            raise type(error)(f"{name or 'the model'}: {error}") from error
-        seconds = time.perf_counter() - begin
-        solved[name] = pruned
-        layers[name] = LayerReport(
-            name, found[name].shape, pruned.pattern, method, pruned.density, pruned.error, pruned.measured_on, seconds
-        )
-    for name, pruned in solved.items():
-        found[name].set_weight(pruned.weight)
-    return PruneReport(method, layers, skipped)
+    check_calibration(chosen, list(patterns), calibration)
+    given = check_masks(masks, patterns, found)
+    hidden, unpermuted = permutable(model, example, method, found, patterns, given)
+    jobs = make_jobs(found, patterns, method, grams, held_out or {}, given)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        solved = solve(jobs, hidden, Checkpoint(checkpoint), f"pruning ({method})", show_progress)
+    return write(method, solved, skipped, unpermuted)
 
 
-def _patterns(
-    found: LayerTable, pattern: str | Pattern | Mapping[str, str | Pattern]
+def write(
+    method: str, solved: Mapping[str, Solved], skipped: dict[str, str], unpermuted: dict[str, str]
+) -> PruneReport:
+    """Write the solved layers into the model and report on them."""
+    for each in solved.values():
+        each.write()
+    layers = {name: each.report for name, each in solved.items()}
+    return PruneReport(method, layers, skipped, {name: each.mask for name, each in solved.items()}, unpermuted)
+
+
+def choose_patterns(
+    found: LayerTable, pattern: str | Pattern | Mapping[str, str | Pattern] | Plan
 ) -> tuple[dict[str, Pattern], dict[str, str]]:
+    """The pattern of each layer to be pruned, and the reason for each that is not.
+
+    Raises ModelError for a glob that matches no layer and a plan of another model.
+    """
     skipped = dict(found.skipped)
+    if isinstance(pattern, str | Pattern):
+        return dict.fromkeys(found, parse(pattern)), skipped
     if not isinstance(pattern, Mapping):
-        one = parse(pattern)
-        return dict.fromkeys(found, one), skipped
+        return _planned(found, pattern, skipped)
     check_globs(pattern, [*found, *found.skipped], "pattern for")
     parsed = {glob: parse(each) for glob, each in pattern.items()}
     patterns: dict[str, Pattern] = {}
@@ -81,7 +110,83 @@ def _patterns(
     return patterns, skipped
 
 
-def _check_calibration(method: Method, names: list[str], calibration: Mapping[str, LayerStatistics] | None) -> None:
+def _planned(found: LayerTable, plan: Plan, skipped: dict[str, str]) -> tuple[dict[str, Pattern], dict[str, str]]:
+    from sparsecomp.plan import Plan
+
+    if not isinstance(plan, Plan):
+        raise PatternError(
+            f'pattern is a {type(plan).__name__}; allowed are a name such as "2:4", a Pattern, a mapping from globs to '
+            "them, and a Plan"
+        )
+    patterns: dict[str, Pattern] = {}
+    for name, layer in plan.sparse.items():
+        if name in skipped:
+            continue
+        if name not in found or found[name].shape != layer.shape:
+            raise ModelError(
+                f'the plan has a layer "{name}" of shape {layer.shape}, which this model lacks; plan this model'
+            )
+        assert layer.pattern is not None
+        patterns[name] = layer.pattern
+    dense = {name: f"the plan leaves it dense: {reason}" for name, reason in plan.stayed_dense.items()}
+    skipped.update({name: dense.get(name, "the plan does not have it") for name in found if name not in patterns})
+    return patterns, skipped
+
+
+def check_masks(
+    masks: Mapping[str, Tensor] | None, patterns: Mapping[str, Pattern], found: LayerTable
+) -> dict[str, Tensor]:
+    """The user's masks; ModelError for one whose layer is not pruned."""
+    for name in masks or {}:
+        if name not in patterns:
+            why = found.skipped.get(name, "the model has no such layer" if name not in found else "it has no pattern")
+            raise ModelError(f'a mask is given for "{name}", which is not pruned ({why}); take it out of masks')
+    return dict(masks or {})
+
+
+def permutable(
+    model: nn.Module,
+    example: Any,
+    method: str,
+    found: LayerTable,
+    patterns: Mapping[str, Pattern],
+    masks: Mapping[str, Tensor],
+) -> tuple[Sequence[Hidden], dict[str, str]]:
+    """The hidden channels to permute with this method, and for each other layer why its inputs stay in order."""
+    if method != PERMUTING:
+        return (), {}
+    if example is None:
+        return (), dict.fromkeys(patterns, "no example batch was given to follow the graph with; pass example=batch")
+    hidden, reasons = find_hidden(model, example, found)
+    kept = []
+    for each in hidden:
+        why = _why_not(each, patterns, masks)
+        if why is None:
+            kept.append(each)
+        elif each.consumer in patterns:
+            reasons[each.consumer] = why
+    return kept, {name: reason for name, reason in reasons.items() if name in patterns}
+
+
+def _why_not(hidden: Hidden, patterns: Mapping[str, Pattern], masks: Mapping[str, Tensor]) -> str | None:
+    for name in (hidden.consumer, *hidden.producers):
+        if name not in patterns:
+            return f'"{name}" is not pruned and stays as it is'
+        if name in masks:
+            return f'the mask of "{name}" was given'
+    pattern = patterns[hidden.consumer]
+    if not order_matters(pattern):
+        return f"{pattern} gains nothing from another order"
+    for name in hidden.producers:
+        each = patterns[name]
+        alone = isinstance(each, NM) and each.mask_rows == 1 and not each.transposable
+        if not alone and not isinstance(each, Unstructured):
+            return f'rows of "{name}" share their masks in {each}, and would have to stay in order'
+    return None
+
+
+def check_calibration(method: Method, names: list[str], calibration: Mapping[str, LayerStatistics] | None) -> None:
+    """CalibrationError naming the layers whose statistics the method needs and that have none."""
     if not method.needs_gram:
         return
     if calibration is None:

@@ -1,0 +1,179 @@
+"""Solve the layers of a model or of one block, each on its own, before any weight is written.
+
+Takes layers, patterns and statistics, gives ``Solved`` values; writing them is another step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparsecomp.calibration import LayerStatistics
+from sparsecomp.display import progress
+from sparsecomp.errors import SparsecompError
+from sparsecomp.layers import LinearRef
+from sparsecomp.patterns import Pattern
+from sparsecomp.prune.checkpoint import Checkpoint, digest
+from sparsecomp.prune.error import relative_error
+from sparsecomp.prune.graph import Hidden
+from sparsecomp.prune.permute import search
+from sparsecomp.prune.report import LayerReport
+from sparsecomp.prune.weight import PrunedWeight, prune_weight
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One layer to solve: ``gram`` and ``held_out`` [in, in] or None, ``mask`` the user's or None."""
+
+    layer: LinearRef
+    pattern: Pattern
+    method: str
+    gram: Tensor | None = None
+    held_out: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A layer's new weight and mask [out, in], in the order of rows and columns it is to have."""
+
+    layer: LinearRef
+    weight: Tensor
+    mask: Tensor
+    report: LayerReport
+    rows: Tensor | None = None
+
+    def write(self) -> None:
+        """Put the weight into the layer, and its bias into the order of the rows."""
+        self.layer.set_weight(self.weight)
+        bias = self.layer.bias
+        if self.rows is not None and bias is not None:
+            with torch.no_grad():
+                bias.copy_(bias[self.rows.to(bias.device)])
+
+
+def make_jobs(
+    layers: Mapping[str, LinearRef],
+    patterns: Mapping[str, Pattern],
+    method: str,
+    grams: Mapping[str, LayerStatistics],
+    held_out: Mapping[str, LayerStatistics],
+    masks: Mapping[str, Tensor],
+) -> dict[str, Job]:
+    """One job a layer that has a pattern."""
+    return {
+        name: Job(
+            layers[name],
+            pattern,
+            method,
+            grams[name].gram if name in grams else None,
+            held_out[name].gram if name in held_out else None,
+            masks.get(name),
+        )
+        for name, pattern in patterns.items()
+    }
+
+
+def solve(
+    jobs: Mapping[str, Job],
+    hidden: Sequence[Hidden],
+    checkpoint: Checkpoint,
+    description: str,
+    show_progress: bool = True,
+) -> dict[str, Solved]:
+    """Solve every job; nothing is written. ``hidden`` are the permutations to try, each kept only where it helps.
+
+    Raises what ``prune_weight`` raises, with the layer's name.
+    """
+    consumers = {each.consumer: each for each in hidden}
+    solved: dict[str, Solved] = {}
+    orders: dict[str, Tensor] = {}
+    items = list(jobs.items())
+    for name, job in progress(items, description, len(items)) if show_progress else items:
+        with naming(name):
+            solved[name], order = _solve_one(name, job, consumers.get(name), checkpoint)
+        if order is not None:
+            orders.update(dict.fromkeys(consumers[name].producers, order))
+    for name, order in orders.items():
+        each = solved[name]
+        rows = order.to(each.weight.device)
+        solved[name] = replace(each, weight=each.weight[rows], mask=each.mask[rows], rows=rows)
+    return solved
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the layer's name before the message of an error."""
+    try:
+        yield
+    except SparsecompError as error:
+        raise type(error)(f"{name or 'the model'}: {error}") from error
+
+
+def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoint) -> tuple[Solved, Tensor | None]:
+    """The solved layer, and the order of its input columns if they were permuted."""
+    segments = None if hidden is None else hidden.segments
+    weight = job.layer.get_weight()
+    key = ""
+    if checkpoint.folder is not None:
+        key = digest(weight, str(job.pattern), job.method, job.gram, job.held_out, job.mask, segments)
+        found = checkpoint.load(name, key)
+        if found is not None:
+            tensors, facts = found
+            report = LayerReport.from_dict(facts)
+            return Solved(job.layer, tensors["weight"].to(weight.device), tensors["mask"].to(weight.device), report), (
+                tensors.get("order")
+            )
+    begin = time.perf_counter()
+    pruned, held, order = _best_order(weight, job, segments)
+    seconds = time.perf_counter() - begin
+    report = LayerReport(
+        name,
+        job.layer.shape,
+        pruned.pattern,
+        job.method,
+        pruned.density,
+        pruned.error,
+        pruned.measured_on,
+        seconds,
+        held,
+        order is not None,
+        pruned.notes,
+    )
+    tensors = {"weight": pruned.weight, "mask": pruned.mask}
+    checkpoint.save(name, key, tensors if order is None else tensors | {"order": order}, report.to_dict())
+    return Solved(job.layer, pruned.weight, pruned.mask, report), order
+
+
+def _best_order(
+    weight: Tensor, job: Job, segments: Sequence[int] | None
+) -> tuple[PrunedWeight, float | None, Tensor | None]:
+    """The solved weight, its held-out error, and the order of columns if a permuted layer was solved better."""
+    plain, error = _prune(weight, job, None)
+    if segments is None or job.gram is None:
+        return plain, error, None
+    order = search(weight, job.gram, job.pattern, segments)
+    if torch.equal(order, torch.arange(len(order))):
+        return plain, error, None
+    permuted, permuted_error = _prune(weight, job, order)
+    before = (plain.error if error is None else error, plain.error)
+    after = (permuted.error if permuted_error is None else permuted_error, permuted.error)
+    # kept only if neither the calibration nor the held-out error grows
+    if after[0] < before[0] and after[1] <= before[1]:
+        return permuted, permuted_error, order
+    return plain, error, None
+
+
+def _prune(weight: Tensor, job: Job, order: Tensor | None) -> tuple[PrunedWeight, float | None]:
+    gram, held_out = job.gram, job.held_out
+    if order is not None:
+        order = order.to(weight.device)
+        weight = weight[:, order]
+        gram, held_out = (None if each is None else each[order][:, order] for each in (gram, held_out))
+    pruned = prune_weight(weight, job.pattern, job.method, gram, job.mask, held_out)
+    return pruned, None if held_out is None else relative_error(weight, pruned.weight, held_out)

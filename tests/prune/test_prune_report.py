@@ -1,0 +1,218 @@
+"""What a report says, as JSON, CSV and a page; and that finished layers are kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from block_models import encoder, token_batches
+from torch import nn
+
+from sparsecomp.calibration import calibrate
+from sparsecomp.errors import FormatError, ModelError, PatternError
+from sparsecomp.patterns import NM
+from sparsecomp.plan import plan
+from sparsecomp.prune import LayerReport, PruneReport, Stage, Tuning, layerwise, prune, prune_blocks, prune_weight
+from sparsecomp.prune.checkpoint import Checkpoint, digest
+from sparsecomp.prune.html import page
+
+_VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects text and tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def report() -> PruneReport:
+    tuning = Tuning(steps=4)
+    made = prune_blocks(encoder(), token_batches(3), {"*.up": "4:8", "*": "2:4"}, tuning=tuning, show_progress=False)
+    stages = (Stage("plain", 1.0, {"cosine": 0.5, "rank": 0.25}), Stage("tuned", 2.0, {"cosine": 0.75}))
+    return PruneReport(
+        made.method, made.layers, made.skipped, made.masks, {"blocks.0.q": "a <reason>"}, made.tunings, stages
+    )
+
+
+def test_the_page_stands_alone_and_shows_everything(report, tmp_path):
+    report.save(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    seen = Page()
+    seen.feed(text)
+    assert seen.open == []
+    assert not re.search(r"(src|href)=|@import|url\(", text)
+    # the only addresses are names of the SVG language
+    assert set(re.findall(r"https?://[^\"']+", text)) <= {"http://www.w3.org/2000/svg"}
+    words = "\n".join(seen.texts)
+    for name, layer in report.layers.items():
+        assert name in words and f"{layer.error:.4f}" in words and f"{layer.held_out_error:.4f}" in words
+    assert "a <reason>" in words and "it is in none of the blocks" in words
+    assert "0.7500" in words and "cosine" in words and "blocks.1: held-out loss" in words
+    assert sum(tag == "svg" for tag, _ in seen.tags) == 1 + 1 + 2 + 2 + 12  # errors, stages, tunings, positions, maps
+
+
+def test_a_mask_map_draws_exactly_the_kept_weights(report):
+    text = page(report, "title")
+    name = "blocks.0.v"
+    path = re.search(rf'<title>{name}</title>.*?<path d="([^"]*)"', text)[1]
+    drawn = torch.zeros_like(report.masks[name])
+    for column, row, length in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", path):
+        drawn[int(row), int(column) : int(column) + int(length)] = True
+    assert torch.equal(drawn, report.masks[name])
+
+
+def test_the_histogram_counts_positions(report):
+    text = page(report, "title")
+    masks = [mask for name, mask in report.masks.items() if report.layers[name].pattern == NM(2, 4)]
+    shares = torch.cat([mask.reshape(-1, 4) for mask in masks]).double().mean(dim=0)
+    drawn = re.search(r"<title>Kept positions, 2:4</title>(.*?)</svg>", text)[1]
+    shown = re.findall(r'font-size="9">(\d+)</text>', drawn)[::2]
+    assert [int(each) for each in shown] == [round(100 * float(share)) for share in shares]
+
+
+def test_json_and_csv_say_the_same(report, tmp_path):
+    for suffix in ("json", "csv"):
+        report.save(tmp_path / f"report.{suffix}")
+    told = json.loads((tmp_path / "report.json").read_text())
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "report.csv").read_text())))
+    assert [row["name"] for row in rows] == [layer["name"] for layer in told["layers"]] == list(report.layers)
+    assert [float(row["error"]) for row in rows] == [layer.error for layer in report.layers.values()]
+    assert rows[0]["shape"] == "16x16"
+    assert told["stages"][1] == {"name": "tuned", "seconds": 2.0, "figures": {"cosine": 0.75}}
+    assert told["tunings"][0]["held_out_after"] == report.tunings[0].held_out_after
+    with pytest.raises(FormatError, match=r'a report is no "\.pdf" file'):
+        report.save(tmp_path / "report.pdf")
+    assert "Stage by stage" in str(report) and "tuned" in str(report) and "held out" in str(report)
+
+
+def test_odd_reports_still_draw():
+    layer = LayerReport("", (4, 0), NM(2, 4), "wanda", 0.0, math.inf, "gram", 0.0)
+    empty = PruneReport("wanda", {"": layer}, {}, {"": torch.zeros(4, 0, dtype=torch.bool)})
+    for each in (empty, PruneReport("wanda", {}, {})):
+        seen = Page()
+        seen.feed(page(each, "<&>"))
+        assert seen.open == [] and "<&>" in seen.texts
+        assert each.to_csv().startswith("name")
+    assert LayerReport.from_dict(layer.to_dict()) == layer
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def test_finished_layers_are_kept_and_used_again(tmp_path, monkeypatch):
+    want, calls, real = small(), [], layerwise.prune_weight
+    calibration = calibrate(want, [torch.randn(64, 16)], show_progress=False)
+    expected = prune(want, "2:4", "wanda", calibration, show_progress=False)
+
+    def counting(w, *rest):
+        calls.append(tuple(w.shape))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(w, *rest)
+
+    monkeypatch.setattr(layerwise, "prune_weight", counting)
+    model = small()
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, "2:4", "wanda", calibration, checkpoint=tmp_path / "work", show_progress=False)
+    torch.testing.assert_close(model.state_dict(), small().state_dict(), rtol=0, atol=0)
+    report = prune(model, "2:4", "wanda", calibration, checkpoint=tmp_path / "work", show_progress=False)
+    assert calls == [(32, 16), (8, 32), (8, 32)]
+    torch.testing.assert_close(model.state_dict(), want.state_dict(), rtol=0, atol=0)
+    assert report.layers["0"].error == expected.layers["0"].error
+    assert all(torch.equal(report.masks[name], mask) for name, mask in expected.masks.items())
+    # another method, pattern or Gram is other work
+    for changed in (("1:4", "wanda", calibration), ("2:4", "magnitude", calibration), ("2:4", "wanda", None)):
+        before = len(calls)
+        if changed[2] is None:
+            changed = (*changed[:2], calibrate(small(), [torch.randn(64, 16)], show_progress=False))
+        prune(small(), *changed, checkpoint=tmp_path / "work", show_progress=False)
+        assert len(calls) == before + 2
+
+
+def test_a_checkpoint_that_cannot_be_used_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FormatError, match=r'checkpoint ".*file" is no folder'):
+        prune(small(), "2:4", checkpoint=tmp_path / "file")
+    kept = Checkpoint(tmp_path)
+    kept.save("a/b*", "key", {"x": torch.arange(3)}, {"n": 1})
+    tensors, facts = kept.load("a/b*", "key")
+    assert facts == {"n": 1} and torch.equal(tensors["x"], torch.arange(3))
+    assert kept.load("a/b*", "other") is None and kept.load("a_b_", "key") is None
+    path = next(tmp_path.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(FormatError, match=r"cannot be read .*delete it"):
+        kept.load("a/b*", "key")
+    assert Checkpoint(None).load("a", "key") is None
+
+
+def test_digests_tell_everything_apart():
+    a = torch.randn(3, 4)
+    parts = [a, a.t(), a.half(), a + 1, a.reshape(4, 3), torch.zeros(0, 3), torch.zeros(3, 0), None, "None", 1, "1"]
+    assert len({digest(part) for part in parts}) == len(parts)
+    assert digest("ab", "c") != digest("a", "bc")
+    assert digest(a) == digest(a.clone())
+    assert digest(a.bfloat16()) == digest(a.bfloat16())
+
+
+def test_a_plan_is_followed():
+    made = plan(small(), "2:4", measure=False)
+    report = prune(small(), made, show_progress=False)
+    assert set(report.layers) == set(made.sparse)
+    for name, reason in made.stayed_dense.items():
+        assert report.skipped[name] == f"the plan leaves it dense: {reason}"
+    assert report.layers or report.skipped
+    if made.sparse:
+        with pytest.raises(ModelError, match="which this model lacks"):
+            prune(nn.Sequential(nn.Linear(8, 8)), made)
+    with pytest.raises(PatternError, match="pattern is a int"):
+        prune(small(), 24)
+
+
+def test_masks_go_in_and_come_out():
+    model, first = small(), small()
+    masks = prune(first, "2:4", show_progress=False).masks
+    report = prune(model, "2:4", "magnitude", masks={"2": ~masks["2"]}, show_progress=False)
+    assert torch.equal(report.masks["2"], ~masks["2"]) and torch.equal(report.masks["0"], masks["0"])
+    want = prune_weight(small()[2].weight, "2:4", mask=~masks["2"]).weight
+    assert torch.equal(model[2].weight, want)
+    with pytest.raises(PatternError, match=r"2: the mask breaks 2:4"):
+        prune(small(), "2:4", masks={"2": torch.ones(8, 32, dtype=torch.bool)})
+    with pytest.raises(
+        ModelError, match=r'a mask is given for "9", which is not pruned \(the model has no such layer\)'
+    ):
+        prune(small(), "2:4", masks={"9": masks["2"]})
+    with pytest.raises(ModelError, match=r'for "2", which is not pruned \(excluded by skip "2"\)'):
+        prune(small(), "2:4", masks=masks, skip="2")
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    model, state = small(), torch.get_rng_state()
+    prune(model, "2:4", seed=1, show_progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
