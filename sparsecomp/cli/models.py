@@ -96,10 +96,11 @@ def load_calibration(arguments: Namespace, model: nn.Module) -> Calibration | No
     """The statistics of ``model`` on the batches that --calibration names, or None without one."""
     if arguments.calibration is None:
         return None
-    return calibrate(model, _load_batches(arguments.calibration), only=arguments.only, skip=arguments.skip)
+    return calibrate(model, load_batches(arguments.calibration), only=arguments.only, skip=arguments.skip)
 
 
-def _load_batches(name: str) -> Iterable[Any]:
+def load_batches(name: str) -> Iterable[Any]:
+    """The batches that a factory gives. Raises ModelError for what is no iterable of batches."""
     batches = call_factory(name, "calibration batches")
     if not isinstance(batches, Iterable) or isinstance(batches, str | dict):
         raise ModelError(f'"{name}" returned a {type(batches).__name__}; return an iterable of batches')

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sparsecomp.cli import models
+from sparsecomp.errors import CalibrationError, FormatError, ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sparsecomp.prune import PruneReport
 
 _EXAMPLE = """\
-example: sparsecomp prune shop.models:build --pattern 2:4 --method wanda --calibration shop.data:batches \\
-             -o pruned.safetensors
+example: sparsecomp prune shop.models:build --pattern 2:4 --method balanced --calibration shop.data:batches \\
+             --blocks --tune 100 --distill 500 --checkpoint work --report report.html -o pruned.safetensors
 
 The file holds ordinary dense weights with zeros in them, under the model's own names. Go on with
     sparsecomp compile shop.models:build --weights pruned.safetensors --pattern 2:4 -o packed.safetensors
+
+Patterns by layer: --pattern 'encoder.*=2:4' --pattern '*=8:16'; the first glob that matches a layer counts.
 """
 
 
@@ -20,25 +32,126 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     """Add the verb."""
     parser = verbs.add_parser("prune", help="prune a model, save dense weights with zeros", epilog=_EXAMPLE)
     models.add_model(parser)
-    parser.add_argument("--pattern", required=True, help='such as "2:4", "8:16" or "2:4@v4"')
-    parser.add_argument("--method", default="magnitude", help="magnitude (default) or wanda; others as registered")
+    parser.add_argument(
+        "--pattern",
+        required=True,
+        action="append",
+        metavar="[GLOB=]PATTERN",
+        help='such as "2:4", "8:16" or "2:4@v4"; with a glob on layer names it may be repeated',
+    )
+    parser.add_argument("--method", default="magnitude", help="magnitude (default), wanda, fast, balanced, ...")
     models.add_pruning(parser)
+    parser.add_argument(
+        "--blocks", action="store_true", help="prune block by block, each seeing the pruned ones before"
+    )
+    parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="with --blocks: tune each block so long")
+    parser.add_argument("--distill", type=int, default=0, metavar="STEPS", help="then tune the whole model so long")
+    parser.add_argument("--learning-rate", type=float, metavar="RATE", help="of tuning (default 3e-4)")
+    parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the batches, to judge by (default 0.1)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument(
+        "--checkpoint", metavar="FOLDER", help="keep finished work there; a second call goes on from it"
+    )
+    parser.add_argument("--masks", metavar="FILE", help="use these masks (safetensors, by layer name; nonzero = kept)")
+    parser.add_argument("--save-masks", metavar="FILE", help="write the masks (safetensors, bool)")
+    parser.add_argument("--report", metavar="FILE", action="append", help="write the report: .json, .csv or .html")
     models.add_output(parser, "safetensors")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
-    import sparsecomp as sc
-
+    _check(arguments)
     model = models.load_model(arguments.model, arguments.weights)
-    calibration = models.load_calibration(arguments, model)
-    chosen = {"only": arguments.only, "skip": arguments.skip}
-    report = sc.prune(model, arguments.pattern, method=arguments.method, calibration=calibration, **chosen)
+    dense = copy.deepcopy(model) if arguments.distill else None
+    report = _prune(arguments, model, dense)
     print(report)
 
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file, save_model
 
+    for path in arguments.report or []:
+        report.save(path)
+    if arguments.save_masks:
+        save_file({name: mask.contiguous() for name, mask in report.masks.items()}, arguments.save_masks)
     save_model(model, arguments.output)
     print(f"wrote {arguments.output} ({Path(arguments.output).stat().st_size / 1e6:.1f} MB of dense weights)")
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse, before any work, options that do not go together and reports that cannot be written."""
+    if arguments.tune and not arguments.blocks:
+        raise ModelError("--tune tunes block after block and needs --blocks; to tune the whole model use --distill")
+    if (arguments.blocks or arguments.distill) and arguments.calibration is None:
+        raise CalibrationError("--blocks and --distill need batches; name a factory: --calibration module:function")
+    for path in map(Path, arguments.report or []):
+        if path.suffix not in (".json", ".csv", ".html"):
+            raise FormatError(f'--report "{path}" is no .json, .csv or .html file; give it one of these endings')
+
+
+def _prune(arguments: argparse.Namespace, model: nn.Module, dense: nn.Module | None) -> PruneReport:
+    import sparsecomp as sc
+    from sparsecomp.prune import Tuning, distill, prune_blocks
+
+    pattern, masks = _patterns(arguments.pattern), _load_masks(arguments.masks)
+    shared: dict[str, Any] = {
+        "only": arguments.only,
+        "skip": arguments.skip,
+        "masks": masks,
+        "checkpoint": arguments.checkpoint,
+        "seed": arguments.seed,
+    }
+    given = {"learning_rate": arguments.learning_rate, "held_out": arguments.held_out}
+    base = Tuning(seed=arguments.seed, **{key: value for key, value in given.items() if value is not None})
+    batches = None if arguments.calibration is None else list(models.load_batches(arguments.calibration))
+    if arguments.blocks:
+        assert batches is not None
+        tuning = dataclasses.replace(base, steps=arguments.tune) if arguments.tune else None
+        report = prune_blocks(model, batches, pattern, arguments.method, tuning=tuning, **shared)
+    else:
+        calibration = None
+        if batches is not None:
+            calibration = sc.calibrate(model, batches, only=arguments.only, skip=arguments.skip)
+        example = batches[0] if batches else None
+        report = sc.prune(model, pattern, arguments.method, calibration, example=example, **shared)
+    if dense is None or batches is None:
+        return report
+    tuning = dataclasses.replace(base, steps=arguments.distill)
+    tuned = distill(model, dense, batches, masks=report.masks, output=_whole_output, tuning=tuning)
+    return dataclasses.replace(report, tunings=(*report.tunings, tuned))
+
+
+def _whole_output(result: Any, batch: Any) -> Tensor:
+    """What the model returns: the tensor, the logits, or the last hidden states."""
+    from torch import Tensor
+
+    for value in (result, getattr(result, "logits", None), getattr(result, "last_hidden_state", None)):
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(result, tuple | list) and result and isinstance(result[0], Tensor):
+        return result[0]
+    raise ModelError(
+        f"--distill cannot tell what a {type(result).__name__} holds; use sparsecomp.distill(..., output=...)"
+    )
+
+
+def _patterns(given: list[str]) -> str | Mapping[str, str]:
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    patterns = {}
+    for text in given:
+        glob, separator, pattern = text.rpartition("=")
+        patterns[glob if separator else "*"] = pattern
+    return patterns
+
+
+def _load_masks(path: str | None) -> dict[str, Tensor] | None:
+    if path is None:
+        return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return {name: mask != 0 for name, mask in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f'masks "{path}" cannot be read as safetensors: {" ".join(str(error).split())}') from error
