@@ -196,3 +196,18 @@ def test_layers_that_must_keep_their_rows_are_not_permuted(permuting):
     assert "gains nothing" in reason({"0": "2:4", "2": "4:4"})
     report = prune(copy.deepcopy(model), "2:4", "fast", calibration, show_progress=False)
     assert "pass example=batch" in report.unpermuted["2"]
+
+
+def test_a_permuted_layer_comes_back_from_its_checkpoint(permuting, tmp_path):
+    made = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 10))
+        batch = torch.randn(300, 12)
+        calibration = calibrate(model, [batch], show_progress=False)
+        report = prune(model, "2:4", "fast", calibration, example=batch, checkpoint=tmp_path, show_progress=False)
+        assert report.layers["2"].permuted
+        made.append((model, report))
+    torch.testing.assert_close(made[0][0].state_dict(), made[1][0].state_dict(), rtol=0, atol=0)
+    assert all(torch.equal(mask, made[1][1].masks[name]) for name, mask in made[0][1].masks.items())
+    assert made[0][1].layers == made[1][1].layers  # times as well: nothing was solved again
