@@ -15,7 +15,7 @@ from sparsecomp.calibration import calibrate
 from sparsecomp.layers import find_linears
 from sparsecomp.patterns import NM
 from sparsecomp.prune import model as pruning
-from sparsecomp.prune import prune
+from sparsecomp.prune import prune, prune_blocks
 from sparsecomp.prune.graph import find_hidden
 from sparsecomp.prune.permute import _Swaps, search
 
@@ -124,11 +124,6 @@ def test_what_cannot_be_permuted_says_why():
     assert hidden == () and reasons["a"].startswith("torch.export cannot trace the model")
 
 
-@pytest.fixture
-def permuting(monkeypatch):
-    monkeypatch.setattr(pruning, "PERMUTING", "fast")
-
-
 def lossless_if_permuted(layer: nn.Linear, columns: tuple[int, ...]) -> None:
     """Give the layer weights in these columns alone: too many for one group, and no loss when they are spread."""
     with torch.no_grad():
@@ -137,17 +132,21 @@ def lossless_if_permuted(layer: nn.Linear, columns: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_permuted_model_computes_the_same_function(permuting, gated):
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_a_permuted_model_computes_the_same_function(gated, by_blocks):
     model = encoder(blocks=2, gated=gated)
     for block in model.blocks:
         assert isinstance(block, Block)
         lossless_if_permuted(block.down, (0, 1, 2, 9))
         lossless_if_permuted(block.o, (0, 1, 3, 5, 8, 9, 10))
     dense, batches = copy.deepcopy(model), token_batches(4)
-    calibration = calibrate(model, batches, show_progress=False)
     # every other layer keeps all of its weights, so that only the permutation can change what the model computes
     patterns = {"*.down": "2:4", "*.o": "2:4", "*": "4:4"}
-    report = prune(model, patterns, "fast", calibration, example=batches[0], show_progress=False)
+    if by_blocks:
+        report = prune_blocks(model, batches, patterns, "best", tuning=None, show_progress=False)
+    else:
+        calibration = calibrate(model, batches, show_progress=False)
+        report = prune(model, patterns, "best", calibration, example=batches[0], show_progress=False)
     permuted = [name for name, layer in report.layers.items() if layer.permuted]
     assert permuted == ["blocks.0.o", "blocks.0.down", "blocks.1.o", "blocks.1.down"]
     assert all(report.layers[name].error < 1e-5 for name in permuted)
@@ -160,15 +159,15 @@ def test_a_permuted_model_computes_the_same_function(permuting, gated):
     assert set(report.unpermuted) == set(report.layers) - set(permuted)
 
 
-def test_no_layer_is_worse_and_the_reported_error_is_the_models(permuting):
+def test_no_layer_is_worse_and_the_reported_error_is_the_models():
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 10, bias=False))
     dense = copy.deepcopy(model)
     batches, held = [torch.randn(300, 12)], [torch.randn(300, 12)]
     calibration, held_out = (calibrate(model, each, show_progress=False) for each in (batches, held))
-    plain = prune(copy.deepcopy(model), {"0": "4:4", "2": "2:4"}, "fast", calibration, held_out=held_out)
+    plain = prune(copy.deepcopy(model), {"0": "4:4", "2": "2:4"}, "best", calibration, held_out=held_out)
     report = prune(
-        model, {"0": "4:4", "2": "2:4"}, "fast", calibration, held_out=held_out, example=batches[0], show_progress=False
+        model, {"0": "4:4", "2": "2:4"}, "best", calibration, held_out=held_out, example=batches[0], show_progress=False
     )
     assert report.layers["2"].permuted
     assert report.layers["2"].error < plain.layers["2"].error
@@ -178,14 +177,14 @@ def test_no_layer_is_worse_and_the_reported_error_is_the_models(permuting):
     assert report.layers["2"].held_out_error == pytest.approx(float(change / whole), rel=1e-4)
 
 
-def test_layers_that_must_keep_their_rows_are_not_permuted(permuting):
+def test_layers_that_must_keep_their_rows_are_not_permuted():
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 10))
     batch = torch.randn(100, 12)
     calibration = calibrate(model, [batch], show_progress=False)
 
     def reason(patterns, **options):
         report = prune(
-            copy.deepcopy(model), patterns, "fast", calibration, example=batch, show_progress=False, **options
+            copy.deepcopy(model), patterns, "best", calibration, example=batch, show_progress=False, **options
         )
         assert not report.layers["2"].permuted
         return report.unpermuted["2"]
@@ -194,18 +193,18 @@ def test_layers_that_must_keep_their_rows_are_not_permuted(permuting):
     assert reason({"2": "2:4"}) == '"0" is not pruned and stays as it is'
     assert reason("2:4", masks={"2": torch.zeros(10, 64, dtype=torch.bool)}) == 'the mask of "2" was given'
     assert "gains nothing" in reason({"0": "2:4", "2": "4:4"})
-    report = prune(copy.deepcopy(model), "2:4", "fast", calibration, show_progress=False)
+    report = prune(copy.deepcopy(model), "2:4", "best", calibration, show_progress=False)
     assert "pass example=batch" in report.unpermuted["2"]
 
 
-def test_a_permuted_layer_comes_back_from_its_checkpoint(permuting, tmp_path):
+def test_a_permuted_layer_comes_back_from_its_checkpoint(tmp_path):
     made = []
     for _ in range(2):
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 10))
         batch = torch.randn(300, 12)
         calibration = calibrate(model, [batch], show_progress=False)
-        report = prune(model, "2:4", "fast", calibration, example=batch, checkpoint=tmp_path, show_progress=False)
+        report = prune(model, "2:4", "best", calibration, example=batch, checkpoint=tmp_path, show_progress=False)
         assert report.layers["2"].permuted
         made.append((model, report))
     torch.testing.assert_close(made[0][0].state_dict(), made[1][0].state_dict(), rtol=0, atol=0)
