@@ -30,7 +30,7 @@ from . import machine, minilm
 
 HELD_OUT_TEXTS = 400
 BATCH = 16
-# every tenth paragraph's worth of calibration text, from documents of their own, guards against overfitting
+# the last tenth of the calibration paragraphs, nearly all from documents of their own, guards against overfitting
 _GUARD_SHARE = 10
 _MIXED_SHARE = 0.6
 _MIXED_WORDS = (8, 90)

@@ -83,11 +83,12 @@ def _errors(report: PruneReport) -> str:
                 f"<title>{escape(tip)}</title></rect>"
             )
         longest = min(max(layer.error, layer.held_out_error or 0.0) / top, 1.0)
-        parts.append(_text(left + width * longest + 6, y + 11, f"{layer.error:.4f}", "start", 10))
+        figures = " / ".join(f"{value:.4f}" for value, _, _ in bars)
+        parts.append(_text(left + width * longest + 6, y + 11, figures, "start", 10))
     key = _text(left, height - 6, "blue: calibration data", "start") + _text(
         left + 160, height - 6, "orange: held out", "start"
     )
-    return f'<div class="scroll">{_svg(left + width + 70, height, [*parts, key], "Relative error by layer")}</div>'
+    return f'<div class="scroll">{_svg(left + width + 110, height, [*parts, key], "Relative error by layer")}</div>'
 
 
 def _stages(report: PruneReport) -> str:
