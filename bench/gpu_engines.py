@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ Call = Callable[[], Tensor]
 class GpuEngine(ABC):
     """One way to compute y = x W^T."""
 
-    name: ClassVar[str]
-    sparse: ClassVar[bool]
+    name: str
+    sparse: bool
 
     def missing(self) -> str | None:
         """None if this machine can run it, else the reason why not."""
@@ -132,7 +132,7 @@ class Ours(GpuEngine):
     def __init__(self, backend: str) -> None:
         """``backend`` is a name in the registry."""
         self._backend = registry.backends()[backend]
-        self.name = f"sparsecomp {backend}"  # type: ignore[misc]
+        self.name = f"sparsecomp {backend}"
 
     def missing(self) -> str | None:
         """Why the backend cannot run here."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from .machine import commit
+from .machine import commit, package_version
 
 _PACKAGES = ("torch", "triton", "sparsecomp")
 _WATCHED = {
@@ -36,7 +35,7 @@ def describe() -> dict[str, Any]:
         "driver": _ask("driver_version"),
         "power limit, W": _ask("power.limit"),
         "cuda": torch.version.cuda,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "commit": commit(),
     }
 
@@ -89,10 +88,3 @@ def _ask(field: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

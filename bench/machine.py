@@ -25,7 +25,7 @@ def describe(device: Device, threads: list[int]) -> dict[str, Any]:
         "caches": {"l1": device.l1_bytes, "l2": device.l2_bytes, "l3": device.l3_bytes},
         "os": platform.system(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "sparsecomp": sparsecomp.__version__,
         "commit": commit(),
         "peaks": {
@@ -39,7 +39,8 @@ def describe(device: Device, threads: list[int]) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

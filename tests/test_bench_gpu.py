@@ -76,7 +76,7 @@ class _Fake(GpuEngine):
     """torch on the CPU, with a fault if asked for."""
 
     def __init__(self, name: str, sparse: bool, fault: str = "") -> None:
-        self.name, self.sparse, self._fault = name, sparse, fault  # type: ignore[misc]
+        self.name, self.sparse, self._fault = name, sparse, fault
 
     def refuses(self, case: Case, dtype: torch.dtype) -> str | None:
         return "has no such shape" if self._fault == "refuses" else None

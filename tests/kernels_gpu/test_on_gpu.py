@@ -11,6 +11,7 @@ from sparsecomp.backends.cusparselt import CusparseltBackend
 from sparsecomp.backends.gluon import GluonBackend
 from sparsecomp.backends.registry import Backend, Request
 from sparsecomp.backends.triton import TritonBackend
+from sparsecomp.backends.triton_block import TritonBlockBackend
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, Config, configs
 from sparsecomp.pack.format import pack
 from sparsecomp.pack.fragments import to_fragments
@@ -58,6 +59,15 @@ def test_gluon_matches_float64(out: int, columns: int, dtype: torch.dtype, batch
     _need(GluonBackend())
     case = random_case("2:4", out, columns, batch, dtype, row_gap=3)
     assert_close_to_float64(_run(GluonBackend(), case), case)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
+@pytest.mark.parametrize("pattern", ["block16x16:0.5", "block32x64:0.3", "block64x64:0.5", "block128x128:0.5"])
+@pytest.mark.parametrize("batch", [0, 1, 33, 129])
+def test_blocks_match_float64(pattern: str, dtype: torch.dtype, batch: int) -> None:
+    _need(TritonBlockBackend())
+    case = random_case(pattern, 333, 777, batch, dtype, row_gap=3)
+    assert_close_to_float64(_run(TritonBlockBackend(), case), case)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
