@@ -1,4 +1,4 @@
-"""The machine code of every tile the kernel may choose, on every supported architecture. No GPU is needed."""
+"""The machine code of every tile the kernel may choose, and its PTX executed on the CPU. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from triton_compiler import MachineCode, compile_kernel
+from gluon_simulator import run
+from gpu_cases import assert_close_to_float64, random_case
+from triton_compiler import MachineCode, compile_kernel, machine_code
 
-from sparsecomp.kernels.nm_decompress import Tile, choose_tile
-from sparsecomp.patterns import NM
+from sparsecomp.backends.triton import TritonBackend
+from sparsecomp.kernels.nm_decompress import GROUP_BLOCK, Tile, choose_tile
+from sparsecomp.pack.format import pack
+from sparsecomp.patterns import NM, row_nm
 
 CAPABILITIES = (80, 86, 89, 90)
 # bytes of shared memory that one block may have
@@ -36,7 +40,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 def _compile(capability: int, nm: NM, dtype: torch.dtype, tile: Tile, aligned: bool, folder: Path) -> MachineCode:
-    code = compile_kernel(capability, nm, dtype, tile, aligned, folder)
+    code = machine_code(compile_kernel(capability, nm, dtype, tile, aligned), folder)
     assert code.instructions["EXIT"] > 0, "the listing was not read"
     return code
 
@@ -61,3 +65,32 @@ def test_machine_code(capability: int, nm: NM, dtype: torch.dtype, batch: int, a
 
 def test_spills_are_noticed(tmp_path: Path) -> None:
     assert _compile(80, NM(2, 4), BRAIN, Tile(256, 128, 64, 4, 2), True, tmp_path).spills
+
+
+@pytest.mark.parametrize(
+    ("pattern", "out", "columns", "batch", "dtype"),
+    [
+        ("2:4", 96, 160, 16, BRAIN),
+        ("2:4", 70, 133, 3, HALF),
+        ("8:16", 80, 176, 70, BRAIN),
+        ("5:16", 40, 70, 20, HALF),
+        ("1:4", 33, 128, 1, BRAIN),
+        ("2:4@v4", 64, 64, 5, HALF),
+        ("4:8", 40, 72, 9, SINGLE),
+    ],
+)
+def test_compiled_code_matches_float64(pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype) -> None:
+    case = random_case(pattern, out, columns, batch, dtype)
+    packed = pack(case.weight, pattern)
+    nm = row_nm(packed.pattern)
+    assert nm is not None and case.bias is not None
+    values, positions = TritonBackend().prepare(packed).tensors
+    tile = choose_tile(dtype, batch)
+    compiled = compile_kernel(80, nm, dtype, tile, out % 16 == 0 and columns % 16 == 0)
+    y = torch.empty(batch, out, dtype=dtype)
+    blocks = -(-out // tile.out) * -(-batch // tile.batch)
+    sizes = (batch, out, columns, values.shape[2] // GROUP_BLOCK, columns, out)
+    arguments = (case.x, values, positions, case.bias, y, *sizes)
+    report = run(compiled.asm["ptx"], arguments, blocks, tile.warps, compiled.metadata.shared)
+    assert report.races == ()
+    assert_close_to_float64(y, case)

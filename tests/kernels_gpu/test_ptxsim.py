@@ -129,6 +129,11 @@ def test_halves_round_as_torch_rounds(kind: str, dtype: torch.dtype) -> None:
     assert set(got >> 16) == {int(torch.ones(1).to(dtype).view(torch.int16)[0])}
 
 
+def test_a_register_that_nothing_writes_holds_poison() -> None:
+    got, _ = _run("mov.b32 %r2, {%rs1, %rs2};\nst.global.b32 [%rd5], %r2;", _VALUES)
+    assert set(got.tolist()) == {0xCCCCCCCC}
+
+
 def test_threads_that_part_meet_again() -> None:
     body = """mov.b32 %r2, 0;
 	mov.b32 %r3, 0;
@@ -254,7 +259,7 @@ _REFUSED = {
     "part of a warp": "setp.lt.s32 %p1, %r1, 7;\n@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];",
     "spill": "ld.local.b32 %r2, [%r1];",
     "not known": "dp4a.u32.u32 %r2, %r1, %r1, %r1;",
-    "read before it is written": "add.s32 %r2, %r98, 1;",
+    "read before it is written": "add.s32 %r2, %r98, 1;\nmov.b32 %r98, 0;",
     "runs past": "bra $end;\nret;\n$end:\n",
     "no end": "$loop:\nbra $loop;",
 }

@@ -36,9 +36,7 @@ class MachineCode:
         return self.stack > 0 or self.instructions["LDL"] + self.instructions["STL"] > 0
 
 
-def compile_kernel(
-    capability: int, nm: NM, dtype: torch.dtype, tile: nm_decompress.Tile, aligned: bool, folder: Path
-) -> MachineCode:
+def compile_kernel(capability: int, nm: NM, dtype: torch.dtype, tile: nm_decompress.Tile, aligned: bool) -> Any:
     """The kernel for ``sm_<capability>``; ``aligned`` is what a launch finds when every size is a multiple of 16."""
     kernel = nm_decompress.nm_linear_kernel
     constants = {
@@ -52,8 +50,7 @@ def compile_kernel(
         "TILE_COLUMNS": tile.columns,
     }
     types = {"positions": "*u8"}
-    compiled = _compile(kernel, capability, dtype, types, constants, aligned, tile.warps, tile.stages)
-    return machine_code(compiled, folder)
+    return _compile(kernel, capability, dtype, types, constants, aligned, tile.warps, tile.stages)
 
 
 def compile_block_kernel(

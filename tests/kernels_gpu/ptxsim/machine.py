@@ -63,6 +63,13 @@ class Machine:
         self.executed: Counter[str] = Counter()
         self.active = np.ones(self.total, bool)
         self._registers: dict[str, Array] = _special_registers(grid, threads)
+        self._targets = {
+            part.name
+            for instruction in program.instructions
+            if instruction.operands
+            for part in vector(instruction.operands[0])
+            if isinstance(part, Register)
+        }
         self._position = np.zeros(self.total, np.int64)
         self._alive = np.ones(self.total, bool)
         self._waiting = np.zeros(self.total, bool)
@@ -74,7 +81,10 @@ class Machine:
         """The bits of a scalar operand for every thread."""
         if isinstance(operand, Register):
             if operand.name not in self._registers:
-                raise SimulationError(f"register {operand.name} is read before it is written")
+                if operand.name in self._targets:
+                    raise SimulationError(f"register {operand.name} is read before it is written")
+                # nothing ever writes it: the compiler's way to say that any value will do
+                return np.full(self.total, _POISON & ((1 << 8 * width) - 1), UNSIGNED[width])
             return resize(self._registers[operand.name], width)
         if isinstance(operand, Immediate):
             return np.full(self.total, operand.bits & ((1 << 8 * width) - 1), UNSIGNED[width])
