@@ -31,6 +31,7 @@ class Latency:
 class DemoResult:
     """Everything the report says. Bytes are of whole files or state dicts, ``rows`` the planned batch sizes."""
 
+    method: str
     device: Device
     calibration: str
     held_out: int
@@ -50,7 +51,7 @@ class DemoResult:
 def render(result: DemoResult) -> str:
     """The report as plain text."""
     parts = [
-        f"sparsecomp demo: all-MiniLM-L6-v2, {len(result.layers.rows)} encoder layers at 2:4, method wanda",
+        f"sparsecomp demo: all-MiniLM-L6-v2, {len(result.layers.rows)} encoder layers at 2:4, method {result.method}",
         f"{result.device.describe()}\n{result.calibration}",
         _layers(result),
         _planner(result),

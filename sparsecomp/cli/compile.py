@@ -21,7 +21,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     parser = verbs.add_parser("compile", help="pack a model into sparse layers and save it", epilog=_EXAMPLE)
     models.add_model(parser)
     parser.add_argument("--pattern", required=True, help='such as "2:4" or "8:16"')
-    parser.add_argument("--method", help="prune first: magnitude or wanda; others as registered")
+    parser.add_argument("--method", help="prune first: magnitude, wanda, sparsegpt, fast, balanced, ...")
     parser.add_argument("--everywhere", action="store_true", help="pack layers in which dense is faster, too")
     parser.add_argument("--batch", metavar="LIST", default="1,128", help="rows of x to plan for (default 1,128)")
     models.add_pruning(parser)
