@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.cmake' \))
-CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/kernels/*.cpp)
+CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/kernels/*.[ch]pp)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench sanitize clean

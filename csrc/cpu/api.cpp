@@ -32,7 +32,8 @@ const char* sparsecomp_error_text(int code) {
       return "no error";
     case SPARSECOMP_INVALID:
       return "the weight description, a size, a stride, a pointer or the activation is not valid; "
-             "needed are M in 2, 4, 8, 16, 1 <= N <= M, sizes below 2^31, ldx >= in_features, ldy >= out_features";
+             "needed are M in 2, 4, 8, 16, 1 <= N <= M, blocks whose bitmap names as many as are kept, "
+             "sizes below 2^31, ldx >= in_features, ldy >= out_features";
     case SPARSECOMP_UNSUPPORTED:
       return "x has no element type that goes with the weight; it must be that of the weight, or float32, float16 or "
              "bfloat16 for an int8 weight";
@@ -101,7 +102,7 @@ int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const 
   Geometry g;
   if (!weight || !make_geometry(*weight, &g) || batch < 0) return SPARSECOMP_INVALID;
   const sparsecomp_epilogue last = epilogue ? *epilogue : sparsecomp_epilogue{};
-  if (last.activation < SPARSECOMP_NO_ACTIVATION || last.activation > SPARSECOMP_SILU) return SPARSECOMP_INVALID;
+  if (!sparsecomp::known_activation(last.activation)) return SPARSECOMP_INVALID;
   if (dtype < SPARSECOMP_F32 || dtype > SPARSECOMP_BF16) return SPARSECOMP_UNSUPPORTED;
   if (g.dtype != SPARSECOMP_I8 && g.dtype != dtype) return SPARSECOMP_UNSUPPORTED;
   if (g.out == 0 || batch == 0) return SPARSECOMP_OK;

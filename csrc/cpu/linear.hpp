@@ -62,6 +62,10 @@ struct FinishArgs {
   int dtype;
 };
 
+static inline bool known_activation(int activation) {
+  return activation >= SPARSECOMP_NO_ACTIVATION && activation <= SPARSECOMP_SILU;
+}
+
 // The epilogue of the rows from `row` on; they are elements of `dtype`.
 static inline sparsecomp_epilogue epilogue_at(const sparsecomp_epilogue& all, int64_t row, int dtype) {
   sparsecomp_epilogue part = all;

@@ -46,16 +46,17 @@ void reference_block(const Geometry& g, const LinearCall& call, int64_t tile, in
   }
   for (int r = 0; r < kTile && tile * kTile + r < g.out; ++r) {
     const int64_t row = tile * kTile + r;
-    const float scale = call.epilogue.row_scales ? call.epilogue.row_scales[row] : 1.0f;
-    const float bias = call.epilogue.bias ? load_number(call.epilogue.bias, row, call.dtype) : 0.0f;
-    for (int64_t b = 0; b < columns; ++b) {
-      const float value = activate(sums[r][b] * scale + bias, call.epilogue.activation);
-      store_number(value, call.y, (first + b) * call.ldy + row, call.dtype);
-    }
+    for (int64_t b = 0; b < columns; ++b) reference_finish(call, sums[r][b], row, first + b);
   }
 }
 
 }  // namespace
+
+void reference_finish(const LinearCall& call, float sum, int64_t row, int64_t column) {
+  const float scale = call.epilogue.row_scales ? call.epilogue.row_scales[row] : 1.0f;
+  const float bias = call.epilogue.bias ? load_number(call.epilogue.bias, row, call.dtype) : 0.0f;
+  store_number(activate(sum * scale + bias, call.epilogue.activation), call.y, column * call.ldy + row, call.dtype);
+}
 
 void reference_linear(const Geometry& g, const LinearCall& call) {
   parallel_for(call.threads, g.tiles, [&](int64_t tile) {

@@ -5,6 +5,6 @@
 #if defined(__clang__)
 #define SPARSECOMP_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define SPARSECOMP_UNROLL _Pragma("GCC unroll 16")
+#define SPARSECOMP_UNROLL _Pragma("GCC unroll 32")
 #endif
 #define SPARSECOMP_INLINE __attribute__((always_inline)) inline

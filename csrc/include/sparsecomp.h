@@ -53,7 +53,7 @@ typedef struct sparsecomp_epilogue {
 
 SPARSECOMP_API const char* sparsecomp_error_text(int code);
 
-/* Name of the instruction set in use: "avx512_bf16", "avx512", "avx2" or "reference". Chosen once at load from
+/* Name of the instruction set in use: "avx512_bf16", "avx512", "avx2", "neon" or "reference". Chosen once at load from
  * CPUID and OS state; the environment variable SPARSECOMP_ISA names a lower one. */
 SPARSECOMP_API const char* sparsecomp_isa(void);
 /* All instruction sets this machine can run, best first, separated by commas. */
@@ -81,6 +81,31 @@ SPARSECOMP_API int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const voi
 SPARSECOMP_API int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata,
                                         int32_t dtype, const void* x, int64_t ldx, int64_t batch,
                                         const sparsecomp_epilogue* epilogue, void* y, int64_t ldy, int threads);
+
+/* A block-sparse weight [out_features, in_features]: `kept` whole blocks of rows x cols hold the nonzeros. */
+typedef struct sparsecomp_block {
+  int64_t out_features;
+  int64_t in_features;
+  int32_t rows;
+  int32_t cols;
+  int64_t kept;
+  int32_t dtype;
+} sparsecomp_block;
+
+/* As the functions of N:M weights above. Canonical values are [kept, rows, cols], canonical metadata is the bitmap of
+ * the kept blocks; a bitmap that does not name `kept` blocks, or a damaged layout, is SPARSECOMP_INVALID. There is no
+ * product of int8 blocks: its code is SPARSECOMP_UNSUPPORTED. */
+SPARSECOMP_API int64_t sparsecomp_block_values_bytes(const sparsecomp_block* weight);
+SPARSECOMP_API int64_t sparsecomp_block_metadata_bytes(const sparsecomp_block* weight);
+SPARSECOMP_API int sparsecomp_block_pack(const sparsecomp_block* weight, const void* canonical_values,
+                                         const uint8_t* canonical_metadata, void* values, void* metadata);
+SPARSECOMP_API int sparsecomp_block_unpack(const sparsecomp_block* weight, const void* values, const void* metadata,
+                                           void* canonical_values, uint8_t* canonical_metadata);
+SPARSECOMP_API int sparsecomp_block_to_dense(const sparsecomp_block* weight, const void* values, const void* metadata,
+                                             void* dense, int threads);
+SPARSECOMP_API int sparsecomp_block_linear(const sparsecomp_block* weight, const void* values, const void* metadata,
+                                           int32_t dtype, const void* x, int64_t ldx, int64_t batch,
+                                           const sparsecomp_epilogue* epilogue, void* y, int64_t ldy, int threads);
 
 /* Measured peaks of this machine, for the roofline bound. */
 SPARSECOMP_API double sparsecomp_measure_flops(int32_t dtype, int threads); /* multiply-adds count as 2, per second */

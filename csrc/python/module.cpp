@@ -119,16 +119,98 @@ PyObject* nm_to_dense(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return none_or_error(code);
 }
 
+// The last step of nm_linear and block_linear, whose arguments stand in the same places.
+sparsecomp_epilogue epilogue_of(const std::array<int64_t, 18>& v) {
+  return {pointer<const float>(v[12]), pointer<const void>(v[13]), narrow(v[14], -1)};
+}
+
 PyObject* nm_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   std::array<int64_t, 18> v;
   if (!read_integers("nm_linear", args, given, &v)) return nullptr;
   const sparsecomp_nm weight = weight_of(v);
-  const sparsecomp_epilogue epilogue = {pointer<const float>(v[12]), pointer<const void>(v[13]), narrow(v[14], -1)};
+  const sparsecomp_epilogue epilogue = epilogue_of(v);
   int code;
   Py_BEGIN_ALLOW_THREADS;
   code = sparsecomp_nm_linear(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), narrow(v[8], -1),
                               pointer<const void>(v[9]), v[10], v[11], &epilogue, pointer<void>(v[15]), v[16],
                               thread_count(v[17]));
+  Py_END_ALLOW_THREADS;
+  return none_or_error(code);
+}
+
+// The first six integers of every block_ function. Values beyond int32 become 0, which no description allows.
+template <size_t Count>
+sparsecomp_block block_of(const std::array<int64_t, Count>& v) {
+  const auto narrow = [](int64_t value) {
+    return value == static_cast<int32_t>(value) ? static_cast<int32_t>(value) : 0;
+  };
+  const bool dtype = v[5] == static_cast<int32_t>(v[5]);
+  return {v[0], v[1], dtype ? narrow(v[2]) : 0, narrow(v[3]), v[4], narrow(v[5])};
+}
+
+PyObject* block_byte_count(const char* name, int64_t (*function)(const sparsecomp_block*), PyObject* const* args,
+                           Py_ssize_t given) {
+  std::array<int64_t, 6> v;
+  if (!read_integers(name, args, given, &v)) return nullptr;
+  const sparsecomp_block weight = block_of(v);
+  const int64_t bytes = function(&weight);
+  return bytes < 0 ? raise_code(SPARSECOMP_INVALID) : PyLong_FromLongLong(bytes);
+}
+
+PyObject* block_values_bytes(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return block_byte_count("block_values_bytes", sparsecomp_block_values_bytes, args, given);
+}
+
+PyObject* block_metadata_bytes(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return block_byte_count("block_metadata_bytes", sparsecomp_block_metadata_bytes, args, given);
+}
+
+PyObject* block_pack(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  std::array<int64_t, 10> v;
+  if (!read_integers("block_pack", args, given, &v)) return nullptr;
+  const sparsecomp_block weight = block_of(v);
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  code = sparsecomp_block_pack(&weight, pointer<const void>(v[6]), pointer<const uint8_t>(v[7]), pointer<void>(v[8]),
+                               pointer<void>(v[9]));
+  Py_END_ALLOW_THREADS;
+  return none_or_error(code);
+}
+
+PyObject* block_unpack(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  std::array<int64_t, 10> v;
+  if (!read_integers("block_unpack", args, given, &v)) return nullptr;
+  const sparsecomp_block weight = block_of(v);
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  code = sparsecomp_block_unpack(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<void>(v[8]),
+                                 pointer<uint8_t>(v[9]));
+  Py_END_ALLOW_THREADS;
+  return none_or_error(code);
+}
+
+PyObject* block_to_dense(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  std::array<int64_t, 10> v;
+  if (!read_integers("block_to_dense", args, given, &v)) return nullptr;
+  const sparsecomp_block weight = block_of(v);
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  code = sparsecomp_block_to_dense(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), pointer<void>(v[8]),
+                                   thread_count(v[9]));
+  Py_END_ALLOW_THREADS;
+  return none_or_error(code);
+}
+
+PyObject* block_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  std::array<int64_t, 18> v;
+  if (!read_integers("block_linear", args, given, &v)) return nullptr;
+  const sparsecomp_block weight = block_of(v);
+  const sparsecomp_epilogue epilogue = epilogue_of(v);
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  code = sparsecomp_block_linear(&weight, pointer<const void>(v[6]), pointer<const void>(v[7]), narrow(v[8], -1),
+                                 pointer<const void>(v[9]), v[10], v[11], &epilogue, pointer<void>(v[15]), v[16],
+                                 thread_count(v[17]));
   Py_END_ALLOW_THREADS;
   return none_or_error(code);
 }
@@ -160,6 +242,7 @@ PyMethodDef fast(const char* name, FastCall function, const char* doc) {
 }
 
 #define WEIGHT "out, in, n, m, mask_rows, dtype"
+#define BLOCK_WEIGHT "out, in, rows, cols, kept, dtype"
 
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS,
@@ -177,6 +260,19 @@ PyMethodDef methods[] = {
          "nm_linear(" WEIGHT
          ", values, metadata, x dtype, x, ldx, batch, row_scales or 0, bias or 0, activation, y, ldy, threads):"
          " y = activation(row_scales * x W^T + bias)."),
+    fast("block_values_bytes", block_values_bytes, "block_values_bytes(" BLOCK_WEIGHT ") -> int: as nm_values_bytes."),
+    fast("block_metadata_bytes", block_metadata_bytes,
+         "block_metadata_bytes(" BLOCK_WEIGHT ") -> int: as nm_metadata_bytes."),
+    fast("block_pack", block_pack,
+         "block_pack(" BLOCK_WEIGHT ", canonical_values, canonical_metadata, values, metadata): as nm_pack."),
+    fast("block_unpack", block_unpack,
+         "block_unpack(" BLOCK_WEIGHT ", values, metadata, canonical_values, canonical_metadata): as nm_unpack."),
+    fast("block_to_dense", block_to_dense,
+         "block_to_dense(" BLOCK_WEIGHT ", values, metadata, dense, threads): as nm_to_dense."),
+    fast("block_linear", block_linear,
+         "block_linear(" BLOCK_WEIGHT
+         ", values, metadata, x dtype, x, ldx, batch, row_scales or 0, bias or 0, activation, y, ldy, threads):"
+         " as nm_linear."),
     fast("measure_flops", measure_flops, "measure_flops(dtype, threads) -> float: FLOP/s of multiply-adds."),
     fast("measure_read_bandwidth", measure_read_bandwidth, "measure_read_bandwidth(threads) -> float: bytes/s."),
     {nullptr, nullptr, 0, nullptr}};

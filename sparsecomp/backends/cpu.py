@@ -1,4 +1,5 @@
-"""Adapter of the compiled CPU kernels (C ABI, raw pointers): N:M and V:N:M weights in fp32, fp16, bf16 and int8.
+"""Adapter of the compiled CPU kernels (C ABI, raw pointers): N:M and V:N:M weights in fp32, fp16, bf16 and int8, and
+block weights in fp32, fp16 and bf16.
 
 Gives a Kernel of two byte tensors in the layout of csrc/include/sparsecomp.h, and row scales for int8.
 Knows no instruction set.
@@ -6,9 +7,11 @@ Knows no instruction set.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +21,10 @@ from sparsecomp.backends.registry import QUANTIZED_TENSORS, Backend, Kernel, Req
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import packed_bytes
 from sparsecomp.pack.format import PackedWeight, dequantize
-from sparsecomp.patterns import NM, Pattern, row_nm
+from sparsecomp.patterns import Block, Pattern, row_nm
 
+MOST_PADDING = 1.5  # stored over real weights of a block
+MOST_SIDE = 1 << 20
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
@@ -44,11 +49,58 @@ def _require_native() -> ModuleType:
     return module
 
 
-def _stored(pattern: Pattern) -> NM:
+def _stored(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, kept: int) -> tuple[str, tuple[int, ...]]:
+    """The family of functions of the library that serve a weight, and its description; ``kept`` counts blocks."""
+    if isinstance(pattern, Block):
+        return "block", (*shape, pattern.rows, pattern.cols, kept, DTYPE_CODES[dtype])
     nm = row_nm(pattern)
     if nm is None:
-        raise BackendError(f'"{pattern}" is not stored as N:M groups; the cpu backend runs N:M and V:N:M patterns')
-    return nm
+        raise BackendError(f'"{pattern}" has no packed form; the cpu backend runs N:M, V:N:M and block patterns')
+    return "nm", (*shape, nm.n, nm.m, nm.mask_rows, DTYPE_CODES[dtype])
+
+
+def _call(family: str, function: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(_require_native(), f"{family}_{function}")
+    return found
+
+
+def _family(kernel: Kernel) -> str:
+    return "block" if isinstance(kernel.pattern, Block) else "nm"
+
+
+def _kept_blocks(values_bytes: int, pattern: Block, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """How many blocks values of so many bytes hold, at most all of the grid."""
+    down, across = pattern.grid(*shape)
+    if down * across == 0:
+        return 0
+    family, arguments = _stored(pattern, shape, dtype, 1)
+    return min(down * across, values_bytes // int(_call(family, "values_bytes")(*arguments)))
+
+
+def _canonical_shapes(kernel: Kernel) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Shapes of the canonical values and metadata of a kernel's weight (docs/format.md)."""
+    pattern, (out, columns) = kernel.pattern, kernel.shape
+    if isinstance(pattern, Block):
+        down, across = pattern.grid(out, columns)
+        return (kernel.arguments[4], pattern.rows, pattern.cols), (down, packed_bytes(across, 1))
+    nm = row_nm(pattern)
+    assert nm is not None  # it was prepared
+    slots = nm.slots(columns)
+    return (out, slots), (-(-out // nm.mask_rows), packed_bytes(slots, nm.index_bits))
+
+
+def _unfit_block(pattern: Block) -> str | None:
+    """Why the library would store blocks of that size with too much padding, or None."""
+    rows, cols = pattern.rows, pattern.cols
+    if max(rows, cols) >= MOST_SIDE:
+        return f"has no kernel for {pattern}; sides of a block are below {MOST_SIDE}"
+    stored = _require_native().block_values_bytes(rows, cols, rows, cols, 1, DTYPE_CODES[torch.int8])
+    if stored <= MOST_PADDING * rows * cols:
+        return None
+    return (
+        f"has no kernel for {pattern}: a {rows}x{cols} block fills less than two thirds of the vectors of 16 weights "
+        f"it takes; sides such as 16x1, 4x4, 1x16 and their multiples fill them"
+    )
 
 
 class CpuBackend(Backend):
@@ -63,11 +115,16 @@ class CpuBackend(Backend):
         return module if isinstance(module, str) else None
 
     def supports(self, request: Request) -> str | None:
-        """None for N:M and V:N:M in fp32, fp16 and bf16 on the CPU, weights also in int8, else the reason."""
+        """None for N:M, V:N:M and blocks that fill vectors, in fp32, fp16 and bf16 on the CPU, else the reason."""
         if request.device != "cpu":
             return f"runs on cpu, not on {request.device}"
-        if row_nm(request.pattern) is None:
-            return f"has no kernel for {request.pattern}; N:M and V:N:M patterns only"
+        if isinstance(request.pattern, Block):
+            if request.quantized:
+                return "has no kernel for int8 blocks; int8 weights are N:M and V:N:M only"
+            if reason := self.missing() or _unfit_block(request.pattern):
+                return reason
+        elif row_nm(request.pattern) is None:
+            return f"has no kernel for {request.pattern}; N:M, V:N:M and block patterns only"
         if request.dtype not in DTYPE_CODES or request.dtype == torch.int8:
             return f"has no kernel for {request.dtype}; torch.float32, torch.float16 and torch.bfloat16 only"
         return None
@@ -76,10 +133,12 @@ class CpuBackend(Backend):
         self, tensors: tuple[Tensor, ...], pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype
     ) -> Kernel:
         """The kernel whose layout these byte tensors (and scales) are; BackendError if their sizes say otherwise."""
-        module, nm = _require_native(), _stored(pattern)
         quantized = len(tensors) == QUANTIZED_TENSORS
-        arguments = (*shape, nm.n, nm.m, nm.mask_rows, DTYPE_CODES[torch.int8 if quantized else dtype])
-        sizes = module.nm_values_bytes(*arguments), module.nm_metadata_bytes(*arguments), *([4 * shape[0]] * quantized)
+        stored = torch.int8 if quantized else dtype
+        kept = _kept_blocks(tensors[0].nbytes, pattern, shape, stored) if isinstance(pattern, Block) else 0
+        family, arguments = _stored(pattern, shape, stored, kept)
+        layout = _call(family, "values_bytes")(*arguments), _call(family, "metadata_bytes")(*arguments)
+        sizes = (*layout, *([4 * shape[0]] * quantized))
         # the library reads raw memory, so sizes are checked wherever tensors come from outside
         if tuple(tensor.nbytes for tensor in tensors) != sizes or not all(each.is_contiguous() for each in tensors):
             got = ", ".join(str(tensor.nbytes) for tensor in tensors)
@@ -91,25 +150,23 @@ class CpuBackend(Backend):
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The layout of ``packed``, which must be on the CPU."""
-        module, nm = _require_native(), _stored(packed.pattern)
-        arguments = (*packed.shape, nm.n, nm.m, nm.mask_rows, DTYPE_CODES[packed.values.dtype])
-        values = torch.empty(module.nm_values_bytes(*arguments), dtype=torch.uint8)
-        metadata = torch.empty(module.nm_metadata_bytes(*arguments), dtype=torch.uint8)
+        family, arguments = _stored(packed.pattern, packed.shape, packed.values.dtype, packed.values.shape[0])
+        values = torch.empty(_call(family, "values_bytes")(*arguments), dtype=torch.uint8)
+        metadata = torch.empty(_call(family, "metadata_bytes")(*arguments), dtype=torch.uint8)
         canonical = packed.values.detach().contiguous(), packed.metadata.contiguous()
         pointers = (tensor.data_ptr() for tensor in (*canonical, values, metadata))
-        module.nm_pack(*arguments, *pointers)
+        _call(family, "pack")(*arguments, *pointers)
         scales = () if packed.scales is None else (packed.scales.detach().contiguous(),)
         return self.adopt((values, metadata, *scales), packed.pattern, packed.shape, packed.dtype)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, bit for bit what ``prepare`` was given."""
-        nm, (out, columns) = _stored(kernel.pattern), kernel.shape
-        slots = nm.slots(columns)
+        shapes = _canonical_shapes(kernel)
         layout, scales = kernel.tensors[:2], kernel.tensors[2:]
-        values = torch.empty(out, slots, dtype=torch.int8 if scales else kernel.dtype)
-        metadata = torch.empty(-(-out // nm.mask_rows), packed_bytes(slots, nm.index_bits), dtype=torch.uint8)
+        values = torch.empty(shapes[0], dtype=torch.int8 if scales else kernel.dtype)
+        metadata = torch.empty(shapes[1], dtype=torch.uint8)
         pointers = (tensor.data_ptr() for tensor in (*layout, values, metadata))
-        _require_native().nm_unpack(*kernel.arguments, *pointers)
+        _call(_family(kernel), "unpack")(*kernel.arguments, *pointers)
         quantized = (scales[0], kernel.dtype) if scales else ()
         return PackedWeight(values, metadata, kernel.pattern, kernel.shape, *quantized)
 
@@ -118,7 +175,7 @@ class CpuBackend(Backend):
         values, metadata, *scales = kernel.tensors
         weight = torch.empty(kernel.shape, dtype=torch.int8 if scales else kernel.dtype)
         pointers = (values.data_ptr(), metadata.data_ptr(), weight.data_ptr())
-        _require_native().nm_to_dense(*kernel.arguments, *pointers, torch.get_num_threads())
+        _call(_family(kernel), "to_dense")(*kernel.arguments, *pointers, torch.get_num_threads())
         return dequantize(weight, scales[0], kernel.dtype) if scales else weight
 
     def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -138,7 +195,9 @@ class CpuBackend(Backend):
             x, step = x.contiguous(), columns
         values, metadata, *scales = kernel.tensors
         # pointers are read at every call: a tensor whose storage was replaced is then followed, not read after free
-        _require_native().nm_linear(
+        module = _require_native()
+        linear = module.block_linear if isinstance(kernel.pattern, Block) else module.nm_linear
+        linear(
             *kernel.arguments,
             values.data_ptr(),
             metadata.data_ptr(),

@@ -33,14 +33,14 @@ def test_asking_imports_no_optional_package() -> None:
     assert done.stderr.strip() == ""
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "8:16", "64:2:8", "2:4@v4", "block16x16:0.5"])
+@pytest.mark.parametrize("pattern", ["2:4", "8:16", "64:2:8", "2:4@v4", "block16x16:0.5", "block3x3:0.5"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_choice_is_the_first_without_a_reason(pattern: str, dtype: torch.dtype) -> None:
     answers = explain(request_of(pattern, dtype))
     assert [name for name, _ in answers] == list(backends())
     first = next(name for name, reason in answers if reason is None)
     assert choose(request_of(pattern, dtype)) == first
-    kernel_there = not isinstance(native(), str) and not pattern.startswith("block")
+    kernel_there = not isinstance(native(), str) and pattern != "block3x3:0.5"  # its blocks are padded too much
     assert first == ("cpu" if kernel_there else "dense")
 
 

@@ -10,7 +10,8 @@ from sparsecomp.pack.format import pack
 from sparsecomp.patterns import parse
 from sparsecomp.prune import prune_weight
 
-PATTERNS = ["1:2", "2:4", "3:4", "4:8", "2:8", "8:16", "5:16", "16:16", "2:4@v4", "4:2:8", "block4x8:0.4"]
+NM_PATTERNS = ["1:2", "2:4", "3:4", "4:8", "2:8", "8:16", "5:16", "16:16", "2:4@v4", "4:2:8"]
+PATTERNS = [*NM_PATTERNS, "block4x8:0.4", "block3x3:0.5"]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SHAPES = [(1, 1), (5, 3), (16, 32), (17, 47), (33, 130), (4, 0), (0, 8)]
 

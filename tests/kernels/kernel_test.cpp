@@ -2,15 +2,11 @@
 // every buffer exactly as large as the contract says, so that a sanitizer or a guard page sees any access beyond it.
 // Also tests the partition of work for core counts that this machine does not have.
 //   cmake --workflow --preset sanitize
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 
 #include "dispatch.hpp"
@@ -19,73 +15,12 @@
 #include "partition.hpp"
 #include "reference.hpp"
 #include "sparsecomp.h"
+#include "testing.hpp"
 
 namespace {
 
 using namespace sparsecomp;
-
-constexpr int kSkipped = 77;  // what ctest takes for "not run"
-int failures = 0;
-
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fprintf(stderr, "\n");                                          \
-      ++failures;                                                          \
-    }                                                                      \
-  } while (false)
-
-std::mt19937_64 generator(1);
-
-int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-
-// Exactly `bytes` long: on the heap, where AddressSanitizer watches both ends, or up against a page that cannot be
-// touched, which also catches the masked vector accesses that the sanitizer does not instrument.
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) : size(bytes), guarded_(uniform(0, 1) == 1) {
-    if (guarded_) {
-      const int64_t page = sysconf(_SC_PAGESIZE);
-      mapped_ = (bytes + page - 1) / page * page + page;
-      void* pages =
-          mmap(nullptr, static_cast<size_t>(mapped_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (pages == MAP_FAILED) std::abort();
-      base_ = static_cast<uint8_t*>(pages);
-      if (mprotect(base_ + mapped_ - page, static_cast<size_t>(page), PROT_NONE) != 0) std::abort();
-      data = base_ + mapped_ - page - bytes;
-    } else {
-      data = base_ = new uint8_t[static_cast<size_t>(bytes)];
-    }
-    std::memset(data, 0xa5, static_cast<size_t>(bytes));
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() {
-    if (guarded_)
-      munmap(base_, static_cast<size_t>(mapped_));
-    else
-      delete[] base_;
-  }
-
-  uint8_t* data;
-  const int64_t size;
-
-  void fill_numbers(int dtype) {
-    if (dtype == SPARSECOMP_I8) {
-      for (int64_t i = 0; i < size; ++i) data[i] = static_cast<uint8_t>(uniform(-128, 127));
-      return;
-    }
-    for (int64_t i = 0; i < size / element_bytes(dtype); ++i)
-      store_number(static_cast<float>(uniform(-1000, 1000)) / 512, data, i, dtype);
-  }
-
- private:
-  const bool guarded_;
-  uint8_t* base_;
-  int64_t mapped_ = 0;
-};
+using namespace sparsecomp::testing;
 
 // Canonical metadata of random ascending positions.
 void fill_positions(const Geometry& g, Buffer* metadata) {

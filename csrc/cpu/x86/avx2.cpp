@@ -4,10 +4,10 @@
 #include <immintrin.h>
 
 #include "../dispatch.hpp"
+#include "../epilogue.hpp"
 #include "../measure.hpp"
 #include "../numbers.hpp"
 #include "../unroll.hpp"
-#include "epilogue.hpp"
 #include "panel_sets.hpp"
 #include "prefetch.hpp"
 

@@ -4,8 +4,8 @@
 #include "avx512_common.hpp"
 
 #include "../dispatch.hpp"
+#include "../epilogue.hpp"
 #include "../measure.hpp"
-#include "epilogue.hpp"
 #include "panel_sets.hpp"
 
 namespace sparsecomp {

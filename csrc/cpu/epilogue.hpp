@@ -1,11 +1,11 @@
-// What becomes of the sums of a product on x86: y = activation(scale * sum + bias), rounded to the type of y.
+// What becomes of the sums of a product: y = activation(scale * sum + bias), rounded to the type of y.
 // The formulas stand here once for registers of any width. `V` is one instruction set's register of fp32 lanes; see
-// Lanes in avx512.cpp. Each instruction set compiles its own copy.
+// Lanes in x86/avx512.cpp. Each instruction set compiles its own copy.
 #pragma once
 
 #include <cstddef>
 
-#include "../linear.hpp"
+#include "linear.hpp"
 
 namespace sparsecomp {
 namespace {
