@@ -48,6 +48,11 @@ std::vector<Candidate> supported() {
   return found;
 }
 
+#elif defined(__aarch64__)
+
+// NEON is part of the architecture.
+std::vector<Candidate> supported() { return {{"neon", &kNeon, &kBlockNeon}}; }
+
 #else
 
 std::vector<Candidate> supported() { return {}; }

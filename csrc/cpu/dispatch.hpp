@@ -19,6 +19,9 @@ const Dispatch& dispatch();
 #if defined(__x86_64__)
 extern const Isa kAvx2, kAvx512, kAvx512Bf16;
 extern const BlockKernels kBlockAvx2, kBlockAvx512;
+#elif defined(__aarch64__)
+extern const Isa kNeon;
+extern const BlockKernels kBlockNeon;
 #endif
 
 }  // namespace sparsecomp
