@@ -10,7 +10,7 @@ CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.
 CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/kernels/*.[ch]pp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sanitize clean
+.PHONY: help setup demo test lint bench sanitize nightly clean
 
 help:
 	@echo 'make demo      the whole job on a real model: prune, pack, run, save, export, measure (under 5 minutes)'
@@ -18,6 +18,7 @@ help:
 	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound'
 	@echo 'make lint      ruff, mypy --strict, clang-format'
 	@echo 'make sanitize  the kernel tests under AddressSanitizer and UBSan'
+	@echo 'make nightly   10^5 random products against float64 on every instruction set of this machine'
 	@echo 'make clean     remove everything the other targets made'
 
 setup: $(READY)
@@ -63,6 +64,16 @@ bench: $(VENV)/.bench
 # The same program runs in make test where the compiler has the sanitizers; here its whole output is shown.
 sanitize: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake --workflow --preset sanitize
+
+# Another seed every day; a failure prints the line that repeats its case alone. Exit code 77: not on this machine.
+NIGHTLY_COUNT ?= 100000
+NIGHTLY_SEED ?= $(shell date +%Y%m%d)
+NIGHTLY_OFF := -DSPARSECOMP_PYTHON=OFF -DSPARSECOMP_ORT=OFF
+nightly: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/nightly -G Ninja $(NIGHTLY_OFF) -DSPARSECOMP_TESTS=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/nightly
+	printf '%s\n' avx512_bf16 avx512 avx2 neon reference | xargs -P2 -I @ sh -c \
+	  'SPARSECOMP_ISA=@ build/nightly/random_test --count $(NIGHTLY_COUNT) --seed $(NIGHTLY_SEED) || [ $$? -eq 77 ]'
 
 clean:
 	rm -rf $(VENV) build demo-out dist
