@@ -80,7 +80,7 @@ def find_hidden(
     except Exception as error:  # torch.export raises whatever the model's code meets
         reason = f"torch.export cannot trace the model: {' '.join(str(error).split())[:200]}"
         return (), dict.fromkeys(layers, reason)
-    graph = _Graph(program.graph_signature.inputs_to_parameters, layers)
+    graph = _Graph(program.graph.nodes, program.graph_signature.inputs_to_parameters, layers)
     found: list[Hidden] = []
     reasons: dict[str, str] = {}
     for name, nodes in graph.nodes_of(program.graph.nodes).items():
@@ -124,13 +124,17 @@ class _Place:
 class _Graph:
     """Walks from a layer's input back to the layers that make its channels."""
 
-    def __init__(self, parameters: Mapping[str, str], layers: Mapping[str, LinearRef]) -> None:
+    def __init__(self, nodes: Collection[Node], parameters: Mapping[str, str], layers: Mapping[str, LinearRef]) -> None:
         weights = {f"{name}.weight" if name else "weight": name for name in layers}
         for name, layer in layers.items():
             weights.update({f"{alias}.weight": name for alias in layer.aliases})
         self.weight_of = {node: weights[key] for node, key in parameters.items() if key in weights}
         self.parameters = frozenset(parameters)
         self.layers = layers
+        self.users: dict[str, set[Node]] = {}
+        for node in nodes:
+            if node.name in self.weight_of:
+                self.users.setdefault(self.weight_of[node.name], set()).update(node.users)
 
     def nodes_of(self, nodes: Collection[Node]) -> dict[str, list[Node]]:
         """The calls of each layer."""
@@ -159,17 +163,21 @@ class _Graph:
         walk = _Walk(self, name)
         walk.back(source, _Place(len(_shape(source)) - 1), call)
         width = self.layers[name].shape[1]
+        # other readers of a weight would meet its channels in another order
+        for layer, met in [(name, {call}), *walk.producers.items()]:
+            if self.users[layer] != met:
+                raise _No(f'the weight of "{layer}" is also used elsewhere in the model')
         for producer in walk.producers:
             if self.layers[producer].shape[0] != width:
                 raise _No(f'"{producer}" makes {self.layers[producer].shape[0]} channels, not {width}')
         heads = walk.heads or 1
-        return Hidden(name, tuple(dict.fromkeys(walk.producers)), (width // heads,) * heads)
+        return Hidden(name, tuple(walk.producers), (width // heads,) * heads)
 
 
 class _Walk:
     def __init__(self, graph: _Graph, name: str) -> None:
         self.graph, self.name = graph, name
-        self.producers: list[str] = []
+        self.producers: dict[str, set[Node]] = {}  # and the calls met
         self.heads: int | None = None
 
     def back(self, node: Node, place: _Place, reader: Node) -> None:
@@ -184,6 +192,8 @@ class _Walk:
         if producer is not None:
             self._producer(producer, node, place)
         elif kind in _POINTWISE:
+            if len(node.all_input_nodes) > 1:
+                raise _No(f"its input comes through {_named(node)} with numbers of each channel's own")
             self.back(_input(node, 0), place, node)
         elif kind in _JOINING:
             self._join(node, place)
@@ -201,7 +211,7 @@ class _Walk:
             raise _No(f'"{producer}" does not make its channels along the last axis')
         if producer == self.name:
             raise _No("it makes its own input")
-        self.producers.append(producer)
+        self.producers.setdefault(producer, set()).add(node)
 
     def _join(self, node: Node, place: _Place) -> None:
         shape = _shape(node)

@@ -16,7 +16,7 @@ from sparsecomp.layers import find_linears
 from sparsecomp.patterns import NM
 from sparsecomp.prune import model as pruning
 from sparsecomp.prune import prune, prune_blocks
-from sparsecomp.prune.graph import find_hidden
+from sparsecomp.prune.graph import Hidden, find_hidden
 from sparsecomp.prune.permute import _Swaps, search
 
 
@@ -122,6 +122,59 @@ def test_what_cannot_be_permuted_says_why():
 
     hidden, reasons = find_hidden(Untraceable(), torch.randn(2, 8), {"a": find_linears(Untraceable())["a"]})
     assert hidden == () and reasons["a"].startswith("torch.export cannot trace the model")
+
+
+def test_channels_with_another_reader_or_limits_of_their_own_stay_in_order():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) + self.c(self.a(2 * x).cumsum(-1))
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) @ self.a.weight.t()
+
+    class Limited(nn.Module):
+        def __init__(self, act) -> None:
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(8, 16), nn.Linear(16, 8), act
+            self.own = nn.Parameter(torch.rand(16))
+
+        def forward(self, x):
+            return self.b(self.act(self.a(x), self.own))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu() * self.a(-x).sigmoid())
+
+    def clamped(x, limit):
+        return x.clamp(max=limit)
+
+    def powered(x, limit):
+        return x.square().pow(limit)
+
+    def found(model):
+        return find_hidden(model, torch.randn(4, 8), find_linears(model))
+
+    for model in (Twice(), Tied()):
+        hidden, reasons = found(model)
+        assert hidden == () and reasons["b"] == 'the weight of "a" is also used elsewhere in the model'
+    for act in (clamped, powered):
+        hidden, reasons = found(Limited(act))
+        assert hidden == () and reasons["b"].endswith("with numbers of each channel's own")
+    # all calls of the producer lead to the one layer
+    assert found(Both())[0] == (Hidden("b", ("a",), (16,)),)
 
 
 def lossless_if_permuted(layer: nn.Linear, columns: tuple[int, ...]) -> None:
