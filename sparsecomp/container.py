@@ -5,7 +5,6 @@ Takes and gives tensors and PackedWeight values. Must not know models.
 
 from __future__ import annotations
 
-import importlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.errors import FormatError, ModelError, PatternError
+from sparsecomp.files import require_folder, safetensors
 from sparsecomp.pack import PackedWeight
 from sparsecomp.pack.format import DTYPES, part_names
 from sparsecomp.patterns import parse
@@ -58,12 +58,6 @@ class LayerEntry:
     quantized: bool
 
 
-def require_folder(path: Path) -> None:
-    """Raises FormatError if the folder that ``path`` is to be written in is not there."""
-    if not path.parent.is_dir():
-        raise FormatError(f'"{path}" cannot be written: there is no folder "{path.parent}"; make it first')
-
-
 def write(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -99,7 +93,7 @@ def write(
             raise ModelError(f"metadata {name!r}: {text!r} is not text; convert keys and values to str")
         header[f"{_USER}{name}"] = text
     header[f"{_PREFIX}crc32"] = _checksum(tensors, header)
-    base, torch_io = _safetensors(), _safetensors("torch")
+    base, torch_io = safetensors(), safetensors("torch")
     temporary = path.with_name(f".{path.name}.partial")
     try:
         torch_io.save_file(dict(tensors), temporary, metadata=header)
@@ -112,7 +106,7 @@ def write(
 
 def read(path: Path) -> Contents:
     """The file, once everything that can be checked without a model has been checked."""
-    base, torch_io = _safetensors(), _safetensors("torch")
+    base, torch_io = safetensors(), safetensors("torch")
     if not path.is_file():
         raise FormatError(f"{path} is not a file; give the path of a file written by sparsecomp.save")
     try:
@@ -220,15 +214,6 @@ def some(names: list[str]) -> str:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _safetensors(module: str = "") -> Any:
-    try:
-        return importlib.import_module(f"safetensors.{module}" if module else "safetensors")
-    except ImportError as error:
-        raise ModelError(
-            f"safetensors cannot be imported ({error}); install it with: pip install safetensors"
-        ) from error
 
 
 def _package_version() -> str:

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsecomp.calibration import Calibration, calibrate
-from sparsecomp.container import require_folder
 from sparsecomp.errors import FormatError, ModelError
+from sparsecomp.files import require_folder, safetensors
 
 MODEL_HELP = (
     "a Python factory module:function that takes no argument and returns an nn.Module (the current folder is on the "
@@ -42,10 +42,11 @@ def add_pruning(parser: ArgumentParser) -> None:
 
 def add_output(parser: ArgumentParser, kind: str) -> None:
     """Add --output, for a file of that kind in a folder that is there."""
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", type=_output, help=f"{kind} file to write")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", type=output_path, help=f"{kind} file to write")
 
 
-def _output(text: str) -> str:
+def output_path(text: str) -> str:
+    """The path of a file to write, for argparse: its folder is there."""
     try:
         require_folder(Path(text))
     except FormatError as error:
@@ -140,12 +141,10 @@ def _from_folder(folder: Path) -> nn.Module:
 
 
 def _load_dense(model: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_model as load_safetensors
-
+    base, torch_io = safetensors(), safetensors("torch")
     try:
-        load_safetensors(model, path)
-    except (RuntimeError, SafetensorError) as error:
+        torch_io.load_model(model, path)
+    except (RuntimeError, OSError, base.SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f'dense weights "{path}" do not fit the model: {reason}') from error
 

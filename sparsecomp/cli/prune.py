@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecomp.cli import models
-from sparsecomp.errors import CalibrationError, FormatError, ModelError
+from sparsecomp.errors import CalibrationError, FormatError, ModelError, PatternError
+from sparsecomp.files import safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sparsecomp.prune import PruneReport
+    from sparsecomp.prune import PruneReport, Tuning
 
 _EXAMPLE = """\
 example: sparsecomp prune shop.models:build --pattern 2:4 --method balanced --calibration shop.data:batches \\
@@ -24,7 +25,8 @@ example: sparsecomp prune shop.models:build --pattern 2:4 --method balanced --ca
 The file holds ordinary dense weights with zeros in them, under the model's own names. Go on with
     sparsecomp compile shop.models:build --weights pruned.safetensors --pattern 2:4 -o packed.safetensors
 
-Patterns by layer: --pattern 'encoder.*=2:4' --pattern '*=8:16'; the first glob that matches a layer counts.
+Patterns by layer: --pattern 'encoder.*=2:4' --pattern 8:16; the first glob that matches a layer counts, the pattern
+without a glob is that of all other layers.
 """
 
 
@@ -47,51 +49,74 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="with --blocks: tune each block so long")
     parser.add_argument("--distill", type=int, default=0, metavar="STEPS", help="then tune the whole model so long")
     parser.add_argument("--learning-rate", type=float, metavar="RATE", help="of tuning (default 3e-4)")
-    parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the batches, to judge by (default 0.1)")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        metavar="SHARE",
+        help="of the batches, to judge by (default 0.1, without --blocks or --distill only for best)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     parser.add_argument(
         "--checkpoint", metavar="FOLDER", help="keep finished work there; a second call goes on from it"
     )
     parser.add_argument("--masks", metavar="FILE", help="use these masks (safetensors, by layer name; nonzero = kept)")
-    parser.add_argument("--save-masks", metavar="FILE", help="write the masks (safetensors, bool)")
-    parser.add_argument("--report", metavar="FILE", action="append", help="write the report: .json, .csv or .html")
+    parser.add_argument(
+        "--save-masks", metavar="FILE", type=models.output_path, help="write the masks (safetensors, bool)"
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        action="append",
+        type=models.output_path,
+        help="write the report: .json, .csv or .html",
+    )
     models.add_output(parser, "safetensors")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
-    _check(arguments)
+    settings = _check(arguments)
+    torch_io = safetensors("torch")
     model = models.load_model(arguments.model, arguments.weights)
     dense = copy.deepcopy(model) if arguments.distill else None
-    report = _prune(arguments, model, dense)
-    print(report)
-
-    from safetensors.torch import save_file, save_model
-
+    report = _prune(arguments, settings, model, dense)
+    # the work first: a report that cannot be written or printed must not cost it
+    torch_io.save_model(model, arguments.output)
+    if arguments.save_masks:
+        torch_io.save_file({name: mask.contiguous() for name, mask in report.masks.items()}, arguments.save_masks)
     for path in arguments.report or []:
         report.save(path)
-    if arguments.save_masks:
-        save_file({name: mask.contiguous() for name, mask in report.masks.items()}, arguments.save_masks)
-    save_model(model, arguments.output)
+    print(report)
     print(f"wrote {arguments.output} ({Path(arguments.output).stat().st_size / 1e6:.1f} MB of dense weights)")
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Refuse, before any work, options that do not go together and reports that cannot be written."""
+def _check(arguments: argparse.Namespace) -> Tuning:
+    """Refuse, before any work, options that do not go together; what tuning has beside its steps."""
+    from sparsecomp.prune import Tuning
+
     if arguments.tune and not arguments.blocks:
         raise ModelError("--tune tunes block after block and needs --blocks; to tune the whole model use --distill")
-    if (arguments.blocks or arguments.distill) and arguments.calibration is None:
-        raise CalibrationError("--blocks and --distill need batches; name a factory: --calibration module:function")
+    if arguments.learning_rate is not None and not (arguments.tune or arguments.distill):
+        raise ModelError("--learning-rate is that of --tune and --distill; add one of them or leave it out")
+    needs = [name for name in ("blocks", "distill", "held_out") if getattr(arguments, name)]
+    if needs and arguments.calibration is None:
+        flag = needs[0].replace("_", "-")
+        raise CalibrationError(f"--{flag} needs batches; name a factory: --calibration module:function")
     for path in map(Path, arguments.report or []):
         if path.suffix not in (".json", ".csv", ".html"):
             raise FormatError(f'--report "{path}" is no .json, .csv or .html file; give it one of these endings')
+    given = {"learning_rate": arguments.learning_rate, "held_out": arguments.held_out}
+    base = Tuning(seed=arguments.seed, **{key: value for key, value in given.items() if value is not None})
+    for steps in filter(None, (arguments.tune, arguments.distill)):
+        dataclasses.replace(base, steps=steps)
+    return base
 
 
-def _prune(arguments: argparse.Namespace, model: nn.Module, dense: nn.Module | None) -> PruneReport:
+def _prune(arguments: argparse.Namespace, settings: Tuning, model: nn.Module, dense: nn.Module | None) -> PruneReport:
     import sparsecomp as sc
-    from sparsecomp.prune import Tuning, distill, prune_blocks
+    from sparsecomp.prune import distill, prune_blocks
 
     pattern, masks = _patterns(arguments.pattern), _load_masks(arguments.masks)
     shared: dict[str, Any] = {
@@ -101,24 +126,38 @@ def _prune(arguments: argparse.Namespace, model: nn.Module, dense: nn.Module | N
         "checkpoint": arguments.checkpoint,
         "seed": arguments.seed,
     }
-    given = {"learning_rate": arguments.learning_rate, "held_out": arguments.held_out}
-    base = Tuning(seed=arguments.seed, **{key: value for key, value in given.items() if value is not None})
-    batches = None if arguments.calibration is None else list(models.load_batches(arguments.calibration))
+    train, held_out = _batches(arguments, settings)
     if arguments.blocks:
-        assert batches is not None
-        tuning = dataclasses.replace(base, steps=arguments.tune) if arguments.tune else None
-        report = prune_blocks(model, batches, pattern, arguments.method, tuning=tuning, **shared)
+        tuning = dataclasses.replace(settings, steps=arguments.tune) if arguments.tune else None
+        report = prune_blocks(model, train, pattern, arguments.method, tuning=tuning, held_out=held_out, **shared)
     else:
-        calibration = None
-        if batches is not None:
-            calibration = sc.calibrate(model, batches, only=arguments.only, skip=arguments.skip)
-        example = batches[0] if batches else None
-        report = sc.prune(model, pattern, arguments.method, calibration, example=example, **shared)
-    if dense is None or batches is None:
+        known, unseen = (
+            sc.calibrate(model, batches, only=arguments.only, skip=arguments.skip) if batches else None
+            for batches in (train, held_out)
+        )
+        example = train[0] if train else None
+        report = sc.prune(model, pattern, arguments.method, known, held_out=unseen, example=example, **shared)
+    if dense is None:
         return report
-    tuning = dataclasses.replace(base, steps=arguments.distill)
-    tuned = distill(model, dense, batches, masks=report.masks, output=_whole_output, tuning=tuning)
+    settings = dataclasses.replace(settings, steps=arguments.distill)
+    tuned = distill(model, dense, train, held_out=held_out, masks=report.masks, output=_whole_output, tuning=settings)
     return dataclasses.replace(report, tunings=(*report.tunings, tuned))
+
+
+def _batches(arguments: argparse.Namespace, settings: Tuning) -> tuple[list[Any], list[Any]]:
+    """The batches to learn from, and those to judge by where something asks for them."""
+    from sparsecomp.prune.tuning import split
+
+    if arguments.calibration is None:
+        return [], []
+    batches = list(models.load_batches(arguments.calibration))
+    if not batches:
+        raise CalibrationError(f'"{arguments.calibration}" gave no batches; it must give at least one')
+    judged = arguments.blocks or arguments.distill or arguments.held_out is not None
+    if not judged and (arguments.method != "best" or len(batches) == 1):
+        return batches, []
+    every, train, held_out = split(batches, None, settings.held_out)
+    return [every[i] for i in train], [every[i] for i in held_out]
 
 
 def _whole_output(result: Any, batch: Any) -> Tensor:
@@ -138,20 +177,21 @@ def _whole_output(result: Any, batch: Any) -> Tensor:
 def _patterns(given: list[str]) -> str | Mapping[str, str]:
     if len(given) == 1 and "=" not in given[0]:
         return given[0]
-    patterns = {}
-    for text in given:
-        glob, separator, pattern = text.rpartition("=")
-        patterns[glob if separator else "*"] = pattern
+    patterns: dict[str, str] = {}
+    # a pattern without a glob is for what no glob matches, wherever it stands
+    for text in sorted(given, key=lambda each: "=" not in each):
+        glob, _, pattern = text.rpartition("=")
+        if (glob or "*") in patterns:
+            raise PatternError(f'two patterns are given for "{glob or "*"}"; give one')
+        patterns[glob or "*"] = pattern
     return patterns
 
 
 def _load_masks(path: str | None) -> dict[str, Tensor] | None:
     if path is None:
         return None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    base, torch_io = safetensors(), safetensors("torch")
     try:
-        return {name: mask != 0 for name, mask in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
+        return {name: mask != 0 for name, mask in torch_io.load_file(path).items()}
+    except (base.SafetensorError, OSError) as error:
         raise FormatError(f'masks "{path}" cannot be read as safetensors: {" ".join(str(error).split())}') from error

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsecomp.activations import activate
-from sparsecomp.container import require_folder
 from sparsecomp.display import table
 from sparsecomp.errors import ModelError
+from sparsecomp.files import require_folder
 from sparsecomp.layers import replace_layer, require_module
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx.extra import require

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp.errors import FormatError
+from sparsecomp.files import safetensors
 
 _VERSION = "1"
 
@@ -53,10 +54,11 @@ class Checkpoint:
     """A folder of finished pieces; with ``folder`` None nothing is kept and nothing found."""
 
     def __init__(self, folder: str | Path | None) -> None:
-        """Make the folder. Raises FormatError where something else has its name."""
+        """Make the folder. Raises FormatError where something else has its name, ModelError without safetensors."""
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
+        self._base, self._torch_io = safetensors(), safetensors("torch")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,27 +70,23 @@ class Checkpoint:
         """Keep a finished piece; a crash in between leaves the old file or none."""
         if self.folder is None:
             return
-        from safetensors.torch import save_file
-
         path = self._path(piece)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         stored = {name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()}
-        save_file(stored, unfinished, {"key": key, "piece": piece, "facts": json.dumps(dict(facts))})
+        self._torch_io.save_file(stored, unfinished, {"key": key, "piece": piece, "facts": json.dumps(dict(facts))})
         unfinished.replace(path)
 
     def load(self, piece: str, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept for the piece under that key; None if nothing was, or the work has changed since."""
         if self.folder is None or not self._path(piece).is_file():
             return None
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(self._path(piece), "pt") as file:
+            with self._base.safe_open(self._path(piece), "pt") as file:
                 facts = file.metadata() or {}
                 if facts.get("key") != key:
                     return None
                 return {name: file.get_tensor(name) for name in file.keys()}, json.loads(facts["facts"])  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
+        except (self._base.SafetensorError, OSError, ValueError) as error:
             raise FormatError(
                 f'checkpoint file "{self._path(piece)}" cannot be read ({error}); delete it and run again'
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import sparsecomp as sc
 from sparsecomp.cli.main import main
+from sparsecomp.prune import PruneReport
 
 _FACTORIES = """\
 import torch
@@ -92,14 +94,60 @@ def test_masks_go_in() -> None:
     ("options", "says"),
     [
         ([*BASE, "--pattern", "2:4", "--tune", "3"], "needs --blocks"),
-        ([*BASE[:2], "--pattern", "2:4", "--blocks", "-o", "x"], "need batches"),
-        ([*BASE[:2], "--pattern", "2:4", "--distill", "3", "-o", "x"], "need batches"),
+        ([*BASE[:2], "--pattern", "2:4", "--blocks", "-o", "x"], "needs batches"),
+        ([*BASE[:2], "--pattern", "2:4", "--distill", "3", "-o", "x"], "needs batches"),
         ([*BASE, "--pattern", "2:4", "--report", "report.pdf"], "no .json, .csv or .html file"),
         ([*BASE, "--pattern", "2:4", "--masks", "missing.safetensors"], 'masks "missing.safetensors" cannot be read'),
         ([*BASE, "--pattern", "nothing.*=2:4"], 'pattern for "nothing.*" matches no layer'),
+        ([*BASE, "--pattern", "2:4", "--pattern", "*=1:4"], 'two patterns are given for "*"'),
+        ([*BASE, "--pattern", "2:4", "--learning-rate", "1e-3"], "that of --tune and --distill"),
+        ([*BASE, "--pattern", "2:4", "--distill", "-1"], "steps=-1 tunes nothing"),
+        ([*BASE[:2], "--pattern", "2:4", "--held-out", "0.5", "-o", "x"], "--held-out needs batches"),
     ],
 )
 def test_one_line_says_what_is_wrong(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and says in error, error
+
+
+def test_wrong_options_cost_no_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def working(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("sparsecomp.cli.models.load_model", working)
+    assert main([*BASE, "--pattern", "2:4", "--distill", "-1"]) == 1
+    for option in ("--report", "--save-masks"):
+        assert main([*BASE, "--pattern", "2:4", option, "nowhere/file.json"]) == 2
+        assert 'there is no folder "nowhere"' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert main([*BASE, "--pattern", "2:4"]) == 1
+    assert "pip install safetensors" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_printed_does_not_cost_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> str:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(PruneReport, "__str__", broken)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert main([*BASE, "--pattern", "2:4"]) == 1
+    assert Path("out.safetensors").is_file()
+
+
+@pytest.mark.parametrize("order", [["*.2=1:4", "2:4"], ["2:4", "*.2=1:4"]])
+def test_a_pattern_without_a_glob_is_that_of_the_other_layers(order: list[str]) -> None:
+    options = [word for pattern in order for word in ("--pattern", pattern)]
+    assert main([*BASE, *options, "--report", "r.json"]) == 0
+    layers = json.loads(Path("r.json").read_text())["layers"]
+    assert [each["pattern"] for each in layers] == ["2:4", "1:4", "2:4", "1:4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "judged"), [([], False), (["--held-out", "0.5"], True), (["--method", "best"], True)]
+)
+def test_batches_are_held_out_where_something_is_judged_by_them(options: list[str], judged: bool) -> None:
+    assert main([*BASE, "--pattern", "2:4", *options, "--report", "r.json"]) == 0
+    layers = json.loads(Path("r.json").read_text())["layers"]
+    assert all((each["held_out_error"] is not None) == judged for each in layers)
+    assert any("damping" in note for note in layers[0]["notes"]) == ("best" in options)
