@@ -95,8 +95,7 @@ def calibrate(
     """
     if dtype not in (torch.float32, torch.float64):
         raise CalibrationError(f"calibration cannot accumulate in {dtype}; use torch.float32 or torch.float64")
-    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"batches is one {type(batches).__name__}, not an iterable of batches; pass [batch]")
+    require_batches(batches)
     layers = require_layers(find_linears(model, only, skip))
     recorder = _Recorder(dtype)
     count = 0
@@ -114,6 +113,12 @@ def calibrate(
             "the mask fits no layer input; mask(batch) must have the leading dimensions [B, T] of the inputs"
         )
     return recorder.result(layers)
+
+
+def require_batches(batches: object, what: str = "batches") -> None:
+    """Raises CalibrationError for one batch in the place of many."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise CalibrationError(f"{what} is one {type(batches).__name__}, not an iterable of batches; pass [batch]")
 
 
 @contextmanager

@@ -34,7 +34,8 @@ class Blocks:
 def find_blocks(model: nn.Module, layers: Iterable[str]) -> Blocks:
     """The nn.ModuleList or nn.Sequential of ``model`` whose children hold most of ``layers``, the outermost of equals.
 
-    Its children with such layers must be two or more modules of one class. Raises ModelError if there is none.
+    Its children with such layers must be of one class, and it must have two or more of that class. Those without are
+    part of the chain as well. Raises ModelError if there is none.
     """
     names = list(layers)
     best: Blocks | None = None
@@ -43,14 +44,12 @@ def find_blocks(model: nn.Module, layers: Iterable[str]) -> Blocks:
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         prefix = f"{name}." if name else ""
-        children = {
-            f"{prefix}{key}": child
-            for key, child in module.named_children()
-            if any(layer.startswith(f"{prefix}{key}.") for layer in names)
-        }
+        children = {f"{prefix}{key}": child for key, child in module.named_children()}
+        kinds = {type(child) for key, child in children.items() if any(layer.startswith(f"{key}.") for layer in names)}
+        alike = {key: child for key, child in children.items() if type(child) in kinds}
         held = sum(layer.startswith(prefix) for layer in names)
-        if len(children) >= 2 and len({type(child) for child in children.values()}) == 1 and held > most:
-            best, most = Blocks(name, children), held
+        if len(kinds) == 1 and len(alike) >= 2 and held > most:
+            best, most = Blocks(name, alike), held
     if best is None:
         raise ModelError(
             "the model has no repeated blocks: no nn.ModuleList or nn.Sequential holds two or more modules of one "

@@ -151,12 +151,13 @@ def permutable(
     found: LayerTable,
     patterns: Mapping[str, Pattern],
     masks: Mapping[str, Tensor],
+    no_example: str = "no example batch was given to follow the graph with; pass example=batch",
 ) -> tuple[Sequence[Hidden], dict[str, str]]:
     """The hidden channels to permute with this method, and for each other layer why its inputs stay in order."""
     if method != PERMUTING:
         return (), {}
     if example is None:
-        return (), dict.fromkeys(patterns, "no example batch was given to follow the graph with; pass example=batch")
+        return (), dict.fromkeys(patterns, no_example)
     hidden, reasons = find_hidden(model, example, found)
     kept = []
     for each in hidden:

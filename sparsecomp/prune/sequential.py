@@ -50,9 +50,10 @@ def prune_blocks(
 
     A block is calibrated on what the pruned blocks before it return. Then, with ``tuning``, its kept weights, biases
     and norms are tuned, masks fixed, to return what the dense block returned in the dense model. Layers outside the
-    blocks stay dense and are named in the report. ``batches``, ``forward`` and ``mask`` are as in ``calibrate``, all
-    batches are held in memory as the blocks' inputs; patterns, masks and ``method`` as in ``prune``. ``held_out``
-    batches, or a share of ``batches``, are neither calibrated nor trained on: the report shows both errors.
+    blocks stay dense and are named in the report; blocks in which nothing is pruned stay as they are. ``batches``,
+    ``forward`` and ``mask`` are as in ``calibrate``, all batches are held in memory as the blocks' inputs; patterns,
+    masks and ``method`` as in ``prune``. ``held_out`` batches, or a share of ``batches``, are neither calibrated nor
+    trained on: the report shows both errors.
 
     ``checkpoint`` is a folder in which finished blocks are kept; a second call with equal input goes on from there.
     If anything is raised, also KeyboardInterrupt, the model gets its dense weights back.
@@ -69,7 +70,9 @@ def prune_blocks(
         skipped[name] = "it is in none of the blocks"
     given = check_masks(masks, patterns, found)
     every, train, kept_out = split(batches, held_out, (tuning or Tuning()).held_out)
-    hidden, unpermuted = permutable(model, None if forward else every[0], method, found, patterns, given)
+    hidden, unpermuted = permutable(
+        model, None if forward else every[0], method, found, patterns, given, "forward=... hides how a batch enters it"
+    )
     before = {name: each.detach().clone() for name, each in _state(model).items()}
     store = Checkpoint(checkpoint)
     done: list[_Done] = []
@@ -81,16 +84,19 @@ def prune_blocks(
             pruned = list(dense)
             key = ""
             if store.folder is not None:
-                key = digest(*tensors_of(every), *rows, train, kept_out, method, tuning, seed, *before.values())
+                # what reaches the blocks, not the batches: they may be of any kind, and entered in any way
+                passed = [(call.args, call.kwargs) for each in calls.values() for call in each]
+                key = digest(*tensors_of(passed), *rows, train, kept_out, method, tuning, seed, *before.values())
             for name, block in blocks.modules.items():
                 mine = _Block(name, block, calls[name], found, patterns, given, hidden)
-                key = digest(key, name, mine.patterns, list(mine.masks), *mine.masks.values())
+                key = digest(key, name, mine.patterns, mine.hidden, list(mine.masks), *mine.masks.values())
                 wanted = run.outputs(mine, dense)
-                finished = run.load(mine, key)
-                if finished is None:
-                    finished = run.prune(mine, pruned, wanted, chosen.needs_gram)
-                    run.save(mine, key, finished)
-                done.append(finished)
+                if mine.patterns:
+                    finished = run.load(mine, key)
+                    if finished is None:
+                        finished = run.prune(mine, pruned, wanted, chosen.needs_gram)
+                        run.save(mine, key, finished)
+                    done.append(finished)
                 dense, pruned = wanted, run.outputs(mine, pruned)
     except BaseException:
         with torch.no_grad():

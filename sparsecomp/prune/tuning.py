@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sparsecomp.calibration import require_batches
 from sparsecomp.display import progress
 from sparsecomp.errors import CalibrationError, MethodError
 
@@ -34,9 +35,8 @@ class Tuning:
     """How long and how fast to tune: Adam with a linear warm-up, then a cosine down to 2% of ``learning_rate``.
 
     A fraction ``held_out`` of the batches, unless others are given, is never trained on and decides which step is kept.
-    ``autocast`` is the
-    type of matrix products, or None for the model's own; parameters and Adam's state are float32 either way.
-    ``seed`` orders the batches.
+    ``autocast`` is the type of matrix products, or None for the model's own; parameters and Adam's state are float32
+    either way. ``seed`` orders the batches.
     """
 
     steps: int = 300
@@ -107,9 +107,11 @@ def split(
     A share is evenly spread over the batches; at least one is held out and one trained on. Raises CalibrationError
     where that cannot be.
     """
+    require_batches(batches)
     batches = list(batches)
     count = len(batches)
     if held_out is not None:
+        require_batches(held_out, "held_out")
         others = list(held_out)
         if not batches or not others:
             raise CalibrationError(f"got {count} batches and {len(others)} held out; both must hold at least one")

@@ -128,7 +128,55 @@ def test_patterns_masks_and_globs_reach_the_blocks():
         prune_blocks(encoder(), token_batches(2), masks={"head": torch.ones(4, 16, dtype=torch.bool)})
 
 
+def test_a_block_that_is_left_dense_is_part_of_the_chain(tmp_path):
+    batches = token_batches(4)
+    model, twin, dense = (encoder(blocks=4) for _ in range(3))
+    chosen = {"tuning": None, "skip": ["blocks.1.*", "blocks.3.*"], "held_out": token_batches(2, seed=9)}
+    for each in (model, encoder(blocks=4)):
+        report = prune_blocks(each, batches, "2:4", "wanda", show_progress=False, checkpoint=tmp_path, **chosen)
+        assert {name.split(".")[1] for name in report.layers} == {"0", "2"}
+        model = each
+    assert len(list(tmp_path.iterdir())) == 2
+    for i in (0, 2):
+        seen = calibrate(twin, batches, only=f"blocks.{i}.*", show_progress=False)
+        prune(twin, "2:4", "wanda", seen, only=f"blocks.{i}.*", show_progress=False)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(model.blocks[1].state_dict(), dense.blocks[1].state_dict(), rtol=0, atol=0)
+    assert report.skipped["blocks.1.q"] == 'excluded by skip "blocks.1.*"'
+
+
+class Wrapped:
+    """A batch that only the caller's forward can open."""
+
+    def __init__(self, batch: dict[str, torch.Tensor]) -> None:
+        self.batch = batch
+
+
+def test_a_checkpoint_is_that_of_its_data_whatever_the_batches_are(tmp_path):
+    def pruned(seed, checkpoint):
+        model, batches = encoder(), [Wrapped(each) for each in token_batches(3, seed=seed)]
+        report = prune_blocks(
+            model,
+            batches,
+            method="best",
+            tuning=None,
+            forward=lambda model, each: model(**each.batch),
+            mask=lambda each: each.batch["attention_mask"],
+            checkpoint=checkpoint,
+            show_progress=False,
+        )
+        assert report.unpermuted["blocks.0.down"] == "forward=... hides how a batch enters it"
+        return model.state_dict()
+
+    pruned(1, tmp_path)
+    torch.testing.assert_close(pruned(7, tmp_path), pruned(7, None), rtol=0, atol=0)
+
+
 def test_models_and_batches_that_do_not_fit():
+    with pytest.raises(CalibrationError, match=r"batches is one Tensor.*pass \[batch\]"):
+        prune_blocks(encoder(), torch.zeros(4, 10, dtype=torch.int64))
+    with pytest.raises(CalibrationError, match=r"held_out is one dict.*pass \[batch\]"):
+        prune_blocks(encoder(), token_batches(2), held_out=token_batches(1)[0])
     with pytest.raises(ModelError, match="the model has no repeated blocks"):
         prune_blocks(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), [torch.randn(2, 8)])
     with pytest.raises(CalibrationError, match="tuning got 1 batch"):
