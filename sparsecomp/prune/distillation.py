@@ -45,14 +45,26 @@ def distill(
 
     ``held_out`` batches, or a share of ``batches``, are not trained on and decide which step is kept.
 
-    Raises ModelError if there is neither a chain of blocks nor an ``output``, CalibrationError for fewer than two
-    batches.
+    Rows that ``mask`` hides count neither in the hidden states nor in an ``output`` with the mask's leading dimensions.
+
+    Raises ModelError if there is neither a chain of blocks nor an ``output``, or ``teacher`` shares pruned
+    weights with the model; CalibrationError for fewer than two batches.
     """
     every, train, kept_out = split(batches, held_out, tuning.held_out)
     layers = require_layers(find_linears(model))
-    unknown = next((name for name in masks if name not in layers), None)
-    if unknown is not None:
-        raise ModelError(f'a mask is given for "{unknown}", which is no linear layer of the model; pass report.masks')
+    for name, each in masks.items():
+        if name not in layers:
+            raise ModelError(f'a mask is given for "{name}", which is no linear layer of the model; pass report.masks')
+        if each.shape != layers[name].shape:
+            raise ModelError(
+                f'the mask of "{name}" has shape {tuple(each.shape)}, its weight {layers[name].shape}; '
+                "pass the masks of this model's report"
+            )
+    own = {id(layers[name].parameter) for name in masks}
+    if any(id(each) in own for each in teacher.parameters()):
+        raise ModelError(
+            "teacher shares weights with the model and was pruned with it; keep a copy.deepcopy of the dense model"
+        )
     watched = tuple(_watched(model, masks, output))
     wanted = _Wanted(_Entry(teacher, forward, watched), every, mask, output, tuning.autocast)
     with evaluating(teacher):
@@ -80,7 +92,10 @@ def _watched(model: nn.Module, masks: Mapping[str, Tensor], output: Output | Non
         return list(find_blocks(model, masks).modules)
     except ModelError:
         if output is None:
-            raise
+            raise ModelError(
+                "the model has no repeated blocks with masks whose hidden states could be matched; "
+                "pass output=lambda result, batch: ... to say what is"
+            ) from None
         return []
 
 
@@ -132,7 +147,14 @@ class _Wanted:
     def outputs(self, call: Call, index: int) -> list[Tensor]:
         """The blocks' hidden states, then the output."""
         result, states = call(self.batches[index], index)
-        return states if self.output is None else [*states, self.output(result, self.batches[index])]
+        assert isinstance(states, list)
+        if self.output is None:
+            return states
+        made = self.output(result, self.batches[index])
+        if not isinstance(made, Tensor) or not made.is_floating_point() or made.ndim == 0:
+            got = f"{made.dtype} of shape {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise ModelError(f"output(result, batch) gave a {got}; it must give numbers as a tensor [..., features]")
+        return [*states, made]
 
     def __call__(self, index: int) -> list[Target]:
         """The targets of the batch."""
@@ -140,5 +162,4 @@ class _Wanted:
         with torch.no_grad(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             made = self.outputs(self.teacher, index)
         rows = row_mask(self.batches[index], self.mask)
-        blocks = len(made) - (self.output is not None)
-        return [Target(each, rows if k < blocks else None) for k, each in enumerate(made)]
+        return [Target(each, rows) for each in made]

@@ -64,6 +64,11 @@ def prune(
     chosen = get_method(method)
     found = require_layers(find_linears(model, only, skip))
     patterns, skipped = choose_patterns(found, pattern)
+    for what, statistics in (("calibration", calibration), ("held_out", held_out)):
+        if statistics is not None and not isinstance(statistics, Mapping):
+            raise CalibrationError(
+                f"{what} is a {type(statistics).__name__}, not statistics by layer; pass sc.calibrate(model, batches)"
+            )
     grams = calibration or {}
     check_calibration(chosen, list(patterns), calibration)
     given = check_masks(masks, patterns, found)

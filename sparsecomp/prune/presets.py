@@ -48,7 +48,9 @@ def _balanced(problem: Problem) -> Solution:
 @method("best", needs_gram=True, description="balanced, at the damping that serves held-out tokens best")
 def _best(problem: Problem) -> Solution:
     if problem.held_out is None:
-        return _balanced(problem)
+        solution = _balanced(problem)
+        note = f"no held-out tokens were given, so the damping stayed at {DAMPINGS[0]:g}"
+        return solution._replace(notes=(*solution.notes, note))
     assert problem.gram is not None
     tried = []
     for damping in DAMPINGS:

@@ -59,7 +59,7 @@ def test_a_model_without_blocks_is_matched_by_its_output():
     model.load_state_dict(teacher.state_dict())
     masks = prune(model, "2:4", show_progress=False).masks
     batches = [torch.randn(64, 16) for _ in range(8)]
-    with pytest.raises(ModelError, match="no repeated blocks"):
+    with pytest.raises(ModelError, match=r"no repeated blocks .* pass output="):
         distill(model, teacher, batches, masks=masks)
     tuned = distill(
         model, teacher, batches, masks=masks, output=lambda result, _: result, tuning=SETTINGS, show_progress=False
@@ -86,3 +86,31 @@ def test_what_does_not_fit_is_refused():
     masks = prune(model, "2:4", show_progress=False).masks
     with pytest.raises(CalibrationError, match="at least 2"):
         distill(model, encoder(), token_batches(1), masks=masks)
+    with pytest.raises(ModelError, match="teacher shares weights with the model"):
+        distill(model, model, token_batches(2), masks=masks)
+    with pytest.raises(ModelError, match=r"output\(result, batch\) gave a Result; it must give numbers"):
+        distill(model, encoder(), token_batches(2), masks=masks, output=lambda result, _: result)
+    with pytest.raises(ModelError, match=r'the mask of "blocks.0.q" has shape \(1, 16\), its weight \(16, 16\)'):
+        distill(model, encoder(), token_batches(2), masks=masks | {"blocks.0.q": masks["blocks.0.q"][:1]})
+
+
+def test_padding_does_not_count_in_an_output_of_every_token():
+    def noisy(result, batch):
+        padding = (batch["attention_mask"] == 0)[..., None]
+        return torch.where(padding, 1e6 * torch.rand_like(result.logits), result.logits)
+
+    losses = []
+    for output in (noisy, logits):
+        model = encoder()
+        masks = prune(model, "2:4", show_progress=False).masks
+        report = distill(
+            model,
+            encoder(),
+            token_batches(4),
+            masks=masks,
+            output=output,
+            tuning=Tuning(steps=1),
+            show_progress=False,
+        )
+        losses.append(report.held_out_before)
+    assert losses[0] == losses[1]

@@ -73,6 +73,8 @@ def test_calibration_that_is_missing_or_does_not_fit(model, calibration):
         prune(model, "2:4", "wanda", partial)
     with pytest.raises(CalibrationError, match=r"2: gram has shape \(16, 16\)"):
         prune(model, "2:4", "wanda", {"0": calibration["0"], "2": calibration["0"]})
+    with pytest.raises(CalibrationError, match=r"held_out is a list, not statistics.*pass sc\.calibrate"):
+        prune(model, "2:4", "wanda", calibration, held_out=[torch.randn(4, 16)])
     report = prune(model, "2:4", "magnitude", partial)
     assert [layer.measured_on for layer in report.layers.values()] == ["gram", "weight"]
     assert "*: ||W-V|| / ||W||" in str(report)

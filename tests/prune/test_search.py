@@ -150,6 +150,9 @@ def test_best_takes_the_damping_that_held_out_tokens_prefer():
         weight, prune_weight(weight, "2:4", "balanced", gram).weight, held_out
     )
     assert "the least held-out error" in result.notes[-1]
+    plain = prune_weight(weight, "2:4", "best", gram)
+    assert torch.equal(plain.weight, prune_weight(weight, "2:4", "balanced", gram).weight)
+    assert plain.notes == ("no held-out tokens were given, so the damping stayed at 0.01",)
 
 
 @pytest.mark.parametrize("method", SEARCHES)
