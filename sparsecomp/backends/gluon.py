@@ -38,7 +38,7 @@ class GluonBackend(Backend):
         """None if the kernel runs this request, else the reason why not. Every batch size is fine."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        reason = fragments_why_not(request.pattern, request.dtype, request.shape)
+        reason = fragments_why_not(request.pattern, request.weight_dtype, request.shape)
         return reason or self.missing() or too_old(request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
@@ -46,7 +46,7 @@ class GluonBackend(Backend):
 
         R and C are the sides rounded up to 64. Raises BackendError for a weight that ``supports`` refuses.
         """
-        reason = fragments_why_not(packed.pattern, packed.dtype, packed.shape)
+        reason = fragments_why_not(packed.pattern, packed.values.dtype, packed.shape)
         if reason is not None:
             raise BackendError(f"the gluon backend {reason}")
         return Kernel(self.name, to_fragments(packed), packed.pattern, packed.shape, packed.dtype)

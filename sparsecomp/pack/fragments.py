@@ -46,7 +46,7 @@ def to_fragments(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     32 (t // 2) + 16 (t % 2): lanes with t < 2 serve the first 32 columns, as selector 0 of the instruction reads them.
     Raises PatternError for another pattern, dtype or size, with the reason.
     """
-    if reason := fragments_why_not(packed.pattern, packed.dtype, packed.shape):
+    if reason := fragments_why_not(packed.pattern, packed.values.dtype, packed.shape):
         raise PatternError(f"the sparse tensor core layout {reason}; pack the weight otherwise")
     out, columns = packed.shape
     rows_missing, columns_missing = -out % ROWS, -columns % COLUMNS

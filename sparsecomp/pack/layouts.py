@@ -22,9 +22,11 @@ _WORDS = {
 
 
 def sm80_why_not(packed: PackedWeight) -> str | None:
-    """None if the weight has an sm_80 layout, else the reason: 2:4, fp16, bf16 or int8, whole tiles."""
+    """None if the weight has an sm_80 layout, else the reason: 2:4, fp16, bf16 or int8 without scales, whole tiles."""
     if not isinstance(packed.pattern, NM) or (packed.pattern.n, packed.pattern.m) != (2, 4):
         return f"pattern {packed.pattern} is not 2:4"
+    if packed.scales is not None:
+        return "it has no place for the row scales of a quantised weight"
     if packed.dtype not in _WORDS:
         return f"{packed.dtype} is none of torch.float16, torch.bfloat16, torch.int8"
     _, columns, rows = _WORDS[packed.dtype]

@@ -13,8 +13,10 @@ from sparsecomp import SparseLinear
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends.gluon import GluonBackend
 from sparsecomp.backends.registry import Request, explain
-from sparsecomp.errors import BackendError
+from sparsecomp.errors import BackendError, PatternError
 from sparsecomp.pack.format import pack
+from sparsecomp.pack.fragments import to_fragments
+from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import parse
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -41,8 +43,16 @@ def test_other_weights_are_refused() -> None:
         GluonBackend().prepare(pack(torch.zeros(8, 8, dtype=HALF), "1:4"))
 
 
-def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cuda") -> Request:
-    return Request(parse(pattern), (64, 64), dtype, device, 1)
+def test_quantised_weights_are_refused() -> None:
+    quantized = quantize(pack(_weight(64, 64, HALF), "2:4"))
+    with pytest.raises(BackendError, match=r"has no kernel for torch\.int8"):
+        GluonBackend().prepare(quantized)
+    with pytest.raises(PatternError, match=r"has no kernel for torch\.int8"):
+        to_fragments(quantized)
+
+
+def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cuda", quantized: bool = False) -> Request:
+    return Request(parse(pattern), (64, 64), dtype, device, 1, quantized)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +60,7 @@ def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cud
     [
         (_request("4:8"), "has no kernel for 4:8; 2:4 only"),
         (_request(dtype=torch.float32), "has no kernel for torch.float32; torch.float16 and torch.bfloat16 only"),
+        (_request(quantized=True), "has no kernel for torch.int8; torch.float16 and torch.bfloat16 only"),
         (_request(device="cpu"), "runs on cuda, not on cpu"),
     ],
 )

@@ -10,7 +10,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from sparsecomp.errors import FormatError, PatternError
-from sparsecomp.pack import pack
+from sparsecomp.pack import pack, quantize
 from sparsecomp.pack.interop import from_bitmask, from_torch_semi_structured, to_bitmask, to_torch_semi_structured
 from sparsecomp.pack.layouts import from_sm80_metadata, to_sm80_metadata
 
@@ -84,6 +84,17 @@ def by_torch(weight):
 def test_what_has_no_sm80_layout(weight, pattern, reason):
     with pytest.raises(PatternError, match=reason):
         to_torch_semi_structured(pack(weight, pattern))
+
+
+def test_quantised_weights_have_no_sm80_layout():
+    quantized = quantize(pack(full_groups((32, 64), torch.float16), "2:4"))
+    for convert in (to_sm80_metadata, to_torch_semi_structured):
+        with pytest.raises(PatternError, match="no place for the row scales"):
+            convert(quantized)
+    values = to_torch_semi_structured(quantized.integers())
+    assert torch.equal(values.to_dense(), quantized.integers().unpack())
+    dense = quantized.unpack()
+    assert torch.equal(from_bitmask(to_bitmask(quantized), "2:4").unpack(), dense)
 
 
 def test_what_is_no_semi_structured_tensor():
