@@ -238,8 +238,8 @@ def _pack_nm(weight: Tensor, nm: NM, pattern: Pattern) -> PackedWeight:
 def _check_finite(weight: Tensor) -> None:
     if not weight.dtype.is_floating_point or weight.numel() == 0:
         return
-    # one pass and no temporary; NaN wins both reductions
-    if bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+    # one pass and no temporary; NaN wins both reductions, and torch.stack would fail on fp16 under autocast
+    if all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight)):
         return
     row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
     raise PatternError(

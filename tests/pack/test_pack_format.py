@@ -254,6 +254,19 @@ def test_what_pack_refuses(weight, pattern, message):
         pack(weight, pattern)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "2:4@v4", "4:2:8", "block4x4:0.5"])
+def test_autocast_changes_nothing(pattern, target, dtype):
+    weight = torch.zeros(8, 16, dtype=dtype)
+    weight[:4, 0], weight[4:, 1] = 3.0, -2.0
+    plain = pack(weight, pattern)
+    with torch.autocast("cpu", dtype=target):
+        packed = pack(weight, pattern).validate()
+        assert torch.equal(packed.unpack(), weight) and packed.dtype == dtype
+    assert torch.equal(packed.values, plain.values) and torch.equal(packed.metadata, plain.metadata)
+
+
 def test_pack_ignores_strides_and_gradients():
     weight = random_nm((6, 16), NM(2, 4), torch.float32, 3)
     strided = torch.zeros(16, 12)[:, ::2].copy_(weight.T).T.requires_grad_()
