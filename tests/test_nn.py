@@ -250,6 +250,12 @@ def test_to_linear_is_the_exact_way_back(pattern: str) -> None:
 def test_unusable_weights_are_refused() -> None:
     with pytest.raises(PatternError, match="mask-only"):
         SparseLinear(8, 8, "unstructured:0.5")
+    for sizes in ((-1, 8), (8, 8.0), ("8", 8)):
+        with pytest.raises(ModelError, match="whole numbers"):
+            SparseLinear(*sizes)  # type: ignore[arg-type]
+    for dtype in (torch.float64, torch.int8):
+        with pytest.raises(ModelError, match=r"computes in torch\.float32"):
+            SparseLinear(8, 8, dtype=dtype)
     with pytest.raises(ModelError, match="bias has shape"):
         SparseLinear.from_packed(pack(torch.zeros(4, 8), "2:4"), torch.zeros(5))
     with pytest.raises(ModelError, match="not known"):
@@ -271,4 +277,5 @@ def test_repr_and_explanation_tell_what_runs(tmp_path: object, monkeypatch: pyte
     layer.dense_above = 8
     assert "from 8 rows on" in layer.explain(batch=8).reason
     assert "from 8 rows on" not in layer.explain(batch=7).reason
-    assert make(backend="reference").explain().reason == "asked for by name"
+    named = make(backend="reference").explain()
+    assert named.reason == "asked for by name" and dict(named.rejected)["cpu"] == "runs it too"

@@ -5,14 +5,11 @@ Holds the canonical tensors only, so it costs no memory and serves what has no k
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.backends.registry import Backend, Kernel, Request
-from sparsecomp.pack.format import PackedWeight
-
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from sparsecomp.pack.format import FLOAT_DTYPES, PackedWeight
 
 
 class DenseBackend(Backend):

@@ -18,10 +18,9 @@ from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import pack_positions, unpack_positions
-from sparsecomp.pack.format import PackedWeight
+from sparsecomp.pack.format import FLOAT_DTYPES, PackedWeight
 from sparsecomp.patterns import NM, Pattern, row_nm
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DTYPE_NAMES = "torch.float16, torch.bfloat16 and torch.float32"
 
 
@@ -40,7 +39,7 @@ class TritonBackend(Backend):
             return f"runs on cuda, not on {request.device}"
         if row_nm(request.pattern) is None:
             return f"has no kernel for {request.pattern}; N:M and V:N:M patterns only"
-        if request.weight_dtype not in DTYPES:
+        if request.weight_dtype not in FLOAT_DTYPES:
             return f"has no kernel for {request.weight_dtype}; {_DTYPE_NAMES} only"
         return self.missing() or too_old(request.device)
 
@@ -52,7 +51,7 @@ class TritonBackend(Backend):
         """
         kernels = _kernels()
         nm = _nm(packed.pattern)
-        if packed.values.dtype not in DTYPES:
+        if packed.values.dtype not in FLOAT_DTYPES:
             raise BackendError(f"the triton backend has no kernel for {packed.values.dtype}; {_DTYPE_NAMES} only")
         out, columns = packed.shape
         groups = nm.groups(columns)

@@ -17,10 +17,9 @@ from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import pack_positions, unpack_positions
-from sparsecomp.pack.format import PackedWeight
+from sparsecomp.pack.format import FLOAT_DTYPES, PackedWeight
 from sparsecomp.patterns import Block, Pattern
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SIDES = (16, 32, 64, 128)
 
 
@@ -83,6 +82,6 @@ def _unfit(pattern: Pattern, dtype: torch.dtype) -> str | None:
         return f"has no kernel for {pattern}; blocks only"
     if pattern.rows not in SIDES or pattern.cols not in SIDES:
         return f"has no kernel for blocks of {pattern.rows}x{pattern.cols}; sides of 16, 32, 64 or 128 only"
-    if dtype not in DTYPES:
+    if dtype not in FLOAT_DTYPES:
         return f"has no kernel for {dtype}; torch.float16, torch.bfloat16 and torch.float32 only"
     return None

@@ -5,12 +5,13 @@ Takes and gives PackedWeight values. Knows nothing of kernels.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 
 import torch
 
 from sparsecomp.errors import ModelError, SparsecompError
-from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.pack.format import FLOAT_DTYPES, PackedWeight, pack
 from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import Block, Pattern, row_nm
 
@@ -18,8 +19,18 @@ from sparsecomp.patterns import Block, Pattern, row_nm
 def zero_weight(
     pattern: Pattern, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, quantized: bool = False
 ) -> PackedWeight:
-    """The packed all-zero weight [out, in], without its dense form where rows are alike."""
-    out, columns = shape
+    """The packed all-zero weight [out, in], without its dense form where rows are alike.
+
+    Raises ModelError for a dtype that no layer computes in and for a shape of other than two natural numbers.
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise ModelError(f"a layer computes in {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}; choose one of them")
+    try:
+        out, columns = shape = operator.index(shape[0]), operator.index(shape[1])
+    except TypeError:
+        out = columns = -1
+    if out < 0 or columns < 0:
+        raise ModelError(f"out_features and in_features must be whole numbers >= 0, got {shape[0]!r} and {shape[1]!r}")
     nm = row_nm(pattern)
     if isinstance(pattern, Block) or nm is None:
         packed = pack(torch.zeros(shape, dtype=dtype, device="cpu"), pattern)
