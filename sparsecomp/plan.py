@@ -23,7 +23,7 @@ from sparsecomp.display import progress, table
 from sparsecomp.errors import BackendError, ModelError, PatternError
 from sparsecomp.layers import Globs, LinearRef, find_linears, require_layers
 from sparsecomp.patterns import Pattern, Unstructured, parse
-from sparsecomp.report import microseconds, taken_seconds
+from sparsecomp.report import microseconds, taken_seconds, why_no_kernel
 from sparsecomp.tune import DENSE, SPARSE, UNPACKED, Measurement
 
 # a ratio this close to 1 is within what two measurements of the same code differ by
@@ -231,9 +231,7 @@ def _try(
     except BackendError:
         return f"{str(ref.dtype).removeprefix('torch.')} has no sparse kernel; convert the model to float32 or bfloat16"
     if kernel == "dense":
-        reasons = dict(registry.explain(requests[batches[0]]))
-        name = "cpu" if device.kind == "cpu" else "triton"
-        return f"no sparse kernel for {pattern} here ({name}: {reasons[name]})"
+        return f"no sparse kernel for {pattern} here ({why_no_kernel(requests[batches[0]])})"
     if not measure:
         bounds = {size: cost.bound(request, device) for size, request in requests.items()}
         mean = _geometric_mean([each.value for each in bounds.values()])

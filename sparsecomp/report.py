@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsecomp import cost, tune
@@ -19,7 +20,10 @@ from sparsecomp.device import Device, detect
 from sparsecomp.display import table
 from sparsecomp.errors import ModelError
 from sparsecomp.nn import SparseLinear
+from sparsecomp.patterns import Block
 from sparsecomp.tune import DENSE, SPARSE, UNPACKED, Measurement
+
+_BY_NAME = "asked for by name"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Explanation:
         if self.bound is not None:
             lines.append(f"  bound     {self.bound} over dense, on the measured peaks of this machine")
         if self.seconds is None:
-            lines.append("  measured  not yet on this machine; sparsecomp.plan or sparsecomp.compile measures it")
+            lines.append("  measured  not yet on this machine; sparsecomp.compiler.summary measures it")
         else:
             times = ", ".join(f"{name} {microseconds(value)}" for name, value in self.seconds.items())
             lines.append(f"  measured  {times}")
@@ -73,18 +77,15 @@ def explain_kernel(
     answers = dict(registry.explain(request))
     chosen = kernel.backend
     if wanted is not None:
-        reason = "asked for by name"
+        reason = _BY_NAME
     elif dense_above is not None and batch >= dense_above:
         reason = f"from {dense_above} rows on, unpacking the weight and a dense product was measured to be faster"
     else:
         reason = "the first backend, in order of preference, that runs this request"
-    rejected = tuple(
-        (name, why or f"runs it too, comes after {chosen} in the order of preference")
-        for name, why in answers.items()
-        if name != chosen
-    )
+    runs = "runs it too" if wanted is not None else f"runs it too, comes after {chosen} in the order of preference"
+    rejected = tuple((name, why or runs) for name, why in answers.items() if name != chosen)
     where = detect(device)
-    known = tune.lookup(request, where)
+    known = tune.lookup(request, where, _forced(request, chosen))
     limit = cost.bound(request, where, warm=known is None or not known.cold)
     epilogue = ""
     if activation != "none":
@@ -210,7 +211,8 @@ def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Devic
     shape = (layer.out_features, layer.in_features)
     facts = layer.pattern, shape, layer.dtype, device.kind
     requests = {batch: Request(*facts, batch, layer.quantized) for batch in batches}
-    measured = {batch: tune.measure(request) for batch, request in requests.items()}
+    backend = layer.kernel.backend
+    measured = {batch: tune.measure(each, backend=_forced(each, backend)) for batch, each in requests.items()}
     return SummaryRow(
         name=name or "the model",
         shape=shape,
@@ -218,7 +220,7 @@ def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Devic
         dtype=("int8 weights, " if layer.quantized else "") + str(layer.dtype).removeprefix("torch."),
         dense_bytes=shape[0] * shape[1] * layer.dtype.itemsize,
         bytes=layer.kernel.nbytes,
-        kernel=layer.kernel.backend,
+        kernel=backend,
         why=_why(layer),
         dense={batch: value.seconds[DENSE] for batch, value in measured.items()},
         sparse={batch: taken_seconds(value, batch, layer.dense_above) for batch, value in measured.items()},
@@ -232,10 +234,23 @@ def _why(layer: SparseLinear) -> str:
     explanation = layer.explain()
     if layer.dense_above is not None:
         return f"dense product from {layer.dense_above} rows on"
+    if explanation.reason == _BY_NAME:
+        return _BY_NAME
     if explanation.kernel != "dense":
-        return "asked for by name" if explanation.reason == "asked for by name" else "sparse kernel runs it"
-    name = "triton" if layer.device.type == "cuda" else "cpu"
-    return f"no sparse kernel ({name}: {dict(explanation.rejected)[name]})"
+        return "sparse kernel runs it"
+    return f"no sparse kernel ({why_no_kernel(explanation.request)})"
+
+
+def _forced(request: Request, backend: str) -> str | None:
+    """That backend where it is another than the one that would be chosen, so that its own times are looked at."""
+    return None if registry.choose(request) == backend else backend
+
+
+def why_no_kernel(request: Request) -> str:
+    """The name and the reason of the backend that comes nearest to running a request which none runs sparse."""
+    on_gpu = "triton_block" if isinstance(request.pattern, Block) else "triton"
+    name = "cpu" if torch.device(request.device).type == "cpu" else on_gpu
+    return f"{name}: {dict(registry.explain(request))[name]}"
 
 
 def taken_seconds(measurement: Measurement, batch: int, dense_above: int | None) -> float:

@@ -62,29 +62,33 @@ class Measurement:
         return self.seconds[DENSE] / self.seconds[SPARSE]
 
 
-def measure(request: Request, *, budget: float = _BUDGET, again: bool = False) -> Measurement:
+def measure(
+    request: Request, *, budget: float = _BUDGET, again: bool = False, backend: str | None = None
+) -> Measurement:
     """The measurement of a request with a bias, from the cache where it is known.
 
-    ``budget`` is in seconds; ``again`` measures even so. Modules are called as a model calls them, so that the cost of
-    a call counts. Raises BackendError where no backend runs the request.
+    ``budget`` is in seconds; ``again`` measures even so; ``backend`` names another than the preferred one. Modules are
+    called as a model calls them, so that the cost of a call counts. Raises BackendError where no backend runs the
+    request, ModelError where the named one does not.
     """
     device = detect(torch.device(request.device).type)
-    if not again and (known := lookup(request, device)) is not None:
+    if not again and (known := lookup(request, device, backend)) is not None:
         return known
     copies, cold = _copies(request, device)
     weight = random_weight(request.pattern, request.shape, request.dtype).to(request.device)
     if request.quantized:
         weight = quantize(weight)
     bias = torch.zeros(request.shape[0], dtype=request.dtype, device=request.device)
-    sparse = [SparseLinear.from_packed(weight, bias)]
+    sparse = [SparseLinear.from_packed(weight, bias, backend=backend)]
     sparse += [copy.deepcopy(sparse[0]) for _ in range(copies - 1)]
     dense = [sparse[0].to_linear()]
     dense += [copy.deepcopy(dense[0]) for _ in range(copies - 1)]
     kernel = sparse[0].kernel
     calls: dict[str, Sequence[Callable[[torch.Tensor], object]]] = {SPARSE: sparse, DENSE: dense}
-    backend = registry.backends()[kernel.backend]
     if kernel.backend != "dense":
-        calls[UNPACKED] = [partial(_unpacked, backend, layer.kernel, bias) for layer in sparse]
+        calls[UNPACKED] = [
+            partial(_unpacked, registry.backends()[kernel.backend], layer.kernel, bias) for layer in sparse
+        ]
     x = torch.randn(request.batch, request.shape[1], device=request.device).to(request.dtype)
     with torch.inference_mode():
         samples = _interleaved(calls, x, budget)
@@ -95,15 +99,15 @@ def measure(request: Request, *, budget: float = _BUDGET, again: bool = False) -
         cold,
     )
     if max(measurement.spread.values()) <= _STEADY:
-        cache.store("tune", _key(request, device), _as_json(measurement))
-    _known[_key(request, device)] = measurement
+        cache.store("tune", _key(request, device, backend), _as_json(measurement))
+    _known[_key(request, device, backend)] = measurement
     return measurement
 
 
-def lookup(request: Request, device: Device | None = None) -> Measurement | None:
+def lookup(request: Request, device: Device | None = None, backend: str | None = None) -> Measurement | None:
     """What is already known of a request on this machine, without measuring."""
     device = device or detect(torch.device(request.device).type)
-    key = _key(request, device)
+    key = _key(request, device, backend)
     if key not in _known:
         found = _from_json(cache.read("tune").get(key))
         if found is None:
@@ -194,11 +198,11 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def _key(request: Request, device: Device) -> str:
+def _key(request: Request, device: Device, backend: str | None) -> str:
     out, columns = request.shape
     dtype = f"{request.dtype} of int8 weights" if request.quantized else request.dtype
     what = f"{request.pattern} {out}x{columns} {dtype} batch {request.batch} threads {device.threads}"
-    return f"{device.fingerprint} {_versions()} {what}"
+    return f"{device.fingerprint} {_versions()} {what}" + (f" by {backend}" if backend else "")
 
 
 def _as_json(measurement: Measurement) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsecomp import compiler, tune
 from sparsecomp.backends.cpu import native
+from sparsecomp.backends.registry import Request
 from sparsecomp.calibration import calibrate
 from sparsecomp.compiler import compile, report, summary
 from sparsecomp.errors import CalibrationError, ModelError, PatternError, SparsecompError
@@ -22,6 +23,7 @@ from sparsecomp.nn import SparseLinear
 from sparsecomp.patterns import parse
 from sparsecomp.plan import plan
 from sparsecomp.prune import prune, prune_weight
+from sparsecomp.report import why_no_kernel
 
 needs_kernel = pytest.mark.skipif(isinstance(native(), str), reason="needs the compiled extension")
 
@@ -203,3 +205,28 @@ def test_wrong_requests_are_named() -> None:
         assert untouched(net, before)
     with pytest.raises(ModelError, match="no sparse layer"):
         summary(net)
+
+
+def test_summary_measures_the_backend_that_was_asked_for() -> None:
+    linear = nn.Linear(256, 256)
+    layers = [
+        SparseLinear.from_linear(linear, "2:4", "magnitude", backend=name) for name in (None, "reference", "dense")
+    ]
+    preferred, reference, dense = summary(nn.Sequential(*layers), batch=(2,)).rows
+    assert preferred.sparse != reference.sparse and reference.sparse != dense.sparse
+    assert reference.kernel == "reference" and reference.why == dense.why == "asked for by name"
+    assert layers[1].explain(2).seconds == pytest.approx(
+        {**tune.measure(_request(layers[1]), backend="reference").seconds}
+    )
+    assert layers[1].explain(2).seconds != layers[0].explain(2).seconds
+
+
+@pytest.mark.parametrize(("pattern", "backend"), [("block8x8:0.5", "triton_block"), ("5:8", "triton")])
+def test_the_reason_is_of_the_backend_that_comes_nearest(pattern: str, backend: str) -> None:
+    on_gpu = Request(parse(pattern), (64, 64), torch.float32, "cuda", 1)
+    assert why_no_kernel(on_gpu).startswith(f"{backend}: ")
+    assert why_no_kernel(replace(on_gpu, device="cpu")).startswith("cpu: ")
+
+
+def _request(layer: SparseLinear) -> Request:
+    return Request(layer.pattern, (layer.out_features, layer.in_features), layer.dtype, "cpu", 2)
