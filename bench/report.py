@@ -179,6 +179,8 @@ def _means(found: list[Comparison]) -> str:
     for pattern in dict.fromkeys(each.row["pattern"] for each in found):
         for dtype in dict.fromkeys(each.row["dtype"] for each in found):
             chosen = [each for each in found if each.row["pattern"] == pattern and each.row["dtype"] == dtype]
+            if not chosen:
+                continue
             verdicts = [each.verdict for each in chosen]
             rows.append(
                 (
