@@ -64,7 +64,9 @@ class Runner {
       });
       parallel_for(threads, row_tasks * count, [&](int64_t index) {
         const int64_t panel = index % count, tile = index / count * tile_block;
-        if (!multiply(first + panel, tile, std::min(g_.tiles, tile + tile_block), packed + panel * panel_elements))
+        const float* next = packed + (index + 1) % count * panel_elements;  // if no other thread takes it
+        if (!multiply(first + panel, tile, std::min(g_.tiles, tile + tile_block), packed + panel * panel_elements,
+                      next))
           complete.store(false, std::memory_order_relaxed);
       });
     }
@@ -85,6 +87,8 @@ class Runner {
         if (call_.dtype == SPARSECOMP_F32 && first + lanes <= call_.batch && (step + 1) * kStep <= g_.in) {
           from = static_cast<const float*>(call_.x) + first * call_.ldx + step * kStep;
           ld = call_.ldx;
+          // the next rows: the hardware sees them as too many short streams
+          for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(from + (lanes + i) * ld, 0, 2);
         } else {
           fill(first, step, local);
         }
@@ -116,8 +120,8 @@ class Runner {
     }
   }
 
-  // False if there is no memory for the workspace.
-  bool multiply(int64_t panel, int64_t tile, int64_t tile_end, const float* packed) const {
+  // `next` is the panel to be multiplied after this one. False if there is no memory for the workspace.
+  bool multiply(int64_t panel, int64_t tile, int64_t tile_end, const float* packed, const float* next) const {
     static thread_local Workspace sums_space, values_space;
     const int64_t width = panels_.width(panel);
     const bool widens = kernels_.x_dtype == SPARSECOMP_F32 && g_.dtype != SPARSECOMP_F32;
@@ -136,15 +140,20 @@ class Runner {
       args.panel = packed + step * kStep * width;
       args.steps = std::min(block_steps_, g_.steps - step);
       args.add = step > 0;
+      const bool last = step + args.steps == g_.steps;
+      const int64_t block_lines = args.steps * kStep * width / 16;
       for (int64_t t = tile; t < tile_end; ++t) {
         const int64_t block = t * g_.steps + step;
         args.values = call_.values + block * g_.value_bytes;
         args.metadata = call_.metadata + block * g_.metadata_bytes;
         // the tile below, or the first one's next columns; the hardware does not foresee the jump
-        const int64_t next = block + (t + 1 < tile_end ? g_.steps : args.steps - (t - tile) * g_.steps);
-        args.next_values = call_.values + next * g_.value_bytes;
-        args.next_bytes = args.steps * g_.value_bytes;
-        __builtin_prefetch(call_.metadata + next * g_.metadata_bytes);
+        const int64_t next_block = block + (t + 1 < tile_end ? g_.steps : args.steps - (t - tile) * g_.steps);
+        args.next_values = {call_.values + next_block * g_.value_bytes, 64, args.steps * g_.value_bytes / 64};
+        __builtin_prefetch(call_.metadata + next_block * g_.metadata_bytes);
+        const float* after = last ? next : static_cast<const float*>(args.panel) + block_lines * 16;
+        const int64_t share = block_lines * (t - tile) / (tile_end - tile);
+        args.next_panel = {after + share * 16, 64, block_lines * (t + 1 - tile) / (tile_end - tile) - share};
+        if (last) args.output = output_lines(panel, t);
         if (widens) {
           widen(args.values, args.steps, widened);
           args.values = reinterpret_cast<const uint8_t*>(widened);
@@ -157,6 +166,13 @@ class Runner {
     } while (step < g_.steps);
     finish(panel, tile, tile_end, sums);
     return true;
+  }
+
+  // Where finish() will write the sums of a tile: far apart, so that each of them would be waited for.
+  Lines output_lines(int64_t panel, int64_t tile) const {
+    const int64_t size = element_bytes(call_.dtype), column = panels_.first_column(panel);
+    const auto* y = static_cast<const uint8_t*>(call_.y) + (column * call_.ldy + tile * kTile) * size;
+    return {y, call_.ldy * size, std::min(call_.batch - column, panels_.width(panel))};
   }
 
   // Blocks of values of any type as float [slots][16].

@@ -11,6 +11,13 @@ namespace sparsecomp {
 
 constexpr int kMostVectors = 8;
 
+// Cache lines that a call prefetches, a share before every few rows.
+struct Lines {
+  const void* first = nullptr;
+  int64_t stride = 64;  // bytes from one to the next
+  int64_t count = 0;
+};
+
 // One tile by one panel over `steps` column steps.
 struct PanelArgs {
   const Geometry* geometry;
@@ -18,12 +25,13 @@ struct PanelArgs {
   const uint8_t* metadata;  // block of the first step
   const void* panel;        // [16 * steps][width] elements of 4 bytes
   int64_t steps;
-  const int64_t* groups;       // for each slot of a step: elements of the panel from the step to the slot's group
-  float* sums;                 // [16][width]
-  int rows;                    // that exist; the sums of others need not be made
-  bool add;                    // `sums` holds the sums of earlier columns, to be added to
-  const uint8_t* next_values;  // what the next call needs: prefetched, a share before every few rows
-  int64_t next_bytes;
+  const int64_t* groups;  // for each slot of a step: elements of the panel from the step to the slot's group
+  float* sums;            // [16][width]
+  int rows;               // that exist; the sums of others need not be made
+  bool add;               // `sums` holds the sums of earlier columns, to be added to
+  Lines next_values;      // of the next call
+  Lines next_panel;       // a part of what all tiles read after this
+  Lines output;           // where these sums will go
 };
 
 using PanelMicro = void (*)(const PanelArgs&);

@@ -82,20 +82,23 @@ SPARSECOMP_INLINE void multiply_slot(const float* values, const float* group, co
   }
 }
 
+// Here, too, the pointers are opaque, so that GCC takes displacements.
 template <class Vector, int R, int C>
 SPARSECOMP_INLINE void load_sums(const PanelArgs& args, int row, typename Vector::Register (&sums)[R][C]) {
   const float* from = args.sums + row * C * Vector::kLanes;
+  __asm__("" : "+r"(from));
+  const bool add = args.add;
   SPARSECOMP_UNROLL
   for (int r = 0; r < R; ++r) {
     SPARSECOMP_UNROLL
-    for (int c = 0; c < C; ++c)
-      sums[r][c] = args.add ? Vector::load(from + (r * C + c) * Vector::kLanes) : Vector::zero();
+    for (int c = 0; c < C; ++c) sums[r][c] = add ? Vector::load(from + (r * C + c) * Vector::kLanes) : Vector::zero();
   }
 }
 
 template <class Vector, int R, int C>
 SPARSECOMP_INLINE void store_sums(const PanelArgs& args, int row, const typename Vector::Register (&sums)[R][C]) {
   float* to = args.sums + row * C * Vector::kLanes;
+  __asm__("" : "+r"(to));
   SPARSECOMP_UNROLL
   for (int r = 0; r < R; ++r) {
     SPARSECOMP_UNROLL
@@ -141,14 +144,23 @@ struct FloatRows {
   }
 };
 
+constexpr int kToL1 = 3, kToL2 = 2;
+
+// The share of the rows [row, row + R).
+template <int kWhere, int R>
+SPARSECOMP_INLINE void prefetch_share(const Lines& lines, int row) {
+  const auto* first = static_cast<const char*>(lines.first);
+  const int64_t stop = lines.count * (row + R) / kTile;
+  for (int64_t i = lines.count * row / kTile; i < stop; ++i) __builtin_prefetch(first + i * lines.stride, 0, kWhere);
+}
+
 // All rows of a tile, R at a time, by Rows::run(args, row).
 template <class Rows, int R>
 void panel_micro(const PanelArgs& args) {
-  const uint8_t* next = args.next_values;
-  const int64_t share = (args.next_bytes + kTile / R - 1) / (kTile / R);
   for (int row = 0; row < args.rows; row += R) {
-    const uint8_t* stop = next + share;
-    for (; next < stop; next += 64) __builtin_prefetch(next);
+    prefetch_share<kToL1, R>(args.next_values, row);
+    prefetch_share<kToL2, R>(args.next_panel, row);
+    prefetch_share<kToL2, R>(args.output, row);
     Rows::run(args, row);
   }
 }
