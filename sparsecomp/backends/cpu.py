@@ -186,13 +186,14 @@ class CpuBackend(Backend):
         """y [batch, out] in one call of the library; only ``x`` with strided columns is copied."""
         batch, columns = x.shape
         out = kernel.shape[0]
-        y = torch.empty((batch, out), dtype=kernel.dtype)
+        y = x.new_empty(batch, out)  # of the kernel's dtype, as x is; sizes as arguments, as a tuple they cost 0.5 us
         if batch == 0 or out == 0:
             return y
-        step = x.stride(0)
-        if x.stride(1) != 1 or step < columns:
-            # a single row and a single column may carry any stride
-            x, step = x.contiguous(), columns
+        step = columns
+        if not x.is_contiguous():
+            step = x.stride(0)
+            if x.stride(1) != 1 or step < columns:
+                x, step = x.contiguous(), columns
         values, metadata, *scales = kernel.tensors
         # pointers are read at every call: a tensor whose storage was replaced is then followed, not read after free
         module = _require_native()
