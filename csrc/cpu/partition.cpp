@@ -11,6 +11,8 @@ constexpr int64_t kWorthAThread = 200'000;
 constexpr int64_t kFetchWork = 4;
 // Tasks per thread: enough that a thread which lost its core for a while leaves work to the others.
 constexpr int64_t kTasksPerThread = 4;
+// Every task of a panel brings all of the panel to the L1 cache.
+constexpr int64_t kPanelTasksPerThread = 2;
 constexpr int64_t kTileUnit = 2;   // tiles a micro-kernel takes at once
 constexpr int64_t kBatchUnit = 8;  // columns a micro-kernel takes at once
 
@@ -22,7 +24,7 @@ int64_t round_up(int64_t a, int64_t unit) { return divide_up(a, unit) * unit; }
 bool worth_threads(int64_t work) { return work >= 2 * kWorthAThread; }
 
 int64_t panel_tile_block(int64_t tiles, int64_t most, int64_t panels, int threads) {
-  const int64_t wanted = threads <= 1 ? 1 : divide_up(threads * kTasksPerThread, panels);
+  const int64_t wanted = threads <= 1 ? 1 : divide_up(threads * kPanelTasksPerThread, panels);
   return std::clamp<int64_t>(divide_up(tiles, wanted), 1, std::max<int64_t>(1, most));
 }
 
