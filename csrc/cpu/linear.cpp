@@ -19,6 +19,10 @@ constexpr int64_t kTaskColumns = 128;
 constexpr int64_t kChunkSteps = 256;
 constexpr int64_t kUncutSteps = 384;
 constexpr int64_t kUncutColumns = 16;
+// From this many batch columns on, decoding the positions of a tile beforehand pays.
+constexpr int64_t kDecodeColumns = 16;
+// Two tiles of so many column steps and their decoded positions stay in the L1 cache.
+constexpr int64_t kDecodeSteps = 24;
 
 struct Blocking {
   bool direct;  // micro-kernels read x where it is
@@ -79,23 +83,30 @@ class TaskRunner {
 
   // False if there is no memory for the workspace.
   bool run(const Task& task) const {
-    static thread_local Workspace panel_space, sums_space;
+    static thread_local Workspace panel_space, sums_space, index_space;
     const int64_t columns = task.column_end - task.column;
     const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
-    const bool chunked = blocking_.chunk_steps < g_.steps;
+    Buffers buffers;
+    if (kernels_.decoded && columns >= kDecodeColumns && g_.slots % 2 == 0) {
+      buffers.indices = static_cast<uint8_t*>(index_space.reserve(blocking_.tiles * kDecodeSteps * step_index_bytes()));
+      if (!buffers.indices) return false;
+    }
+    // pieces that are decoded are short anyway
+    const int64_t chunk_steps = buffers.indices ? g_.steps : blocking_.chunk_steps;
     void* panel = nullptr;
-    float* sums = nullptr;
     if (!blocking_.direct) {
-      panel = panel_space.reserve(std::max<int64_t>(64, columns * blocking_.chunk_steps * kStep * x_size));
+      panel = panel_space.reserve(std::max<int64_t>(64, columns * chunk_steps * kStep * x_size));
       if (!panel) return false;
     }
-    if (chunked) {
-      sums = static_cast<float*>(sums_space.reserve((task.tile_end - task.tile) * kTile * columns * 4));
-      if (!sums) return false;
+    const int64_t kept_tiles = chunk_steps < g_.steps ? task.tile_end - task.tile : buffers.indices ? kMostTiles : 0;
+    if (kept_tiles) {
+      buffers.sums = static_cast<float*>(sums_space.reserve(kept_tiles * kTile * columns * 4));
+      if (!buffers.sums) return false;
     }
+    buffers.tile_sums = chunk_steps < g_.steps ? columns * kTile : 0;
     int64_t step = 0;
     do {  // once even if there are no columns: y is the bias then
-      const int64_t step_end = std::min(g_.steps, step + blocking_.chunk_steps);
+      const int64_t step_end = std::min(g_.steps, step + chunk_steps);
       const uint8_t* x = static_cast<const uint8_t*>(call_.x) + (task.column * call_.ldx + step * kStep) * x_size;
       int64_t ldx = call_.ldx;
       if (panel) {
@@ -103,45 +114,76 @@ class TaskRunner {
         x = static_cast<const uint8_t*>(panel);
         ldx = (step_end - step) * kStep;
       }
-      run_chunk(task, step, step_end, x, ldx, sums);
+      run_chunk(task, step, step_end, x, ldx, buffers);
       step = step_end;
     } while (step < g_.steps);
     return true;
   }
 
  private:
-  void run_chunk(const Task& task, int64_t step, int64_t step_end, const uint8_t* x, int64_t ldx, float* sums) const {
-    const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
+  struct Buffers {
+    float* sums = nullptr;       // of all batch columns of a task, where the columns of the weight are cut; or nullptr
+    int64_t tile_sums = 0;       // floats in `sums` from a tile to the next, 0 if they share their place
+    uint8_t* indices = nullptr;  // decoded positions, or nullptr for kernels that decode themselves
+  };
+
+  int64_t step_index_bytes() const { return g_.slots / 2 * kTile * 4; }
+
+  // Steps [chunk, chunk_end) of all tiles: a tile's weights stay in the cache while the batch passes over them.
+  void run_chunk(const Task& task, int64_t chunk, int64_t chunk_end, const uint8_t* x, int64_t ldx,
+                 const Buffers& buffers) const {
+    const auto& kernels = buffers.indices ? kernels_.decoded->micro : kernels_.micro;
     MicroArgs args;
     args.geometry = &g_;
     args.value_stride = g_.steps * g_.value_bytes;
     args.metadata_stride = g_.steps * g_.metadata_bytes;
     args.ldx = ldx;
-    args.steps = step_end - step;
-    args.add = step > 0;
-    alignas(64) float local[kMostColumns * kMostTiles * kTile];
+    args.indices = buffers.indices;
     for (int64_t tile = task.tile; tile < task.tile_end;) {
       int tiles = static_cast<int>(std::min<int64_t>(blocking_.tiles, task.tile_end - tile));
-      while (!kernels_.micro[tiles][1]) --tiles;
-      args.values = call_.values + tile * args.value_stride + step * g_.value_bytes;
-      args.metadata = call_.metadata + tile * args.metadata_stride + step * g_.metadata_bytes;
-      const bool last = tile + tiles == task.tile_end;
-      const int64_t next_tile = last ? task.tile : tile + tiles;
-      const int64_t next_step = last ? std::max<int64_t>(0, std::min(step_end, g_.steps - 1)) : step;
-      args.next_values = call_.values + next_tile * args.value_stride + next_step * g_.value_bytes;
-      args.next_metadata = call_.metadata + next_tile * args.metadata_stride + next_step * g_.metadata_bytes;
-      for (int64_t column = task.column; column < task.column_end;) {
-        const int columns = next_columns(kernels_.micro[tiles], task.column_end - column);
-        args.x = x + (column - task.column) * ldx * x_size;
-        args.sums = sums ? sums : local;
-        args.stream = column == task.column;
-        if (step_end == g_.steps) prefetch_output(tile, tiles, column, columns);
-        kernels_.micro[tiles][columns](args);
-        if (step_end == g_.steps) finish(args.sums, tile, tiles, column, columns);
-        if (sums) sums += columns * tiles * kTile;
-        column += columns;
-      }
+      while (!kernels[tiles][1]) --tiles;
+      int64_t step = chunk;
+      do {
+        const int64_t step_end = buffers.indices ? std::min(chunk_end, step + kDecodeSteps) : chunk_end;
+        args.steps = step_end - step;
+        args.add = step > 0;
+        args.values = call_.values + tile * args.value_stride + step * g_.value_bytes;
+        args.metadata = call_.metadata + tile * args.metadata_stride + step * g_.metadata_bytes;
+        const bool tile_done = step_end == chunk_end, last = tile_done && tile + tiles == task.tile_end;
+        const int64_t next_tile = last ? task.tile : tile_done ? tile + tiles : tile;
+        const int64_t next_step = last || !tile_done ? std::max<int64_t>(0, std::min(step_end, g_.steps - 1)) : chunk;
+        args.next_values = call_.values + next_tile * args.value_stride + next_step * g_.value_bytes;
+        args.next_metadata = call_.metadata + next_tile * args.metadata_stride + next_step * g_.metadata_bytes;
+        if (buffers.indices) {
+          args.index_stride = args.steps * step_index_bytes();
+          for (int t = 0; t < tiles; ++t)
+            kernels_.decoded->decode(g_, args.metadata + t * args.metadata_stride, args.steps,
+                                     buffers.indices + t * args.index_stride);
+        }
+        const int64_t x_columns = (step - chunk) * kStep;
+        run_columns(kernels[tiles], task, tile, tiles, step_end == g_.steps, x, x_columns,
+                    buffers.sums ? buffers.sums + (tile - task.tile) * buffers.tile_sums : nullptr, &args);
+        step = step_end;
+      } while (step < chunk_end);
       tile += tiles;
+    }
+  }
+
+  // All batch columns over the same weights; `x` from its column `x_columns` on. `done`: the sums are complete then.
+  void run_columns(const Micro* micro, const Task& task, int64_t tile, int tiles, bool done, const uint8_t* x,
+                   int64_t x_columns, float* sums, MicroArgs* args) const {
+    const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
+    alignas(64) float local[kMostColumns * kMostTiles * kTile];
+    for (int64_t column = task.column; column < task.column_end;) {
+      const int columns = next_columns(micro, task.column_end - column);
+      args->x = x + ((column - task.column) * args->ldx + x_columns) * x_size;
+      args->sums = sums ? sums : local;
+      args->stream = column == task.column;
+      if (done) prefetch_output(tile, tiles, column, columns);
+      micro[columns](*args);
+      if (done) finish(args->sums, tile, tiles, column, columns);
+      if (sums) sums += columns * tiles * kTile;
+      column += columns;
     }
   }
 

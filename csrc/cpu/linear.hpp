@@ -39,14 +39,25 @@ struct MicroArgs {
   bool stream;  // these weights are used for the first time: prefetch them, and the first of the next call's
   const uint8_t* next_values;
   const uint8_t* next_metadata;
+  const uint8_t* indices;  // of the first tile and step, for the kernels of DecodedSet only
+  int64_t index_stride;    // bytes from a tile to the next
 };
 
 using Micro = void (*)(const MicroArgs&);
+
+// Micro-kernels that read positions as the permutes want them, where many batch columns share the work of decoding.
+// For an even number of slots.
+struct DecodedSet {
+  // [steps][slots / 2][16 rows] indices of 4 bytes from the metadata of so many steps of a tile
+  void (*decode)(const Geometry& g, const uint8_t* metadata, int64_t steps, uint8_t* indices);
+  Micro micro[kMostTiles + 1][kMostColumns + 1];
+};
 
 // The micro-kernels of one geometry; micro[T][NB] may be nullptr, but micro[1][1] exists.
 struct KernelSet {
   int x_dtype;  // SPARSECOMP_F32 or SPARSECOMP_BF16: what x must be converted to
   Micro micro[kMostTiles + 1][kMostColumns + 1];
+  const DecodedSet* decoded;  // with the same T and NB, or nullptr
 };
 
 // y[column][0..rows) = epilogue(sums[column][0..rows)), in `dtype`; rows of `sums` are `ld` apart, and whole tiles of

@@ -61,6 +61,12 @@ struct Product {
 
   static Vector load(const X* x) { return _mm512_loadu_ps(x); }
 
+  // a shift for 8 permutes: no gain
+  template <int M, int N>
+  static constexpr const DecodedSet* decoded() {
+    return nullptr;
+  }
+
   template <int M, class Shape, int NB, int C>
   static inline void pair(const uint8_t* block, int slot, bool odd, __m512i word, const Shape& shape, int,
                           const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {

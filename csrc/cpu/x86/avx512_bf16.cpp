@@ -21,6 +21,9 @@ struct DotProduct {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
 
+  template <int M, int N>
+  static constexpr const DecodedSet* decoded();
+
   // For an odd number of slots the second weight of the last pair is stored as zero, and its activation must be zero
   // too: it belongs to no slot of the row, and zero times Inf is NaN.
   template <int M, class Shape, int NB, int C>
@@ -37,7 +40,6 @@ struct DotProduct {
     }
   }
 
- private:
   // Word indices of two slots, whose fields are lowest in `word`: the first in the low half, the second in the high
   // one.
   template <int M, bool kTable>
@@ -54,6 +56,102 @@ struct DotProduct {
     return _mm512_ternarylogic_epi32(both, _mm512_set1_epi32((M - 1) * 0x10001), _mm512_set1_epi32(bases), 0xea);
   }
 };
+
+template <int M, int N>
+void decode(const Geometry& g, const uint8_t* metadata, int64_t steps, uint8_t* indices) {
+  const StepShape<M, N> shape(g);
+  constexpr bool kStatic = StepShape<M, N>::kStatic;
+  const int slots = kStatic ? shape.kSlots : g.slots, words = kStatic ? 1 : g.words;
+  const int full_words = kStatic ? shape.kSlots / shape.kWordSlots : g.full_words;
+  const int rest_bytes = kStatic ? shape.kSlots % shape.kWordSlots * shape.kBits / 8 : g.rest_bytes;
+  for (int64_t step = 0; step < steps; ++step, metadata += g.metadata_bytes) {
+    for (int word = 0, slot = 0; word < words; ++word) {
+      __m512i positions = load_index_word(metadata, word, full_words, rest_bytes);
+      const int end = slots < slot + shape.kWordSlots ? slots : slot + shape.kWordSlots;
+      SPARSECOMP_UNROLL
+      for (; slot < end; slot += 2, indices += kTile * 4) {
+        const int bases = shape.base(slot) | shape.base(slot + 1) << 16;
+        _mm512_storeu_si512(indices, DotProduct::columns<M, false>(positions, shape.kBits, bases));
+        positions = _mm512_srli_epi32(positions, 2 * shape.kBits);
+      }
+    }
+  }
+}
+
+// T tiles by NB batch columns, as micro() but for the indices. kPairs: of a step, or 0 if that is not known.
+template <int kPairs, int T, int NB>
+void decoded_micro(const MicroArgs& args) {
+  const Geometry& g = *args.geometry;
+  const uint8_t *values = args.values, *indices = args.indices;
+  const auto* x = static_cast<const DotProduct::X*>(args.x);
+  Prefetcher prefetch(args);
+  __m512 sums[T][NB];
+  SPARSECOMP_UNROLL
+  for (int t = 0; t < T; ++t) {
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b)
+      sums[t][b] = args.add ? _mm512_loadu_ps(args.sums + (b * T + t) * kTile) : _mm512_setzero_ps();
+  }
+  for (int64_t step = 0; step < args.steps; ++step) {
+    __m512i xs[NB];
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b) xs[b] = DotProduct::load(x + b * args.ldx);
+    if (args.stream) {
+      SPARSECOMP_UNROLL
+      for (int t = 0; t < T; ++t) prefetch.template tile<0>(t);
+      prefetch.advance();
+    }
+    const auto multiply = [&](int pair) __attribute__((always_inline)) {
+      SPARSECOMP_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const auto value =
+            reinterpret_cast<__m512bh>(_mm512_loadu_si512(values + t * args.value_stride + pair * kTile * 4));
+        const __m512i index = _mm512_loadu_si512(indices + t * args.index_stride + pair * kTile * 4);
+        SPARSECOMP_UNROLL
+        for (int b = 0; b < NB; ++b)
+          sums[t][b] =
+              _mm512_dpbf16_ps(sums[t][b], value, reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, xs[b])));
+      }
+    };
+    if constexpr (kPairs != 0) {
+      SPARSECOMP_UNROLL
+      for (int pair = 0; pair < kPairs; ++pair) multiply(pair);
+    } else {
+      for (int pair = 0; pair < g.slots / 2; ++pair) multiply(pair);
+    }
+    values += g.value_bytes;
+    indices += g.slots / 2 * kTile * 4;
+    x += kStep;
+  }
+  SPARSECOMP_UNROLL
+  for (int t = 0; t < T; ++t) {
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b) _mm512_storeu_ps(args.sums + (b * T + t) * kTile, sums[t][b]);
+  }
+}
+
+template <int kPairs, int T, int NB>
+constexpr void fill_decoded(Micro* row) {
+  row[NB] = decoded_micro<kPairs, T, NB>;
+  if constexpr (NB > 1) fill_decoded<kPairs, T, NB - 1>(row);
+}
+
+template <int M, int N>
+constexpr DecodedSet make_decoded() {
+  constexpr int kPairs = kStep / M * N / 2;
+  DecodedSet set{decode<M, N>, {}};
+  fill_decoded<kPairs, 1, kMostColumns>(set.micro[1]);
+  fill_decoded<kPairs, 2, kMostColumns>(set.micro[2]);
+  return set;
+}
+
+template <int M, int N>
+constexpr DecodedSet kDecoded = make_decoded<M, N>();
+
+template <int M, int N>
+constexpr const DecodedSet* DotProduct::decoded() {
+  return &kDecoded<M, N>;
+}
 
 const KernelSet* select(const Geometry& g) {
   return g.dtype == SPARSECOMP_BF16 ? select_for<DotProduct>(g) : kAvx512.select(g);

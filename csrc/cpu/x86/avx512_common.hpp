@@ -135,7 +135,7 @@ constexpr void fill_columns(Micro* row) {
 
 template <class Product, int M, int N>
 constexpr KernelSet make_set() {
-  KernelSet set{Product::kXDtype, {}};
+  KernelSet set{Product::kXDtype, {}, Product::template decoded<M, N>()};
   fill_columns<Product, M, N, 1>(set.micro[1]);
   fill_columns<Product, M, N, 2>(set.micro[2]);
   return set;
