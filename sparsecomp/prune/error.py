@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-_COLUMNS = 1024
+_COLUMNS = 512
 
 
 def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor | None = None) -> float:
@@ -28,8 +28,11 @@ def _energy(weight: Tensor, gram: Tensor | None) -> float:
     if gram is None:
         return float(weight.square().sum())
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    # column by column block: a float64 copy of a large Gram would be the largest thing in memory
+    # by blocks of columns, for a float64 copy of a large Gram would be the largest thing in memory; G is symmetric, so
+    # that what lies above its diagonal blocks counts twice and what lies below need not be multiplied
     for start in range(0, weight.shape[1], _COLUMNS):
-        columns = slice(start, start + _COLUMNS)
-        total += ((weight @ gram[:, columns].double()) * weight[:, columns]).sum()
+        end = min(start + _COLUMNS, weight.shape[1])
+        pull = 2.0 * (weight[:, :start] @ gram[:start, start:end].double())
+        pull += weight[:, start:end] @ gram[start:end, start:end].double()
+        total += (pull * weight[:, start:end]).sum()
     return max(float(total), 0.0)

@@ -181,7 +181,7 @@ def test_what_did_not_settle_is_said_and_the_best_is_kept(monkeypatch):
     presets = sys.modules["sparsecomp.prune.presets"]
     weight, gram = layer_of(24, 64)
     monkeypatch.setattr(presets, "admm", partial(admm, schedule=Schedule(steps=2)))
-    monkeypatch.setattr(presets, "refit", lambda layer, weight, mask, steps=1: refit(layer, weight, mask, steps))
+    monkeypatch.setattr(presets, "refit", lambda layer, weight, mask, steps=1, **_: refit(layer, weight, mask, steps))
     result = prune_weight(weight, "2:4", "balanced", gram)
     assert [note.split()[1] for note in result.notes] == ["refit", "ADMM"]
     check_mask(result.mask, parse("2:4"))
