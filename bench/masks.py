@@ -10,16 +10,15 @@ import datetime
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sparsecomp as sc
-from sparsecomp.calibration import Calibration
 from sparsecomp.device import detect
 from sparsecomp.display import progress, table
 from sparsecomp.errors import SparsecompError
@@ -47,7 +46,10 @@ def run(pattern: Pattern, methods: Sequence[str], layers: Sequence[str], tokens:
     The documents of calibration and held-out text are different ones; each is cut at ``tokens`` tokens.
     """
     model, texts = minilm.load_model(), minilm.load_texts()
-    used, other = _calibrate(model, texts.calibration, tokens), _calibrate(model, texts.held_out, tokens)
+    used, other = (
+        sc.calibrate(model, minilm.batches(tuple(texts_of(each, tokens))), only=minilm.ENCODER)
+        for each in (texts.calibration, texts.held_out)
+    )
     found = find_linears(model, minilm.ENCODER)
     names = [name for name in found if any(fnmatchcase(name, glob) for glob in layers)]
     rows = []
@@ -67,14 +69,14 @@ def run(pattern: Pattern, methods: Sequence[str], layers: Sequence[str], tokens:
     }
 
 
-def _calibrate(model: nn.Module, texts: Iterable[str], tokens: int) -> Calibration:
-    taken, count = [], 0
+def texts_of(texts: Iterable[str], tokens: int) -> Iterator[str]:
+    """The first of ``texts`` that have no more than ``tokens`` tokens together."""
+    count = 0
     for text in texts:
         count += int(minilm.tokens([text])["attention_mask"].sum())
         if count > tokens:
-            break
-        taken.append(text)
-    return sc.calibrate(model, minilm.batches(taken), only=minilm.ENCODER)
+            return
+        yield text
 
 
 def _row(name: str, weight: Tensor, method: str, pattern: Pattern, gram: Tensor, held_out: Tensor) -> Row:

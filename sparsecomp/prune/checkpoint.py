@@ -1,7 +1,7 @@
 """Finished work on disk, so that an interrupted pruning goes on where it stopped.
 
 One safetensors file a piece of work, named by the piece and trusted only if its key, a digest of everything that
-the work depends on, is the same. Knows nothing of what the work is.
+the work depends on, the code included, is the same. Knows nothing of what the work is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from torch import Tensor
 from sparsecomp.errors import FormatError
 from sparsecomp.files import safetensors
 
-_VERSION = "1"
-
 
 def digest(*parts: object) -> str:
-    """A SHA-256 of tensors (dtype, shape, bytes), None and values that print fully; equal parts, equal digest."""
-    sha = hashlib.sha256(_VERSION.encode())
+    """A SHA-256 of tensors (dtype, shape, bytes), None and values that print fully; equal parts, equal digest.
+
+    Equal only under the same code: work of another version of the package, or of changed sources, is done again.
+    """
+    sha = hashlib.sha256(_code())
     for part in parts:
         if isinstance(part, Tensor):
             flat = part.detach().cpu().contiguous().flatten()
@@ -36,6 +38,20 @@ def digest(*parts: object) -> str:
             sha.update(repr(part).encode())
         sha.update(b"\0")
     return sha.hexdigest()
+
+
+@cache
+def _code() -> bytes:
+    """The versions of the package and of torch, and the sources of this folder and of calibration."""
+    from sparsecomp import __version__
+
+    here = Path(__file__).parent
+    sha = hashlib.sha256(f"{__version__} {torch.__version__}".encode())
+    for path in (*sorted(here.glob("*.py")), here.parent / "calibration.py", here.parent / "gram.py"):
+        # where a package is installed without sources, its version has to do
+        if path.is_file():
+            sha.update(path.read_bytes())
+    return sha.digest()
 
 
 def tensors_of(value: object) -> Iterable[Tensor]:
@@ -95,4 +111,4 @@ class Checkpoint:
         assert self.folder is not None
         # names of layers may hold anything; equal short names are told apart by the digest
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", piece)[:80] or "model"
-        return self.folder / f"{plain}-{digest(piece)[:8]}.safetensors"
+        return self.folder / f"{plain}-{hashlib.sha256(piece.encode()).hexdigest()[:8]}.safetensors"

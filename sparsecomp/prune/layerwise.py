@@ -40,13 +40,17 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """A layer's new weight and mask [out, in], in the order of rows and columns it is to have."""
+    """A layer's new weight and mask [out, in], in the order of rows and columns it is to have.
+
+    ``rows`` and ``columns`` say which old row or column each new one was; None where they stay as they were.
+    """
 
     layer: LinearRef
     weight: Tensor
     mask: Tensor
     report: LayerReport
     rows: Tensor | None = None
+    columns: Tensor | None = None
 
     def write(self) -> None:
         """Put the weight into the layer, and its bias into the order of the rows."""
@@ -96,7 +100,8 @@ def solve(
     items = list(jobs.items())
     for name, job in progress(items, description, len(items)) if show_progress else items:
         with naming(name):
-            solved[name], order = _solve_one(name, job, consumers.get(name), checkpoint)
+            solved[name] = _solve_one(name, job, consumers.get(name), checkpoint)
+        order = solved[name].columns
         if order is not None:
             orders.update(dict.fromkeys(consumers[name].producers, order))
     for name, order in orders.items():
@@ -115,8 +120,7 @@ def naming(name: str) -> Iterator[None]:
         raise type(error)(f"{name or 'the model'}: {error}") from error
 
 
-def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoint) -> tuple[Solved, Tensor | None]:
-    """The solved layer, and the order of its input columns if they were permuted."""
+def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoint) -> Solved:
     segments = None if hidden is None else hidden.segments
     weight = job.layer.get_weight()
     key = ""
@@ -125,10 +129,9 @@ def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoin
         found = checkpoint.load(name, key)
         if found is not None:
             tensors, facts = found
+            tensors = {key: each.to(weight.device) for key, each in tensors.items()}
             report = LayerReport.from_dict(facts)
-            return Solved(job.layer, tensors["weight"].to(weight.device), tensors["mask"].to(weight.device), report), (
-                tensors.get("order")
-            )
+            return Solved(job.layer, tensors["weight"], tensors["mask"], report, columns=tensors.get("order"))
     begin = time.perf_counter()
     pruned, held, order = _best_order(weight, job, segments)
     seconds = time.perf_counter() - begin
@@ -147,7 +150,7 @@ def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoin
     )
     tensors = {"weight": pruned.weight, "mask": pruned.mask}
     checkpoint.save(name, key, tensors if order is None else tensors | {"order": order}, report.to_dict())
-    return Solved(job.layer, pruned.weight, pruned.mask, report), order
+    return Solved(job.layer, pruned.weight, pruned.mask, report, columns=order)
 
 
 def _best_order(
