@@ -25,8 +25,8 @@ example: sparsecomp prune shop.models:build --pattern 2:4 --method balanced --ca
 The file holds ordinary dense weights with zeros in them, under the model's own names. Go on with
     sparsecomp compile shop.models:build --weights pruned.safetensors --pattern 2:4 -o packed.safetensors
 
-Patterns by layer: --pattern 'encoder.*=2:4' --pattern 8:16; the first glob that matches a layer counts, the pattern
-without a glob is that of all other layers.
+Patterns by layer: --pattern 'encoder.*=2:4' --pattern 8:16; a layer's full name counts before any glob, then the first
+glob that matches; the pattern without a glob is that of all other layers.
 """
 
 

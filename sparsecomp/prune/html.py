@@ -52,6 +52,7 @@ def page(report: PruneReport, title: str) -> str:
         ("Kept positions within a group", _positions(report)),
         (f"Masks (the first {_MAP_ROWS} rows and {_MAP_COLUMNS} columns, kept weights dark)", _maps(report)),
         ("Layers", _table(report)),
+        ("Notes", "".join(_note(each.name, note) for each in report.layers.values() for note in each.notes)),
         ("Left dense", _reasons(report.skipped)),
         ("Input channels not permuted", _reasons(report.unpermuted)),
     )
@@ -112,7 +113,7 @@ def _stages(report: PruneReport) -> str:
 
 def _steps(points: Sequence[tuple[str, float]], colour: str, title: str) -> str:
     """Vertical bars, one a stage, on an axis that shows the differences."""
-    values = [value for _, value in points if math.isfinite(value)]
+    values = [value for _, value in points if math.isfinite(value)] or [0.0]
     low, high = min(values), max(values)
     base = max(0.0, low - 0.35 * (high - low)) if high > low else 0.0
     width, height, bar = 70 * len(points) + 20, 190, 46
@@ -237,9 +238,11 @@ def _table(report: PruneReport) -> str:
 
 
 def _reasons(reasons: Mapping[str, str]) -> str:
-    return "".join(
-        f'<p class="note">{escape(name or "(the model)")}: {escape(reason)}</p>' for name, reason in reasons.items()
-    )
+    return "".join(_note(*each) for each in reasons.items())
+
+
+def _note(name: str, text: str) -> str:
+    return f'<p class="note">{escape(name or "(the model)")}: {escape(text)}</p>'
 
 
 def _number(text: str) -> str:

@@ -45,8 +45,9 @@ def prune(
 ) -> PruneReport:
     """Prune every linear layer of ``model`` to ``pattern``, in place; print the report to see what happened.
 
-    ``pattern`` is one pattern, a mapping from globs on layer names to patterns (the first match wins; layers that none
-    matches stay dense and are named in the report), or a Plan, whose decisions are followed. ``only`` and ``skip`` are
+    ``pattern`` is one pattern, a mapping from names and globs on names to patterns (a layer's own name wins over any
+    glob, and the first glob that matches over later ones; layers that none matches stay dense and are named in the
+    report), or a Plan, whose decisions are followed. ``only`` and ``skip`` are
     globs as in ``find_linears``. ``masks`` (bool [out, in], True = kept) by exact layer name replace the method's
     choice; the masks of all layers are in the report. ``held_out`` is the calibration on other batches: errors on it
     are reported, and "best" chooses by it. With ``method="best"`` and an ``example`` batch, hidden channels that the
@@ -58,8 +59,8 @@ def prune(
     Parameters keep their identity, dtype and requires_grad; nothing is written before every layer has been solved.
 
     Raises what ``prune_weight`` raises, with the layer's name; CalibrationError naming the layers whose statistics are
-    missing when the method needs them; ModelError if no layer can be sparse, a glob matches none or a mask has no
-    layer.
+    missing when the method needs them; ModelError if no layer can be sparse, a glob matches none or only what a
+    broader one before it gives another pattern, or a mask has no layer.
     """
     chosen = get_method(method)
     found = require_layers(find_linears(model, only, skip))
@@ -95,7 +96,7 @@ def choose_patterns(
 ) -> tuple[dict[str, Pattern], dict[str, str]]:
     """The pattern of each layer to be pruned, and the reason for each that is not.
 
-    Raises ModelError for a glob that matches no layer and a plan of another model.
+    Raises ModelError for a glob that matches no layer or decides none, and a plan of another model.
     """
     skipped = dict(found.skipped)
     if isinstance(pattern, str | Pattern):
@@ -104,15 +105,34 @@ def choose_patterns(
         return _planned(found, pattern, skipped)
     check_globs(pattern, [*found, *found.skipped], "pattern for")
     parsed = {glob: parse(each) for glob, each in pattern.items()}
-    patterns: dict[str, Pattern] = {}
+    deciding = _deciding(found, parsed)
+    skipped.update({name: "no pattern was given for it" for name in found if name not in deciding})
+    return {name: parsed[glob] for name, glob in deciding.items()}, skipped
+
+
+def _deciding(found: LayerTable, patterns: Mapping[str, Pattern]) -> dict[str, str]:
+    """Which name or glob decides for each layer; ModelError for a glob that a broader one before it leaves nothing."""
+    reach: dict[str, set[str]] = {glob: set() for glob in patterns}
+    deciding: dict[str, str] = {}
     for name, layer in found.items():
         reached = (name, *layer.aliases)
-        glob = next((glob for glob in parsed if any(fnmatchcase(each, glob) for each in reached)), None)
-        if glob is None:
-            skipped[name] = "no pattern was given for it"
-        else:
-            patterns[name] = parsed[glob]
-    return patterns, skipped
+        matching = [glob for glob in patterns if any(fnmatchcase(each, glob) for each in reached)]
+        for glob in matching:
+            reach[glob].add(name)
+        if matching:
+            deciding[name] = next((glob for glob in matching if glob in reached), matching[0])
+    decided = set(deciding.values())
+    for glob in [each for each in patterns if each not in decided]:
+        for name in sorted(reach[glob]):
+            first = deciding[name]
+            # "*" after others is for what they leave, be it nothing; "*.up" after "*" can only be a mistake
+            narrower = reach[glob] < reach[first] or fnmatchcase(glob, first)
+            if narrower and patterns[glob] != patterns[first]:
+                raise ModelError(
+                    f'pattern for "{glob}" decides for no layer: "{first}" comes before it and gives "{name}" the '
+                    f'pattern {patterns[first]}; put "{glob}" before "{first}", or leave it out'
+                )
+    return deciding
 
 
 def _planned(found: LayerTable, plan: Plan, skipped: dict[str, str]) -> tuple[dict[str, Pattern], dict[str, str]]:

@@ -116,7 +116,7 @@ class PruneReport:
         return sum(layer.seconds for layer in self.layers.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """The report as JSON values; figures that are not finite are None."""
         return {
             "method": self.method,
             "mean_error": self.mean_error if math.isfinite(self.mean_error) else None,
@@ -127,7 +127,12 @@ class PruneReport:
             "unpermuted": dict(self.unpermuted),
             "tunings": [tuning.to_dict() for tuning in self.tunings],
             "stages": [
-                {"name": stage.name, "seconds": stage.seconds, "figures": dict(stage.figures)} for stage in self.stages
+                {
+                    "name": stage.name,
+                    "seconds": stage.seconds,
+                    "figures": {name: value if math.isfinite(value) else None for name, value in stage.figures.items()},
+                }
+                for stage in self.stages
             ],
         }
 

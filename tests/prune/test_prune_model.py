@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -54,6 +55,29 @@ def test_a_mapping_gives_a_pattern_per_layer_and_the_first_match_wins(model):
     assert partly.skipped["0"] == "no pattern was given for it"
     with pytest.raises(ModelError, match=r'pattern for "nothing\.\*" matches no layer'):
         prune(model, {"nothing.*": "2:4"})
+
+
+@pytest.mark.parametrize(
+    ("mapping", "want"),
+    [
+        ({"?": "2:4", "2": "1:4"}, {"0": "2:4", "2": "1:4"}),  # a name wins wherever it stands
+        ({"[02]": "2:4", "2*": "2:4"}, {"0": "2:4", "2": "2:4"}),  # equal patterns contradict nothing
+        ({"0": "2:4", "2": "1:4", "*": "4:8"}, {"0": "2:4", "2": "1:4"}),  # a rest that is empty
+        ({"2*": "1:4", "*": "4:8"}, {"0": "4:8", "2": "1:4"}),
+    ],
+)
+def test_names_come_before_globs_and_the_rest_may_be_empty(model, mapping, want):
+    report = prune(model, mapping)
+    assert {name: str(layer.pattern) for name, layer in report.layers.items()} == want
+
+
+@pytest.mark.parametrize(("mapping", "only"), [({"*": "2:4", "2*": "1:4"}, None), ({"[02]": "2:4", "2*": "1:4"}, None),
+                                               ({"*": "2:4", "2*": "1:4"}, "2")])  # fmt: skip
+def test_a_glob_behind_a_broader_one_is_refused(model, mapping, only):
+    first = next(iter(mapping))
+    message = f'"2*" decides for no layer: "{first}" comes before it and gives "2" the pattern 2:4; put "2*" before'
+    with pytest.raises(ModelError, match=re.escape(message)):
+        prune(model, mapping, only=only)
 
 
 def test_if_one_layer_fails_no_layer_is_touched(model):

@@ -18,7 +18,17 @@ from sparsecomp.calibration import calibrate
 from sparsecomp.errors import FormatError, ModelError, PatternError
 from sparsecomp.patterns import NM
 from sparsecomp.plan import plan
-from sparsecomp.prune import LayerReport, PruneReport, Stage, Tuning, layerwise, prune, prune_blocks, prune_weight
+from sparsecomp.prune import (
+    LayerReport,
+    PruneReport,
+    Stage,
+    Tuning,
+    checkpoint,
+    layerwise,
+    prune,
+    prune_blocks,
+    prune_weight,
+)
 from sparsecomp.prune.checkpoint import Checkpoint, digest
 from sparsecomp.prune.html import page
 
@@ -110,6 +120,25 @@ def test_json_and_csv_say_the_same(report, tmp_path):
     assert "Stage by stage" in str(report) and "tuned" in str(report) and "held out" in str(report)
 
 
+def test_a_note_is_told_everywhere_and_a_figure_that_is_no_number_breaks_nothing(tmp_path):
+    note = "the refit had not <converged>"
+    layer = LayerReport("a", (4, 4), NM(2, 4), "fast", 0.5, 0.1, "gram", 0.0, notes=(note,))
+    stages = [Stage(name, 1.0, {"cosine": math.nan, "rank": value}) for name, value in (("a", 0.5), ("b", math.inf))]
+    report = PruneReport("fast", {"a": layer}, {}, stages=stages)
+    for suffix in ("json", "csv", "html"):
+        report.save(tmp_path / f"report.{suffix}")
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert [each["figures"] for each in told["stages"]] == [
+        {"cosine": None, "rank": 0.5},
+        {"cosine": None, "rank": None},
+    ]
+    assert told["layers"][0]["notes"] == [note]
+    seen = Page()
+    seen.feed((tmp_path / "report.html").read_text())
+    assert seen.open == [] and f"a: {note}" in seen.texts
+    assert note in str(report) and note in (tmp_path / "report.csv").read_text()
+
+
 def test_odd_reports_still_draw():
     layer = LayerReport("", (4, 0), NM(2, 4), "wanda", 0.0, math.inf, "gram", 0.0)
     empty = PruneReport("wanda", {"": layer}, {}, {"": torch.zeros(4, 0, dtype=torch.bool)})
@@ -119,6 +148,34 @@ def test_odd_reports_still_draw():
         assert seen.open == [] and "<&>" in seen.texts
         assert each.to_csv().startswith("name")
     assert LayerReport.from_dict(layer.to_dict()) == layer
+
+
+def test_work_of_other_code_is_not_taken_for_finished(tmp_path, monkeypatch):
+    weight = torch.ones(2, 2)
+    store = Checkpoint(tmp_path)
+    store.save("a", digest(weight), {"weight": weight}, {})
+    assert store.load("a", digest(weight)) is not None
+    monkeypatch.setattr(checkpoint, "_code", lambda: b"another version")
+    assert store.load("a", digest(weight)) is None
+    store.save("a", digest(weight), {"weight": weight}, {})
+    assert store.load("a", digest(weight)) is not None
+    assert len(list(tmp_path.iterdir())) == 1, "it takes the place of the old work"
+
+
+def test_the_code_of_a_checkpoint_is_its_version_and_its_sources(tmp_path, monkeypatch):
+    (tmp_path / "prune").mkdir()
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "prune" / "checkpoint.py"))
+    seen = set()
+    for version, path, text in (
+        ("1", "prune/a.py", "a"),
+        ("1", "prune/a.py", "b"),
+        ("1", "gram.py", "a"),
+        ("2", "gram.py", "a"),
+    ):
+        monkeypatch.setattr("sparsecomp.__version__", version)
+        (tmp_path / path).write_text(text)
+        seen.add(checkpoint._code.__wrapped__())
+    assert len(seen) == 4
 
 
 def small() -> nn.Sequential:
