@@ -150,6 +150,10 @@ def test_best_takes_the_damping_that_held_out_tokens_prefer():
         weight, prune_weight(weight, "2:4", "balanced", gram).weight, held_out
     )
     assert "the least held-out error" in result.notes[-1]
+    # on the very tokens of the calibration no damping is much better than another
+    kept = prune_weight(weight, "2:4", "best", held_out, held_out=held_out)
+    assert torch.equal(kept.weight, prune_weight(weight, "2:4", "balanced", held_out).weight)
+    assert "damping 0.01 gave" in kept.notes[-1] and "no other 0.2% less" in kept.notes[-1]
     plain = prune_weight(weight, "2:4", "best", gram)
     assert torch.equal(plain.weight, prune_weight(weight, "2:4", "balanced", gram).weight)
     assert plain.notes == ("no held-out tokens were given, so the damping stayed at 0.01",)
