@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends import registry
+from sparsecomp.backends import cutlass_library, registry
+from sparsecomp.backends.cutlass_config import configs
 from sparsecomp.backends.registry import Request
 from sparsecomp.pack.format import pack
 from sparsecomp.patterns import parse
@@ -132,6 +133,7 @@ class Ours(GpuEngine):
     def __init__(self, backend: str) -> None:
         """``backend`` is a name in the registry."""
         self._backend = registry.backends()[backend]
+        self._element = ""
         self.name = f"sparsecomp {backend}"
 
     def missing(self) -> str | None:
@@ -144,21 +146,25 @@ class Ours(GpuEngine):
 
     def prepare(self, weight: Tensor, x: Tensor) -> Call:
         """The layout; the first call compiles, and tunes where there is something to tune."""
+        self._element = str(weight.dtype).removeprefix("torch.")
         kernel = self._backend.prepare(pack(weight, PATTERN))
         return lambda: self._backend.run(kernel, x, None)
 
     def note(self, case: Case) -> str:
         """The configuration that was found fastest."""
-        if self._backend.name != "gluon":
+        device, product = torch.cuda.current_device(), (case.out, case.columns, case.tokens)
+        if self._backend.name == "gluon":
+            key = import_module("sparsecomp.kernels.sparse_mma").tuning_key(device, *product)
+        elif self._backend.name == "cutlass":
+            key = cutlass_library.tuning_key(device, configs(self._element, self._element), *product)
+        else:
             return ""
-        kernels, tuning = (import_module(f"sparsecomp.kernels.{name}") for name in ("sparse_mma", "sparse_mma_tuning"))
-        key = kernels.tuning_key(torch.cuda.current_device(), case.out, case.columns, case.tokens)
-        return str(tuning.known(key))
+        return str(import_module("sparsecomp.kernels.sparse_mma_tuning").known(key))
 
 
 def engines() -> list[GpuEngine]:
     """All of them, baselines first."""
-    return [Cublas(), TritonDense(), Cusparselt(), SemiStructured(), Ours("gluon"), Ours("triton")]
+    return [Cublas(), TritonDense(), Cusparselt(), SemiStructured(), Ours("gluon"), Ours("cutlass"), Ours("triton")]
 
 
 def _request(case: Case, dtype: torch.dtype) -> Request:

@@ -137,9 +137,9 @@ def tracked() -> list[Path]:
 def test_kernel_sources_know_no_framework() -> None:
     found = [
         f"{path.relative_to(ROOT)}: {match[0]}"
-        for folder in ("csrc/cpu", "csrc/include")
+        for folder in ("csrc/cpu", "csrc/cuda", "csrc/include")
         for path in sorted((ROOT / folder).rglob("*"))
-        if path.suffix in (".cpp", ".hpp", ".h", ".inl")
+        if path.suffix in (".cpp", ".hpp", ".h", ".inl", ".cu", ".cuh")
         for match in FRAMEWORK_HEADER.finditer(path.read_text())
     ]
     assert found == []

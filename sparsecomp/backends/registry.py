@@ -26,6 +26,7 @@ _ADAPTERS = (
     ("sparsecomp.backends.cusparselt", "CusparseltBackend"),
     ("sparsecomp.backends.triton", "TritonBackend"),
     ("sparsecomp.backends.gluon", "GluonBackend"),
+    ("sparsecomp.backends.cutlass", "CutlassBackend"),
     ("sparsecomp.backends.triton_block", "TritonBlockBackend"),
     ("sparsecomp.backends.cpu", "CpuBackend"),
     ("sparsecomp.backends.dense", "DenseBackend"),

@@ -1,0 +1,249 @@
+"""Compiles csrc/cuda/wgmma_sp.cu on first use: finds nvcc and CUTLASS, keeps the libraries by content in the cache.
+
+``python -m sparsecomp.backends.cutlass_build`` compiles everything ahead, for a machine that has no compiler.
+Gives paths of shared libraries; knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from sparsecomp import cache
+from sparsecomp.backends.cutlass_config import Config, configs
+from sparsecomp.errors import BackendError
+
+MINIMUM_NVCC = (12, 3)
+MINIMUM_CUTLASS = (4, 2)
+
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    # an assertion in device code is a call, and ptxas then waits for every wgmma before the next (C7510)
+    "-DNDEBUG",
+    "--expt-relaxed-constexpr",
+    # machine code alone: no other GPU can run wgmma
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-shared",
+    "-Xcompiler=-fPIC",
+    "-Xptxas=-v",
+)
+_SOURCES = ("wgmma_sp.cu", "wgmma_sp.h", "activation.cuh")
+_LAST_LINES = 5
+
+_failed: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A compiler, the folder that holds CUTLASS's cutlass/cutlass.h, and what tells this pair from others."""
+
+    nvcc: Path
+    cutlass: Path
+    identity: str
+
+
+@lru_cache(maxsize=1)
+def toolchain() -> Toolchain | str:
+    """What this machine compiles with, or the reason why it cannot."""
+    found = _nvcc()
+    if isinstance(found, str):
+        return found
+    nvcc, version = found
+    headers = _cutlass()
+    if isinstance(headers, str):
+        return headers
+    return Toolchain(nvcc, headers, f"{version}\n{_version_header(headers)}")
+
+
+def why_not(needed: Sequence[Config]) -> str | None:
+    """None if every one of these libraries is in the cache or can be compiled here, else the reason."""
+    for config in needed:
+        key = _source_key(config)
+        if key in _failed:
+            return _failed[key]
+        if _cached(config) is None and isinstance(tools := toolchain(), str):
+            return tools
+    return None
+
+
+def libraries(needed: Sequence[Config]) -> dict[Config, Path]:
+    """The libraries, those that are missing being compiled in parallel, about a minute of one core each.
+
+    Raises BackendError if they cannot be compiled, with the compiler's last lines.
+    """
+    if reason := why_not(needed):
+        raise BackendError(f"the cutlass backend {reason}")
+    paths = {config: _cached(config) for config in needed}
+    missing = [config for config, path in paths.items() if path is None]
+    if missing:
+        warnings.warn(
+            f"compiling {len(missing)} CUTLASS kernels, once on this machine: about a minute of one core each",
+            stacklevel=2,
+        )
+        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+            paths.update(zip(missing, pool.map(_build, missing), strict=True))
+    return {config: path for config, path in paths.items() if path is not None}
+
+
+def compile_library(config: Config, tools: Toolchain, target: Path) -> str:
+    """Compile one configuration to ``target``, which appears complete or not at all; gives the compiler's messages.
+
+    Raises BackendError with the compiler's last lines if it fails.
+    """
+    top = tools.nvcc.parent.parent
+    # a wheel's nvcc does not find what lies beside it
+    folders = [f"-I{top}/include/cccl", f"-L{top}/lib"]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as folder:
+        unfinished = Path(folder) / "library.so"
+        command = [str(tools.nvcc), *FLAGS, *config.definitions(), f"-I{tools.cutlass}", *folders]
+        command += [str(source_folder() / _SOURCES[0]), "-o", str(unfinished)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode != 0:
+            lines = " | ".join(done.stdout.strip().splitlines()[-_LAST_LINES:])
+            raise BackendError(f"{tools.nvcc} could not compile {config}: {lines}")
+        unfinished.replace(target)
+    return done.stdout
+
+
+def source_folder() -> Path:
+    """Where csrc/cuda is: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "cuda"
+    return installed if installed.is_dir() else package.parent / "csrc" / "cuda"
+
+
+def _folder() -> Path:
+    """Where libraries are kept; with the cache off, for this process only."""
+    kept = cache.directory()
+    if kept is None:
+        return Path(_temporary().name)
+    return kept / "cutlass"
+
+
+@lru_cache(maxsize=1)
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="sparsecomp-")
+
+
+@lru_cache(maxsize=64)
+def _source_key(config: Config) -> str:
+    digest = hashlib.sha256("\0".join([*FLAGS, *config.definitions()]).encode())
+    for name in _SOURCES:
+        digest.update((source_folder() / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cached(config: Config) -> Path | None:
+    """The library of this source and these tools; on a machine without tools, that of any."""
+    start = f"wgmma_sp-{config}-{_source_key(config)}"
+    tools = toolchain()
+    if isinstance(tools, Toolchain):
+        path = _folder() / f"{start}-{_digest(tools.identity)}.so"
+        return path if path.exists() else None
+    return max(_folder().glob(f"{start}-*.so"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _build(config: Config) -> Path:
+    tools = toolchain()
+    assert isinstance(tools, Toolchain)
+    path = _folder() / f"wgmma_sp-{config}-{_source_key(config)}-{_digest(tools.identity)}.so"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        compile_library(config, tools, path)
+    except (BackendError, OSError) as error:
+        _failed[_source_key(config)] = str(error)
+        raise BackendError(f"the cutlass backend cannot be built: {error}") from error
+    return path
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _nvcc() -> tuple[Path, str] | str:
+    """The first nvcc that is there, with what it says of its version, or the reason why there is none."""
+    places = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    if on_path is not None:
+        places.append(Path(on_path).parent)
+    places.append(Path("/usr/local/cuda/bin"))
+    spec = find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        places += [Path(folder) / "cu13" / "bin", Path(folder) / "cuda_nvcc" / "bin"]
+    path = next((place / "nvcc" for place in places if (place / "nvcc").is_file()), None)
+    if path is None:
+        return "finds no nvcc; install the CUDA toolkit or set CUDA_HOME"
+    try:
+        version = subprocess.run([str(path), "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"cannot run {path}: {error}; reinstall the CUDA toolkit or set CUDA_HOME to another"
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    if release is None or (int(release[1]), int(release[2])) < MINIMUM_NVCC:
+        got = release[0] if release else "of unknown release"
+        wanted = f"{MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]}"
+        return f"needs nvcc {wanted} or newer, and {path} is {got}; set CUDA_HOME to a newer one"
+    return path, version
+
+
+def _cutlass() -> Path | str:
+    """The folder with cutlass/cutlass.h, or the reason why there is none."""
+    named = os.environ.get("CUTLASS_PATH")
+    places = [Path(named) / "include", Path(named)] if named else []
+    spec = find_spec("cutlass_library")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        places.append(Path(folder) / "source" / "include")
+    place = next((place for place in places if (place / "cutlass" / "cutlass.h").is_file()), None)
+    if place is None:
+        return (
+            "finds no CUTLASS headers; install them with: pip install --no-deps nvidia-cutlass, or set CUTLASS_PATH "
+            "to a checkout of CUTLASS"
+        )
+    numbers = dict(re.findall(r"#define CUTLASS_(MAJOR|MINOR) (\d+)", _version_header(place)))
+    version = (int(numbers.get("MAJOR", 0)), int(numbers.get("MINOR", 0)))
+    if version < MINIMUM_CUTLASS:
+        return (
+            f"needs CUTLASS {MINIMUM_CUTLASS[0]}.{MINIMUM_CUTLASS[1]} or newer, and {place} holds "
+            f"{version[0]}.{version[1]}; set CUTLASS_PATH to a newer one"
+        )
+    return place
+
+
+def _version_header(include: Path) -> str:
+    path = include / "cutlass" / "version.h"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile ahead what the given types need; prints the libraries, and returns 1 with the reason if it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m sparsecomp.backends.cutlass_build", description=main.__doc__)
+    parser.add_argument("--types", default="bfloat16,float16", help="bfloat16, float16, fp8, separated by commas")
+    types = parser.parse_args(arguments).types.split(",")
+    needed: list[Config] = []
+    for name in types:
+        kinds = [(name, name)] if name != "fp8" else [("float8_e4m3fn", "bfloat16")]
+        needed += [config for kind in kinds for config in configs(*kind)]
+    try:
+        for config, path in libraries(needed).items():
+            print(f"{config}: {path}")
+    except BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The CUTLASS backend on a Hopper GPU: every configuration against float64, strides, activations, CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_cases import assert_close_to_float64, random_case
+from torch.nn import functional
+
+from sparsecomp.activations import ACTIVATIONS, activate
+from sparsecomp.backends import cutlass_library
+from sparsecomp.backends.cutlass import CutlassBackend
+from sparsecomp.backends.cutlass_config import Choice, Config, configs
+from sparsecomp.pack.format import pack
+from sparsecomp.pack.wgmma import to_wgmma
+
+pytestmark = pytest.mark.gpu
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+CONFIGS = [*configs("bfloat16", "bfloat16"), *configs("float16", "float16")]
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> None:
+    reason = CutlassBackend().missing()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("swizzle", [1, 4])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_configuration_sanitized(config: Config, swizzle: int) -> None:
+    dtype = getattr(torch, config.element)
+    # more tiles than one wave of a cluster, ragged on every side, rows of x apart
+    case = random_case("2:4", 2 * config.out + 40, 4 * 128 + 24, 2 * config.tokens + 5, dtype, row_gap=8)
+    assert case.bias is not None
+    values, metadata = to_wgmma(pack(case.weight.cuda(), "2:4"))
+    x, bias, out = case.x.cuda(), case.bias.cuda(), case.weight.shape[0]
+    choice = Choice(config, swizzle)
+    y = cutlass_library.product(x, values, metadata, bias, out, (config,), choice=choice)
+    assert_close_to_float64(y, case)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (512, 1024), (130, 72)])
+@pytest.mark.parametrize("batch", [0, 1, 17, 129])
+def test_cutlass_matches_float64(out: int, columns: int, dtype: torch.dtype, batch: int) -> None:
+    case = random_case("2:4", out, columns, batch, dtype, row_gap=3)
+    packed = pack(case.weight.cuda(), "2:4")
+    kernel = CutlassBackend().prepare(packed)
+    restored = CutlassBackend().restore(kernel)
+    assert torch.equal(restored.values, packed.values) and torch.equal(restored.metadata, packed.metadata)
+    bias = None if case.bias is None else case.bias.cuda()
+    # as a view of the wider rows: what lies between them is NaN and must not be read
+    wide = torch.full((batch, columns + 3), torch.nan, dtype=dtype, device="cuda")
+    wide[:, :columns] = case.x.cuda()
+    assert_close_to_float64(CutlassBackend().run(kernel, wide[:, :columns], bias), case)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_cutlass_activations(activation: str) -> None:
+    case = random_case("2:4", 192, 256, 40, HALF)
+    assert case.bias is not None
+    kernel = CutlassBackend().prepare(pack(case.weight.cuda(), "2:4"))
+    y = CutlassBackend().run_activated(kernel, case.x.cuda(), case.bias.cuda(), activation)
+    exact = activate(functional.linear(case.x.double(), case.weight.double(), case.bias.double()), activation)
+    torch.testing.assert_close(y.cpu().double(), exact, rtol=2e-3, atol=2e-3)
+
+
+def test_cutlass_replays_in_a_cuda_graph() -> None:
+    case = random_case("2:4", 256, 512, 4, HALF)
+    assert case.bias is not None
+    kernel = CutlassBackend().prepare(pack(case.weight.cuda(), "2:4"))
+    x, bias = torch.zeros(4, 512, dtype=HALF, device="cuda"), case.bias.cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        CutlassBackend().run(kernel, x, bias)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y = CutlassBackend().run(kernel, x, bias)
+    x.copy_(case.x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_close_to_float64(y, case)
