@@ -16,6 +16,7 @@ from sparsecomp import errors
 if TYPE_CHECKING:
     from sparsecomp.calibration import Calibration, calibrate
     from sparsecomp.compiler import compile
+    from sparsecomp.interchange import linear, prepare
     from sparsecomp.nn import SparseLinear
     from sparsecomp.onnx import export_onnx, onnx_session
     from sparsecomp.pack import PackedWeight, pack, quantize
@@ -35,11 +36,13 @@ __all__ = [
     "distill",
     "errors",
     "export_onnx",
+    "linear",
     "load",
     "onnx_session",
     "pack",
     "parse_pattern",
     "plan",
+    "prepare",
     "prune",
     "prune_blocks",
     "prune_weight",
@@ -62,11 +65,13 @@ _HOME = {
     "compile": "compiler",
     "distill": "prune",
     "export_onnx": "onnx",
+    "linear": "interchange",
     "load": "storage",
     "onnx_session": "onnx",
     "pack": "pack",
     "parse_pattern": "patterns",
     "plan": "plan",
+    "prepare": "interchange",
     "prune": "prune",
     "prune_blocks": "prune",
     "prune_weight": "prune",
