@@ -114,8 +114,10 @@ def product(
     if choice is None:
         tuning = _tuning()
         key = tuning_key(place.device, options, out, columns, tokens)
-        choices = candidates(options, out, tokens, place.multiprocessors)
-        choice = tuning.tuned(key, choices, lambda each: launch(each, arguments, place.stream))
+        choice = tuning.known(key)
+        if choice is None:
+            choices = candidates(options, out, tokens, place.multiprocessors)
+            choice = tuning.tuned(key, choices, lambda each: launch(each, arguments, place.stream))
     launch(choice, arguments, place.stream)
     return y if y.shape[1] == out else y[:, :out].contiguous()
 

@@ -53,9 +53,7 @@ def to_wgmma(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     if reason := wgmma_why_not(packed.pattern, packed.values.dtype, packed.shape):
         raise PatternError(f"the wgmma.sp layout {reason}; pack the weight otherwise")
     values, octets = padded(packed)
-    rows, width = octets.shape
-    tiles = octets.view(rows // ROWS, 4, 2, 8, width // 16, 4, 2, 2).permute(4, 0, 1, 6, 3, 5, 2, 7)
-    return values, tiles.reshape(width // 16, rows // ROWS, ROWS * 16)
+    return values, tiled(octets, packed.values.itemsize)
 
 
 def from_wgmma(
@@ -71,6 +69,17 @@ def from_wgmma(
     positions = unpack_positions(octets, nm.slots(columns), nm.index_bits)
     kept = values.view(dtype)[:, : nm.slots(columns)].contiguous()
     return PackedWeight(kept, pack_positions(positions, nm.index_bits), pattern, shape)
+
+
+def tiled(octets: Tensor, itemsize: int) -> Tensor:
+    """Metadata uint8 [R, C/8], whole tiles in canonical order, as [C/128, R/64, 1024] for values of 2 bytes or of 1.
+
+    Tiles of 1-byte values hold row after row.
+    """
+    rows, width = octets.shape
+    tiles = octets.view(rows // ROWS, 4, 2, 8, width // 16, 4, 2, 2)
+    order = (4, 0, 1, 6, 3, 5, 2, 7) if itemsize == 2 else (4, 0, 1, 2, 3, 5, 6, 7)
+    return tiles.permute(order).reshape(width // 16, rows // ROWS, ROWS * 16)
 
 
 def padded(packed: PackedWeight) -> tuple[Tensor, Tensor]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsecomp.backends.cutlass_build import Toolchain, compile_library, toolchain
 from sparsecomp.backends.cutlass_config import Config, configs
+from sparsecomp.backends.cutlass_library import ABI, Arguments
 
 triton = pytest.importorskip("triton", reason="triton, whose wheel carries cuobjdump, is not installed")
 
 pytestmark = pytest.mark.slow
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FP8 = configs("float8_e4m3fn", "bfloat16")
-KINDS = [*configs("bfloat16", "bfloat16"), configs("float16", "float16")[0], FP8[0], FP8[4]]
+FP8, FAST = (configs("float8_e4m3fn", "bfloat16", fast) for fast in (False, True))
+KINDS = [*configs("bfloat16", "bfloat16"), configs("float16", "float16")[0], FP8[0], FP8[4], FAST[1]]
 
 
 @pytest.mark.parametrize("config", KINDS, ids=str)
@@ -45,3 +48,26 @@ def test_machine_code(config: Config, tmp_path: Path) -> None:
     # x goes to every block of a cluster at once, and y leaves by the copy engine
     assert ("UTMALDG.3D.MULTICAST" in assembly) == (config.cluster_out * config.cluster_tokens > 1)
     assert "UTMASTG" in assembly
+    refusals(path, config)
+
+
+def refusals(path: Path, config: Config) -> None:
+    """The library, loaded without a GPU, refuses operands before it asks the driver for anything."""
+    library = ctypes.CDLL(str(path))
+    library.sparsecomp_wgmma_sp_error.restype = ctypes.c_char_p
+    assert library.sparsecomp_wgmma_sp_abi() == ABI
+    memory = torch.zeros(4096, dtype=torch.int8)
+    pointers = dict.fromkeys(("values", "metadata", "x", "y", "weight_scales", "x_scales"), memory.data_ptr())
+    sizes = {"x_stride": 128, "y_stride": 64, "out": 64, "tokens": 4, "columns": 128, "multiprocessors": 132}
+    wrong = {
+        "16 bytes": [{"x": memory.data_ptr() + 2}, {"x_stride": 132}, {"y_stride": 60}, {"values": None}],
+        "out of range": [{"out": 0}, {"tokens": 0}, {"columns": 129}, {"swizzle": 0}, {"multiprocessors": 0}],
+        "activation": [{"activation": 5}, {"activation": -1}],
+        "scales": [{"weight_scales": None}, {"x_scales": None}] if config.scaled else [],
+    }
+    for reason, cases in wrong.items():
+        for case in cases:
+            result = library.sparsecomp_wgmma_sp(
+                ctypes.byref(Arguments(**{**pointers, **sizes, "swizzle": 1, **case})), None
+            )
+            assert result != 0 and reason in library.sparsecomp_wgmma_sp_error(result).decode()

@@ -13,7 +13,7 @@ from wgmma_cases import RECORD, SHAPES, digest, weight
 
 from sparsecomp.errors import PatternError
 from sparsecomp.pack.format import pack
-from sparsecomp.pack.wgmma import from_wgmma, to_wgmma, wgmma_why_not
+from sparsecomp.pack.wgmma import from_wgmma, padded, tiled, to_wgmma, wgmma_why_not
 from sparsecomp.patterns import parse
 
 GOLDEN = json.loads((Path(__file__).parent / RECORD).read_text())["cases"]
@@ -31,6 +31,15 @@ def test_the_bytes_are_those_of_cutlass(kind: str, shape: tuple[int, int]) -> No
         golden = GOLDEN[f"{kind} {shape[0]}x{shape[1]}"][name]
         assert _octets(tensor)[:32].hex() == golden["first"]
         assert digest(_octets(tensor)) == golden["sha256"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bytes_of_fp8_are_those_of_cutlass(shape: tuple[int, int]) -> None:
+    values, octets = padded(pack(weight("e4m3", *shape).to(torch.float16), "2:4"))
+    golden = GOLDEN[f"e4m3 {shape[0]}x{shape[1]}"]
+    assert digest(_octets(values.to(torch.float8_e4m3fn))) == golden["values"]["sha256"]
+    assert _octets(tiled(octets, 1))[:32].hex() == golden["metadata"]["first"]
+    assert digest(_octets(tiled(octets, 1))) == golden["metadata"]["sha256"]
 
 
 def _random(out: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
