@@ -164,7 +164,13 @@ class Ours(GpuEngine):
 
 def engines() -> list[GpuEngine]:
     """All of them, baselines first."""
-    return [Cublas(), TritonDense(), Cusparselt(), SemiStructured(), Ours("gluon"), Ours("cutlass"), Ours("triton")]
+    return [
+        Cublas(),
+        TritonDense(),
+        Cusparselt(),
+        SemiStructured(),
+        *map(Ours, ("gluon", "cutlass", "gluon_wgmma", "triton")),
+    ]
 
 
 def _request(case: Case, dtype: torch.dtype) -> Request:

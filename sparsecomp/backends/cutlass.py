@@ -32,11 +32,7 @@ class CutlassBackend(Backend):
 
     def missing(self) -> str | None:
         """None if there is a GPU of compute capability 9.0 and the kernels are compiled or can be, else the reason."""
-        reason = missing_cuda()
-        if reason is None:
-            reasons = [other_gpu(f"cuda:{index}") for index in range(torch.cuda.device_count())]
-            reason = None if None in reasons else reasons[0]
-        return reason or cutlass_build.why_not(_configs(torch.bfloat16))
+        return missing_cuda() or missing_hopper() or cutlass_build.why_not(_configs(torch.bfloat16))
 
     def supports(self, request: Request) -> str | None:
         """None if the kernels run this request, else the reason why not. Every batch size is fine."""
@@ -77,6 +73,12 @@ class CutlassBackend(Backend):
         """``run`` with the activation in fp32, before the rounding."""
         values, metadata = kernel.tensors
         return cutlass_library.product(x, values, metadata, bias, kernel.shape[0], _configs(kernel.dtype), activation)
+
+
+def missing_hopper() -> str | None:
+    """None if one of the CUDA devices has compute capability 9.0, else the reason why the first one does not do."""
+    reasons = [other_gpu(f"cuda:{index}") for index in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
 
 
 def other_gpu(device: str) -> str | None:

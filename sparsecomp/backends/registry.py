@@ -27,6 +27,7 @@ _ADAPTERS = (
     ("sparsecomp.backends.triton", "TritonBackend"),
     ("sparsecomp.backends.gluon", "GluonBackend"),
     ("sparsecomp.backends.cutlass", "CutlassBackend"),
+    ("sparsecomp.backends.gluon_wgmma", "GluonWgmmaBackend"),
     ("sparsecomp.backends.triton_block", "TritonBlockBackend"),
     ("sparsecomp.backends.cpu", "CpuBackend"),
     ("sparsecomp.backends.dense", "DenseBackend"),
