@@ -29,8 +29,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 class GluonWgmmaBackend(Backend):
     """One Gluon kernel around wgmma.sp, for 2:4 with fp16 or bf16 weights of any shape, on compute capability 9.0.
 
-    Off unless ``SPARSECOMP_EXPERIMENTAL`` names it: its PTX was executed on the CPU, but no GPU has confirmed where
-    the instruction expects its metadata.
+    Off unless ``SPARSECOMP_EXPERIMENTAL`` names it: its PTX was executed on the CPU, and no GPU has run it.
     """
 
     name = "gluon_wgmma"

@@ -1,8 +1,8 @@
 """wgmma.mma_async.sp with the weight in registers, and stmatrix (PTX ISA 8.7, sections 9.7.15 and 9.7.14.5.16).
 
 Importing this module makes them known. Products are done when they are issued: a wait that is missing goes unnoticed,
-and so does a fence between what cp.async wrote and what wgmma reads. Where the metadata lies follows the text of the
-PTX manual, and no GPU has confirmed it here.
+and so does a fence between what cp.async wrote and what wgmma reads. Where weights and metadata lie follows the PTX
+manual and agrees with CUTLASS's traits of the instruction (tests/pack/test_wgmma_registers.py).
 """
 
 from __future__ import annotations
