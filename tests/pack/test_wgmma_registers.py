@@ -1,7 +1,7 @@
 """Fragments, word by word, where CUTLASS's traits of wgmma.sp with the weight in registers expect them.
 
-The layouts are what CuTe 4.2.0 prints of MMA_Traits<SM90::GMMA::SPARSE::GMMA_64x32x32_F32F16F16_RS>: they map thread and
-value to row + 64 * column of a weight of 64 x 32, zeros included; a value of metadata stands for one column.
+The layouts are what CuTe 4.2.0 prints of MMA_Traits<SM90::GMMA::SPARSE::GMMA_64x32x32_F32F16F16_RS>: they map thread
+and value to row + 64 * column of a weight of 64 x 32, zeros included; a value of metadata stands for one column.
 """
 
 from __future__ import annotations
