@@ -133,7 +133,6 @@ class Ours(GpuEngine):
     def __init__(self, backend: str) -> None:
         """``backend`` is a name in the registry."""
         self._backend = registry.backends()[backend]
-        self._element = ""
         self.name = f"sparsecomp {backend}"
 
     def missing(self) -> str | None:
@@ -146,19 +145,35 @@ class Ours(GpuEngine):
 
     def prepare(self, weight: Tensor, x: Tensor) -> Call:
         """The layout; the first call compiles, and tunes where there is something to tune."""
-        self._element = str(weight.dtype).removeprefix("torch.")
         kernel = self._backend.prepare(pack(weight, PATTERN))
         return lambda: self._backend.run(kernel, x, None)
 
     def note(self, case: Case) -> str:
         """The configuration that was found fastest."""
-        device, product = torch.cuda.current_device(), (case.out, case.columns, case.tokens)
-        if self._backend.name == "gluon":
-            key = import_module("sparsecomp.kernels.sparse_mma").tuning_key(device, *product)
-        elif self._backend.name == "cutlass":
-            key = cutlass_library.tuning_key(device, configs(self._element, self._element), *product)
-        else:
+        if self._backend.name != "gluon":
             return ""
+        kernels, tuning = (import_module(f"sparsecomp.kernels.{name}") for name in ("sparse_mma", "sparse_mma_tuning"))
+        key = kernels.tuning_key(torch.cuda.current_device(), case.out, case.columns, case.tokens)
+        return str(tuning.known(key))
+
+
+class OursCutlass(Ours):
+    """The CUTLASS backend, as a layer calls it."""
+
+    def __init__(self) -> None:
+        """No weight is prepared yet."""
+        super().__init__("cutlass")
+        self._element = ""
+
+    def prepare(self, weight: Tensor, x: Tensor) -> Call:
+        """The layout; the first call measures some kernels."""
+        self._element = str(weight.dtype).removeprefix("torch.")
+        return super().prepare(weight, x)
+
+    def note(self, case: Case) -> str:
+        """The kernel that was found fastest."""
+        product = (torch.cuda.current_device(), configs(self._element, self._element), case.out, case.columns)
+        key = cutlass_library.tuning_key(*product, case.tokens)
         return str(import_module("sparsecomp.kernels.sparse_mma_tuning").known(key))
 
 
@@ -169,7 +184,10 @@ def engines() -> list[GpuEngine]:
         TritonDense(),
         Cusparselt(),
         SemiStructured(),
-        *map(Ours, ("gluon", "cutlass", "gluon_wgmma", "triton")),
+        Ours("gluon"),
+        OursCutlass(),
+        Ours("gluon_wgmma"),
+        Ours("triton"),
     ]
 
 
