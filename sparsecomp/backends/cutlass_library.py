@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -111,14 +112,16 @@ def product(
         device=place.device,
         multiprocessors=place.multiprocessors,
     )
-    if choice is None:
-        tuning = _tuning()
-        key = tuning_key(place.device, options, out, columns, tokens)
-        choice = tuning.known(key)
+    # the library launches in the current context, which need not be that of x
+    with torch.cuda.device(place.device) if x.is_cuda else nullcontext():
         if choice is None:
-            choices = candidates(options, out, tokens, place.multiprocessors)
-            choice = tuning.tuned(key, choices, lambda each: launch(each, arguments, place.stream))
-    launch(choice, arguments, place.stream)
+            tuning = _tuning()
+            key = tuning_key(place.device, options, out, columns, tokens)
+            choice = tuning.known(key)
+            if choice is None:
+                choices = candidates(options, out, tokens, place.multiprocessors)
+                choice = tuning.tuned(key, choices, lambda each: launch(each, arguments, place.stream))
+        launch(choice, arguments, place.stream)
     return y if y.shape[1] == out else y[:, :out].contiguous()
 
 
