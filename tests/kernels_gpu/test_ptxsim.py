@@ -1,4 +1,4 @@
-"""The PTX simulator: instructions against Python's arithmetic, mma.sp against torch's layout, what it refuses."""
+"""The PTX simulator: instructions against Python's arithmetic, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,47 +8,8 @@ import numpy as np
 import ptxsim
 import pytest
 import torch
+from ptx_snippets import TEMPLATE, run_snippet
 from ptxsim import GlobalMemory, SimulationError
-from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
-
-_TEMPLATE = """
-.version 8.7
-.target sm_80
-.extern .shared .align 16 .b8 buffer[];
-.visible .entry test(
-	.param .u64 .ptr .global .align 1 test_param_0,
-	.param .u64 .ptr .global .align 1 test_param_1,
-	.param .u32 test_param_2
-)
-.reqntid {threads}
-{{
-	.reg .pred %p<9>;
-	.reg .b16 %rs<9>;
-	.reg .b32 %r<99>;
-	.reg .b64 %rd<99>;
-	ld.param.b64 %rd1, [test_param_0];
-	ld.param.b64 %rd2, [test_param_1];
-	mov.u32 %r1, %tid.x;
-	mul.wide.u32 %rd3, %r1, 4;
-	add.s64 %rd4, %rd1, %rd3;
-	add.s64 %rd5, %rd2, %rd3;	// where this thread reads and writes its word
-	{body}
-	ret;
-}}
-"""
-
-
-def _run(
-    body: str, words: np.ndarray, out_words: int | None = None, threads: int = 32, shared: int = 4096, blocks: int = 1
-) -> tuple[np.ndarray, ptxsim.Report]:
-    """Run ``body``; the output words, and the report. %rd4 points to the thread's input word, %rd5 to its output."""
-    memory = GlobalMemory()
-    source = memory.place(words.astype(np.uint32))
-    target = memory.place(np.zeros(out_words or threads, np.uint32))
-    program = ptxsim.parse(_TEMPLATE.format(body=body, threads=threads))
-    report = ptxsim.simulate(program, (blocks, 1, 1), threads, [source, target, len(words)], memory, shared)
-    return memory.fetch(target).view(np.uint32), report
-
 
 _VALUES = np.array(
     [0, 1, 2, 3, 7, 8, 31, 32, 33, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32 - 7, 12345, 99]
@@ -94,7 +55,7 @@ _INTEGER = {
 
 @pytest.mark.parametrize("instruction", _INTEGER)
 def test_integers(instruction: str) -> None:
-    got, _ = _run(f"ld.global.b32 %r2, [%rd4];\n{instruction};\nst.global.b32 [%rd5], %r3;", _VALUES)
+    got, _ = run_snippet(f"ld.global.b32 %r2, [%rd4];\n{instruction};\nst.global.b32 [%rd5], %r3;", _VALUES)
     assert got.tolist() == [_INTEGER[instruction](int(value)) % 2**32 for value in _VALUES]
 
 
@@ -109,7 +70,7 @@ def test_wide_products_and_comparisons_are_signed_where_they_say_so() -> None:
 	add.s32 %r3, %r3, %r4;
 	@!%p2 add.s32 %r3, %r3, 5;
 	st.global.b32 [%rd5], %r3;"""
-    got, _ = _run(body, _VALUES)
+    got, _ = run_snippet(body, _VALUES)
     wanted = [
         ((_signed(int(v)) * 2 >> 32) + (1000 if _signed(int(v)) < 0 else 0) + (0 if v < 100 else 5)) % 2**32
         for v in _VALUES
@@ -124,13 +85,13 @@ def test_halves_round_as_torch_rounds(kind: str, dtype: torch.dtype) -> None:
     body = f"""ld.global.b32 %r2, [%rd4];
 	cvt.rn.{kind}x2.f32 %r3, 0f3F800000, %r2;
 	st.global.b32 [%rd5], %r3;"""
-    got, _ = _run(body, numbers.numpy().view(np.uint32))
+    got, _ = run_snippet(body, numbers.numpy().view(np.uint32))
     assert np.array_equal(got & 0xFFFF, numbers.to(dtype).view(torch.int16).numpy().view(np.uint16))
     assert set(got >> 16) == {int(torch.ones(1).to(dtype).view(torch.int16)[0])}
 
 
 def test_a_register_that_nothing_writes_holds_poison() -> None:
-    got, _ = _run("mov.b32 %r2, {%rs1, %rs2};\nst.global.b32 [%rd5], %r2;", _VALUES)
+    got, _ = run_snippet("mov.b32 %r2, {%rs1, %rs2};\nst.global.b32 [%rd5], %r2;", _VALUES)
     assert set(got.tolist()) == {0xCCCCCCCC}
 
 
@@ -147,7 +108,7 @@ $loop:
 	add.s32 %r3, %r3, 1000;
 $small:
 	st.global.b32 [%rd5], %r3;"""
-    got, report = _run(body, _VALUES)
+    got, report = run_snippet(body, _VALUES)
     assert got.tolist() == [i * (i + 1) // 2 + (0 if i < 3 else 1000) for i in range(32)]
     assert report.executed["st"] == 1
 
@@ -162,91 +123,15 @@ def test_matrices_are_loaded_and_transposed() -> None:
 	ldmatrix.sync.aligned.m8n8.x1.{trans}shared.b16 {{%r6}}, [%r5];
 	st.global.b32 [%rd5], %r6;"""
     words = np.arange(64, dtype=np.uint16).view(np.uint32)
-    straight, _ = _run(body.format(trans=""), words)
-    turned, _ = _run(body.format(trans="trans."), words)
+    straight, _ = run_snippet(body.format(trans=""), words)
+    turned, _ = run_snippet(body.format(trans="trans."), words)
     assert np.array_equal(straight, words)
     assert np.array_equal(turned.view(np.uint16).reshape(8, 8), np.arange(64).reshape(8, 8).T)
 
 
 def test_a_shuffle_moves_registers_between_lanes() -> None:
     body = "shfl.sync.bfly.b32 %r2, %r1, 5, 31, -1;\nst.global.b32 [%rd5], %r2;"
-    assert _run(body, _VALUES)[0].tolist() == [i ^ 5 for i in range(32)]
-
-
-_SPARSE = """
-	mul.wide.u32 %rd6, %r1, 32;
-	add.s64 %rd7, %rd1, %rd6;	// 8 words a thread: a0..a3, b0..b3
-	ld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [%rd7];
-	ld.global.v4.b32 {{%r14, %r15, %r16, %r17}}, [%rd7+16];
-	add.s64 %rd8, %rd1, %rd3;
-	ld.global.b32 %r18, [%rd8+1024];
-	mov.b32 %r20, 0;
-	mma.sp{ordered}.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32
-		{{%r21, %r22, %r23, %r24}}, {{%r10, %r11, %r12, %r13}}, {{%r14, %r15, %r16, %r17}},
-		{{%r20, %r20, %r20, %r20}}, %r18, {selector};
-	mul.wide.u32 %rd9, %r1, 16;
-	add.s64 %rd10, %rd2, %rd9;
-	st.global.v4.b32 [%rd10], {{%r21, %r22, %r23, %r24}};
-"""
-
-
-def _sparse_product(
-    values: torch.Tensor, metadata: np.ndarray, b: torch.Tensor, selector: int, ordered: bool = True
-) -> torch.Tensor:
-    """D [16, 8] of one mma.sp, its operands [16, 16] and [32, 8] put into lanes as the PTX manual's figures show."""
-    lane = np.arange(32)
-    g, t = lane // 4, lane % 4
-    left, right = (each.contiguous().view(torch.int16).numpy().view(np.uint16) for each in (values, b))
-    words = np.zeros((32, 8, 2), np.uint16)
-    for i in range(4):
-        for half in range(2):
-            words[:, i, half] = left[g + 8 * (i % 2), 2 * t + half + 8 * (i // 2)]
-            words[:, 4 + i, half] = right[2 * t + half + 8 * i, g]
-    kind = "bf16" if values.dtype == torch.bfloat16 else "f16"
-    body = _SPARSE.format(kind=kind, selector=hex(selector), ordered="::ordered_metadata" if ordered else "")
-    got, _ = _run(body, np.concatenate([words.view(np.uint32).reshape(-1), metadata]), out_words=128)
-    result = torch.zeros(16, 8)
-    for i in range(4):
-        result[g + 8 * (i // 2), 2 * t + i % 2] = torch.from_numpy(got.view(np.float32).reshape(32, 4)[:, i].copy())
-    return result
-
-
-def _sparse_tile(dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """A 32 x 32 weight of integers in which all six pairs of positions occur; exact in any order of summation."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(32, 8, 4, generator=generator).argsort(dim=2)
-    weight = torch.randint(1, 9, (32, 8, 4), generator=generator) * (order < 2)
-    assert len(torch.unique(((order < 2) * torch.tensor([1, 2, 4, 8])).sum(2))) == 6
-    return weight.flatten(1).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sparse_products_read_metadata_as_torch_writes_it(dtype: torch.dtype) -> None:
-    # torch's converter is what CUTLASS's kernels take: of a 32 x 32 tile lane l is given word l, and the selector says
-    # whether lanes 0 and 1 of each four (rows 0 to 15) or lanes 2 and 3 (rows 16 to 31) count
-    weight = _sparse_tile(dtype, 1)
-    values, metadata = sparse_semi_structured_from_dense_cutlass(weight)
-    words = metadata.contiguous().flatten().view(torch.int32).numpy().view(np.uint32)
-    b = torch.randint(-4, 5, (32, 8)).to(dtype)
-    for selector in range(2):
-        rows = slice(16 * selector, 16 * selector + 16)
-        product = _sparse_product(values[rows], words, b, selector)
-        assert torch.equal(product, weight[rows].float() @ b.float())
-
-
-def test_wrong_metadata_gives_a_wrong_product_or_is_refused() -> None:
-    weight = _sparse_tile(torch.float16, 2)
-    values, metadata = sparse_semi_structured_from_dense_cutlass(weight)
-    words = metadata.contiguous().flatten().view(torch.int32).numpy().view(np.uint32)
-    b = torch.randint(-4, 5, (32, 8)).half()
-    exact = weight[:16].float() @ b.float()
-    swapped = words.reshape(-1, 2)[:, ::-1].reshape(-1)
-    assert not torch.equal(_sparse_product(values[:16], swapped, b, 0), exact)
-    assert not torch.equal(_sparse_product(values[:16], words, b, 1), exact)
-    # 0001: positions 1 and 0
-    with pytest.raises(SimulationError, match="does not ascend"):
-        _sparse_product(values[:16], np.full(32, 0x11111111, np.uint32), b, 0)
-    _sparse_product(values[:16], np.full(32, 0x11111111, np.uint32), b, 0, ordered=False)
+    assert run_snippet(body, _VALUES)[0].tolist() == [i ^ 5 for i in range(32)]
 
 
 _REFUSED = {
@@ -269,7 +154,7 @@ _REFUSED = {
 def test_what_a_program_must_not_do_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ptxsim.machine._MOST_STEPS", 1000)
     body = _REFUSED[name]
-    text = _TEMPLATE.format(body=body, threads=32)
+    text = TEMPLATE.format(body=body, threads=32)
     if name == "runs past":
         text = re.sub(r"ret;\s*\}\s*$", "}", text)
     memory = GlobalMemory()
@@ -297,7 +182,7 @@ _EXCHANGE = """shl.b32 %r2, %r1, 2;
 def test_a_missing_barrier_between_warps_is_a_race() -> None:
     # the result is right even so: here a warp runs on only when all have stored
     for other, barrier, races in ((128, "bar.sync 0;", 0), (128, "", 1), (64, "", 0)):
-        got, report = _run(_EXCHANGE.format(other=other, barrier=barrier), _VALUES, threads=64)
+        got, report = run_snippet(_EXCHANGE.format(other=other, barrier=barrier), _VALUES, threads=64)
         assert got.tolist() == [i ^ (other // 4) for i in range(64)]
         assert len(report.races) == races
 
@@ -310,7 +195,7 @@ def test_warps_may_store_the_same_value_to_one_place_but_no_other(value: str, ra
 	bar.sync 0;
 	ld.shared.b32 %r3, [%r2];
 	st.global.b32 [%rd5], %r3;"""
-    got, report = _run(body, _VALUES, threads=64)
+    got, report = run_snippet(body, _VALUES, threads=64)
     assert len(report.races) == races
     assert races or got.tolist() == [i % 32 for i in range(64)]
 
@@ -336,7 +221,7 @@ def _pipeline(
 ) -> tuple[np.ndarray, ptxsim.Report]:
     text = "cp.async.wait_group 0;" if wait else ""
     body = _PIPELINE.format(read=read, outstanding=outstanding, barrier=barrier, overwrite=overwrite, wait=text)
-    return _run(body, np.arange(512, dtype=np.uint32), threads=64)
+    return run_snippet(body, np.arange(512, dtype=np.uint32), threads=64)
 
 
 def test_copies_land_with_their_group() -> None:
@@ -366,7 +251,7 @@ def test_each_fault_of_a_pipeline_is_a_race(change: dict[str, object], race: str
 
 def test_blocks_have_shared_memory_of_their_own_and_two_stores_to_one_place_are_a_race() -> None:
     body = "shl.b32 %r2, %r1, 2;\nst.shared.b32 [%r2], %r1;\nld.shared.b32 %r3, [%r2];\nst.global.b32 [%rd5], %r3;"
-    got, report = _run(body, _VALUES, blocks=2)
+    got, report = run_snippet(body, _VALUES, blocks=2)
     assert got.tolist() == list(range(32))
     assert len(report.races) == 1 and "stored by two threads" in report.races[0]
 
@@ -377,7 +262,7 @@ def test_a_text_without_a_kernel_is_refused() -> None:
 
 
 def test_a_launch_of_other_threads_or_too_many_arguments_is_refused() -> None:
-    program = ptxsim.parse(_TEMPLATE.format(body="", threads=64))
+    program = ptxsim.parse(TEMPLATE.format(body="", threads=64))
     with pytest.raises(SimulationError, match="64 threads a block, not 32"):
         ptxsim.simulate(program, (1, 1, 1), 32, [], GlobalMemory(), 0)
     with pytest.raises(SimulationError, match="takes 3 arguments, got 4"):

@@ -11,7 +11,7 @@ from ptxsim.machine import Machine, operation
 from ptxsim.parser import WIDTHS, Instruction, SimulationError, Vector
 from ptxsim.values import SIGNED, UNSIGNED, Array, decode, encode
 
-_FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
+_FLOATS = ("f16", "bf16", "f32", "tf32", "f64", "f16x2", "bf16x2")
 _COMPARE: dict[str, Callable[[Array, Array], Array]] = {
     "lt": np.less,
     "le": np.less_equal,

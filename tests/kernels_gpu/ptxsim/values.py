@@ -11,7 +11,7 @@ Array = NDArray[np.generic]
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-_FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
+_FLOATS = {"f16": np.float16, "f32": np.float32, "tf32": np.float32, "f64": np.float64}
 
 
 def resize(bits: Array, width: int) -> Array:
@@ -37,6 +37,8 @@ def encode(numbers: Array, kind: str) -> Array:
         return numbers.astype(bool)
     if kind == "bf16":
         return _to_bf16(numbers)
+    if kind == "tf32":
+        return _to_tf32(numbers)
     if kind in _FLOATS:
         with np.errstate(over="ignore"):
             return numbers.astype(_FLOATS[kind]).view(UNSIGNED[WIDTHS[kind]])
@@ -45,10 +47,11 @@ def encode(numbers: Array, kind: str) -> Array:
     )
 
 
-def halves(bits: Array, kind: str) -> Array:
-    """The two 16-bit numbers in each 32-bit word, [..., 2], the low half first, as float32."""
-    pairs = np.ascontiguousarray(bits, np.uint32).view(np.uint16).reshape(*bits.shape, 2)
-    return decode(pairs, kind).astype(np.float32)
+def elements(bits: Array, kind: str) -> Array:
+    """The 1, 2 or 4 numbers in each 32-bit word, [..., count], the lowest bits first."""
+    width = WIDTHS[kind]
+    parts = np.ascontiguousarray(bits, np.uint32).view(UNSIGNED[width]).reshape(*bits.shape, 4 // width)
+    return decode(parts, kind)
 
 
 def _to_bf16(numbers: Array) -> Array:
@@ -56,3 +59,10 @@ def _to_bf16(numbers: Array) -> Array:
     bits = single.view(np.uint32)
     rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(single), np.uint64(0x7FFF), rounded).astype(np.uint16)
+
+
+def _to_tf32(numbers: Array) -> Array:
+    """Ten bits of the mantissa, rounded to nearest, ties away from zero: the only rounding PTX has for tf32."""
+    single = np.ascontiguousarray(numbers, np.float32)
+    bits = single.view(np.uint32)
+    return np.where(np.isfinite(single), bits + np.uint32(0x1000) & np.uint32(0xFFFFE000), bits)
