@@ -17,7 +17,9 @@ class Config:
     """What one program computes, and how.
 
     A warp holds ``row_tiles`` x ``token_tiles`` tiles of 16 outputs by 8 tokens; ``warps_out`` x ``warps_tokens`` of
-    them make a block. ``depth`` input columns a step, ``stages`` steps in shared memory at once.
+    them make a block. ``depth`` input columns a step, ``stages`` steps in shared memory at once. Columns are those of
+    16-bit elements: what counts is bytes, so a step takes twice as many columns of int8 and half as many of fp32.
+    With several ``splits`` as many blocks share the columns of a tile, and a second kernel adds their sums in order.
     """
 
     row_tiles: int
@@ -26,6 +28,7 @@ class Config:
     warps_tokens: int
     depth: int
     stages: int
+    splits: int = 1
 
     @property
     def out(self) -> int:
@@ -49,8 +52,10 @@ class Config:
 
     def __str__(self) -> str:
         """Such as "128x128x64, 2x2 warps, 3 stages"."""
+        splits = f", {self.splits} splits" if self.splits > 1 else ""
         return (
-            f"{self.out}x{self.tokens}x{self.depth}, {self.warps_out}x{self.warps_tokens} warps, {self.stages} stages"
+            f"{self.out}x{self.tokens}x{self.depth}, {self.warps_out}x{self.warps_tokens} warps, "
+            f"{self.stages} stages{splits}"
         )
 
 
@@ -71,7 +76,20 @@ CONFIGS = (
     Config(1, 1, 2, 1, 128, 4),
     Config(1, 1, 2, 1, 256, 3),
 )
-"""Every configuration that may be chosen; the tests compile and execute each."""
+"""Every configuration without splits that may be chosen; the tests compile and execute each."""
+
+DECODE_TOKENS = 16
+SPLIT_CONFIGS = (
+    # Reading the weight is all the time there is when decoding. A block has 18 to 30 KB on the way, and one block for
+    # each multiprocessor does not keep memory busy; outputs alone do not make more of them.
+    Config(1, 1, 2, 1, 128, 4, 2),
+    Config(1, 1, 2, 1, 128, 4, 4),
+    Config(2, 1, 2, 1, 128, 4, 4),
+    Config(2, 1, 2, 1, 128, 4, 8),
+    Config(1, 2, 2, 1, 128, 4, 2),
+    Config(1, 2, 2, 1, 128, 4, 4),
+)
+"""Those that split the columns, for up to ``DECODE_TOKENS`` tokens; the tests compile and execute each."""
 
 
 def configs(capability: int) -> tuple[Config, ...]:
@@ -90,13 +108,19 @@ def choose_config(out: int, tokens: int, capability: int, multiprocessors: int) 
 
 
 def candidates(out: int, tokens: int, capability: int, multiprocessors: int, count: int = 4) -> tuple[Config, ...]:
-    """The ``count`` most promising configurations, best first: what an autotuner measures."""
-    ranked = sorted(configs(capability), key=lambda config: _cost(config, out, tokens, multiprocessors))
-    return tuple(ranked[:count])
+    """The ``count`` most promising configurations, best first: what an autotuner measures.
+
+    For up to ``DECODE_TOKENS`` tokens as many that split the columns follow; all of those fit every GPU.
+    """
+
+    def best(offered: tuple[Config, ...]) -> tuple[Config, ...]:
+        return tuple(sorted(offered, key=lambda config: _cost(config, out, tokens, multiprocessors))[:count])
+
+    return best(configs(capability)) + (best(SPLIT_CONFIGS) if tokens <= DECODE_TOKENS else ())
 
 
 def _cost(config: Config, out: int, tokens: int, multiprocessors: int) -> float:
-    blocks = -(-out // config.out) * -(-tokens // config.tokens)
+    blocks = -(-out // config.out) * -(-tokens // config.tokens) * config.splits
     # bytes a block moves a step for each of its products, against the products that take as long as a byte
     moved = _PRODUCTS_PER_BYTE * (config.out // 2 + config.tokens)
-    return -(-blocks // multiprocessors) * max(config.out * config.tokens, moved)
+    return -(-blocks // multiprocessors) * max(config.out * config.tokens, moved) / config.splits

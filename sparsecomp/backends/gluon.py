@@ -1,4 +1,4 @@
-"""2:4 weights on the sparse tensor cores of NVIDIA GPUs, through mma.sp: the project's own kernel, no vendor library.
+"""Weights on the sparse tensor cores of NVIDIA GPUs, through mma.sp: the project's own kernel, no vendor library.
 
 Takes a ``PackedWeight`` and gives the fragment layout of ``sparsecomp.pack.fragments``. Triton is imported on first
 use, never with this module. Knows nothing of nn, plan or prune.
@@ -6,9 +6,11 @@ use, never with this module. Knows nothing of nn, plan or prune.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.format import PackedWeight
 from sparsecomp.pack.fragments import fragments_why_not, from_fragments, to_fragments
+from sparsecomp.patterns import Pattern
+
+_WITHOUT_SCALES = "has no kernel for {} weights without row scales; quantise them (quantized=True)"
 
 
 class GluonBackend(Backend):
@@ -29,6 +34,7 @@ class GluonBackend(Backend):
 
     name = "gluon"
     fuses_activations = True
+    _weight_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
 
     def missing(self) -> str | None:
         """None if there is a GPU of compute capability 8.0 and Triton 3.6, or newer, else the reason why not."""
@@ -38,18 +44,23 @@ class GluonBackend(Backend):
         """None if the kernel runs this request, else the reason why not. Every batch size is fine."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        reason = fragments_why_not(request.pattern, request.weight_dtype, request.shape)
+        reason = self._unfit(request.pattern, request.weight_dtype, request.shape)
         return reason or self.missing() or too_old(request.device)
 
-    def prepare(self, packed: PackedWeight) -> Kernel:
-        """Fragments int32 [R/16, C/32, 128] and metadata int32 [R/64, C/64, 128], on the device of ``packed``.
+    def _unfit(self, pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
+        if dtype not in self._weight_dtypes:
+            return f"has no kernel for {dtype} weights; {' and '.join(map(str, self._weight_dtypes))} only"
+        return fragments_why_not(pattern, dtype, shape)
 
-        R and C are the sides rounded up to 64. Raises BackendError for a weight that ``supports`` refuses.
+    def prepare(self, packed: PackedWeight) -> Kernel:
+        """Fragments int32 and metadata int32 as ``to_fragments`` gives them, on the device of ``packed``.
+
+        Raises BackendError for a weight that ``supports`` refuses.
         """
-        reason = fragments_why_not(packed.pattern, packed.values.dtype, packed.shape)
-        if reason is not None:
-            raise BackendError(f"the gluon backend {reason}")
-        return Kernel(self.name, to_fragments(packed), packed.pattern, packed.shape, packed.dtype)
+        if reason := self._unfit(packed.pattern, packed.values.dtype, packed.shape):
+            raise BackendError(f"the {self.name} backend {reason}")
+        scales = () if packed.scales is None else (packed.scales,)
+        return Kernel(self.name, (*to_fragments(packed), *scales), packed.pattern, packed.shape, packed.dtype)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""
@@ -66,9 +77,55 @@ class GluonBackend(Backend):
 
     def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """``run`` with the activation in fp32, before the rounding."""
-        fragments, metadata = kernel.tensors
-        y: Tensor = _kernels().sparse_mma_linear(x, fragments, metadata, bias, kernel.shape[0], activation)
+        fragments, metadata, *scales = kernel.tensors
+        arguments = (x, fragments, metadata, bias, kernel.shape[0], activation)
+        y: Tensor = _kernels().sparse_mma_linear(*arguments, scales=scales[0] if scales else None)
         return y
+
+
+class GluonTf32Backend(GluonBackend):
+    """The same kernel for fp32 weights in pattern 1:2, which is what the tensor cores take of fp32; 2:4 is not 1:2.
+
+    Weights and x are rounded to tf32 (to nearest, 10 bits of mantissa) in registers and summed in fp32; the weight that
+    is kept, and given back, is the fp32 one.
+    """
+
+    name = "gluon_tf32"
+    by_name_only = 'rounds fp32 to the 10 bits of tf32, so it is taken by name only: backend="gluon_tf32"'
+    _weight_dtypes = (torch.float32,)
+
+
+class GluonInt8Backend(GluonBackend):
+    """The same kernel for 2:4 int8 weights with row scales and for x rounded to int8, with a scale for each token.
+
+    x, the output and the bias stay in the layer's dtype. A token's scale is its largest magnitude / 127 (dynamic,
+    symmetric); sums of int8 products are exact, and scales, bias and activation are applied in fp32.
+    """
+
+    name = "gluon_int8"
+    by_name_only = 'rounds activations to int8, token by token, so it is taken by name only: backend="gluon_int8"'
+    _weight_dtypes = (torch.int8,)
+
+    def supports(self, request: Request) -> str | None:
+        """None if the kernel runs this request, else the reason why not: int8 weights with row scales only."""
+        if not request.quantized:
+            return _WITHOUT_SCALES.format(request.dtype)
+        return super().supports(request)
+
+    def prepare(self, packed: PackedWeight) -> Kernel:
+        """Fragments and metadata int32 as ``to_fragments`` gives them, and the scales fp32 [out].
+
+        Raises BackendError for a weight that ``supports`` refuses.
+        """
+        if packed.scales is None:
+            raise BackendError(f"the {self.name} backend {_WITHOUT_SCALES.format(packed.values.dtype)}")
+        return super().prepare(packed)
+
+    def restore(self, kernel: Kernel) -> PackedWeight:
+        """The canonical form with its scales, byte for byte the one that ``prepare`` was given."""
+        fragments, metadata, scales = kernel.tensors
+        integers = from_fragments(fragments, metadata, kernel.pattern, kernel.shape, torch.int8)
+        return replace(integers, scales=scales, dense_dtype=kernel.dtype)
 
 
 @lru_cache(maxsize=1)

@@ -26,6 +26,8 @@ _ADAPTERS = (
     ("sparsecomp.backends.cusparselt", "CusparseltBackend"),
     ("sparsecomp.backends.triton", "TritonBackend"),
     ("sparsecomp.backends.gluon", "GluonBackend"),
+    ("sparsecomp.backends.gluon", "GluonTf32Backend"),
+    ("sparsecomp.backends.gluon", "GluonInt8Backend"),
     ("sparsecomp.backends.cutlass", "CutlassBackend"),
     ("sparsecomp.backends.gluon_wgmma", "GluonWgmmaBackend"),
     ("sparsecomp.backends.triton_block", "TritonBlockBackend"),
@@ -85,10 +87,14 @@ class Kernel:
 
 
 class Backend(ABC):
-    """A family of kernels. Stateless; one instance is registered under its name."""
+    """A family of kernels. Stateless; one instance is registered under its name.
+
+    ``by_name_only`` is why nobody gets it without asking for it by name: it computes less exactly than others do.
+    """
 
     name: ClassVar[str]
     fuses_activations: ClassVar[bool] = False
+    by_name_only: ClassVar[str | None] = None
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -133,8 +139,11 @@ def backends() -> Mapping[str, Backend]:
 
 
 def explain(request: Request) -> list[tuple[str, str | None]]:
-    """Each backend's answer to a request, in order of preference: its name, and None or the reason why it cannot."""
-    return [(name, backend.missing() or backend.supports(request)) for name, backend in backends().items()]
+    """Each backend's answer to a request, in order of preference: its name, and None or the reason why not."""
+    return [
+        (name, backend.missing() or backend.supports(request) or backend.by_name_only)
+        for name, backend in backends().items()
+    ]
 
 
 def choose(request: Request) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,10 @@ import torch
 
 from sparsecomp import SparseLinear
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.backends.gluon import GluonBackend
-from sparsecomp.backends.registry import Request, explain
-from sparsecomp.errors import BackendError, PatternError
+from sparsecomp.backends.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.registry import Request, choose, explain
+from sparsecomp.errors import BackendError
 from sparsecomp.pack.format import pack
-from sparsecomp.pack.fragments import to_fragments
 from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import parse
 
@@ -39,7 +39,7 @@ def test_restore_is_the_inverse_of_prepare(shape: tuple[int, int], dtype: torch.
 
 
 def test_other_weights_are_refused() -> None:
-    with pytest.raises(BackendError, match="the gluon backend has no kernel for 1:4; 2:4 only"):
+    with pytest.raises(BackendError, match=r"the gluon backend has no kernel for 1:4 in torch\.float16; 2:4 only"):
         GluonBackend().prepare(pack(torch.zeros(8, 8, dtype=HALF), "1:4"))
 
 
@@ -47,8 +47,6 @@ def test_quantised_weights_are_refused() -> None:
     quantized = quantize(pack(_weight(64, 64, HALF), "2:4"))
     with pytest.raises(BackendError, match=r"has no kernel for torch\.int8"):
         GluonBackend().prepare(quantized)
-    with pytest.raises(PatternError, match=r"has no kernel for torch\.int8"):
-        to_fragments(quantized)
 
 
 def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cuda", quantized: bool = False) -> Request:
@@ -58,14 +56,76 @@ def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cud
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
-        (_request("4:8"), "has no kernel for 4:8; 2:4 only"),
-        (_request(dtype=torch.float32), "has no kernel for torch.float32; torch.float16 and torch.bfloat16 only"),
-        (_request(quantized=True), "has no kernel for torch.int8; torch.float16 and torch.bfloat16 only"),
+        (_request("4:8"), "has no kernel for 4:8 in torch.float16; 2:4 only"),
+        (
+            _request(dtype=torch.float32),
+            "has no kernel for torch.float32 weights; torch.float16 and torch.bfloat16 only",
+        ),
+        (_request(quantized=True), "has no kernel for torch.int8 weights; torch.float16 and torch.bfloat16 only"),
         (_request(device="cpu"), "runs on cuda, not on cpu"),
     ],
 )
 def test_supports_says_why_not(request_: Request, reason: str) -> None:
     assert GluonBackend().supports(request_) == reason
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (_request("2:4", torch.float32), "has no kernel for 2:4 in torch.float32; 1:2 only"),
+        (_request("1:2", HALF), "has no kernel for torch.float16 weights; torch.float32 only"),
+        (_request("1:2", torch.float32, device="cpu"), "runs on cuda, not on cpu"),
+    ],
+)
+def test_tf32_says_why_not(request_: Request, reason: str) -> None:
+    assert GluonTf32Backend().supports(request_) == reason
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (_request(), "has no kernel for torch.float16 weights without row scales; quantise them (quantized=True)"),
+        (_request("4:8", quantized=True), "has no kernel for 4:8 in torch.int8; 2:4 only"),
+        (_request(quantized=True, device="cpu"), "runs on cuda, not on cpu"),
+    ],
+)
+def test_int8_says_why_not(request_: Request, reason: str) -> None:
+    assert GluonInt8Backend().supports(request_) == reason
+
+
+def test_int8_weights_without_scales_are_refused() -> None:
+    with pytest.raises(BackendError, match=r"the gluon_int8 backend has no kernel for torch\.int8 weights without row"):
+        GluonInt8Backend().prepare(pack(torch.zeros(8, 8, dtype=torch.int8), "2:4"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (64, 128), (100, 250)])
+def test_the_other_backends_restore_exactly(shape: tuple[int, int]) -> None:
+    quantized = quantize(pack(_weight(*shape, BRAIN), "2:4"))
+    kernel = GluonInt8Backend().prepare(quantized)
+    assert kernel.quantized and kernel.dtype == BRAIN
+    restored = GluonInt8Backend().restore(kernel).validate()
+    assert all(torch.equal(restored.parts[name], quantized.parts[name]) for name in quantized.parts)
+    assert torch.equal(GluonInt8Backend().dense(kernel), quantized.unpack())
+    halves = torch.randn(*shape) * (torch.arange(shape[1]) % 2 == torch.randint(2, (shape[0], 1)))
+    single = pack(halves, "1:2")
+    kernel = GluonTf32Backend().prepare(single)
+    assert not kernel.quantized
+    restored = GluonTf32Backend().restore(kernel).validate()
+    assert torch.equal(restored.values, single.values) and torch.equal(restored.metadata, single.metadata)
+
+
+@pytest.mark.parametrize(
+    ("request_", "name"),
+    [(_request("1:2", torch.float32), "gluon_tf32"), (_request(quantized=True), "gluon_int8")],
+)
+def test_what_rounds_more_is_taken_by_name_only(request_: Request, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend_gpu(monkeypatch)
+    from sparsecomp.backends.registry import backends
+
+    assert backends()[name].supports(request_) is None
+    reason = dict(explain(request_))[name]
+    assert reason is not None and f'taken by name only: backend="{name}"' in reason
+    assert choose(request_) != name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -75,13 +135,17 @@ def test_a_machine_without_a_gpu_is_named() -> None:
     assert dict(explain(_request()))["gluon"] == reason
 
 
-def test_a_gpu_that_is_new_enough_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def _pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+
+
+def test_a_gpu_that_is_new_enough_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend_gpu(monkeypatch)
     assert GluonBackend().supports(_request()) is None
 
 
@@ -90,37 +154,80 @@ def test_the_adapter_does_not_import_triton() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_layer_runs_through_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # everything but the launch is as on a GPU: the layer, its operator, its state; the compiled PTX runs on the CPU
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """All but the launch is as on a GPU: the layer, its operator, its state; the compiled PTX runs on the CPU."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "kernels_gpu"))
     from gluon_simulator import Simulator
 
-    from sparsecomp.kernels import sparse_mma
+    from sparsecomp.kernels import launching, sparse_mma
 
-    monkeypatch.setattr(sparse_mma, "launch", Simulator().launch)
+    monkeypatch.setattr(launching, "launch", Simulator().launch)
     monkeypatch.setattr(sparse_mma, "gpu", lambda index: (80, 108))
     monkeypatch.setattr(sparse_mma, "tuned", lambda key, options, run: options[0])
-    monkeypatch.setattr(GluonBackend, "supports", lambda self, request: None)
+    for backend in (GluonBackend, GluonInt8Backend):
+        monkeypatch.setattr(backend, "supports", lambda self, request: None)
     monkeypatch.setattr(GluonBackend, "missing", lambda self: None)
-    linear = torch.nn.Linear(72, 40, dtype=HALF)
-    with torch.no_grad():
-        linear.weight.copy_(_weight(40, 72, HALF))
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
-        layer = SparseLinear.from_linear(linear, backend="gluon")
-        assert layer.kernel.backend == "gluon" and torch.equal(layer.weight, linear.weight)
-        x = torch.randn(2, 3, 72, dtype=HALF)
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), linear(x))
-        x.requires_grad_()
-        layer(x).sum().backward()
-        torch.testing.assert_close(x.grad, linear.weight.sum(0).expand(2, 3, 72), rtol=1e-2, atol=1e-2)
-        assert layer(x[:0]).shape == (0, 3, 40)
-        fused = SparseLinear.from_linear(linear, activation="gelu", backend="gluon")
-        with torch.no_grad():
-            torch.testing.assert_close(fused(x), torch.nn.functional.gelu(linear(x)), rtol=2e-3, atol=2e-3)
-        assert set(sparse_mma.ACTIVATIONS) == set(ACTIVATIONS)
+        yield
+
+
+def _linear(dtype: torch.dtype) -> torch.nn.Linear:
+    linear = torch.nn.Linear(72, 40, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(_weight(40, 72, dtype))
+    return linear
+
+
+@pytest.mark.usefixtures("simulated")
+def test_a_layer_runs_through_it() -> None:
+    linear = _linear(HALF)
+    layer = SparseLinear.from_linear(linear, backend="gluon")
+    assert layer.kernel.backend == "gluon" and torch.equal(layer.weight, linear.weight)
+    x = torch.randn(2, 3, 72, dtype=HALF)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), linear(x))
+    x.requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.sum(0).expand(2, 3, 72), rtol=1e-2, atol=1e-2)
+    assert layer(x[:0]).shape == (0, 3, 40)
+    fused = SparseLinear.from_linear(linear, activation="gelu", backend="gluon")
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), torch.nn.functional.gelu(linear(x)), rtol=2e-3, atol=2e-3)
+    from sparsecomp.kernels import sparse_mma
+
+    assert set(sparse_mma.ACTIVATIONS) == set(ACTIVATIONS)
     fresh = SparseLinear(72, 40, dtype=HALF, backend="gluon")
     fresh.load_state_dict(layer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(fresh.kernel.tensors, layer.kernel.tensors, strict=True))
+
+
+@pytest.mark.usefixtures("simulated")
+def test_a_layer_of_int8_weights_and_activations() -> None:
+    linear = _linear(BRAIN)
+    layer = SparseLinear.from_linear(linear, quantized=True, backend="gluon_int8")
+    assert layer.quantized and layer.kernel.backend == "gluon_int8" and layer.dtype == BRAIN
+    x = torch.randn(2, 3, 72, dtype=BRAIN)
+    with torch.no_grad():
+        got, exact = layer(x), linear(x)
+    assert got.dtype == BRAIN and got.shape == (2, 3, 40)
+    # int8 on either side: a part in 250 of the largest of a row, or of a token, for each of 36 products
+    torch.testing.assert_close(got, exact, rtol=0.05, atol=0.08)
+    assert layer(x[:0]).shape == (0, 3, 40)
+    fresh = SparseLinear(72, 40, dtype=BRAIN, quantized=True, backend="gluon_int8")
+    fresh.load_state_dict(layer.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(fresh.kernel.tensors, layer.kernel.tensors, strict=True))
+
+
+@pytest.mark.usefixtures("simulated")
+def test_a_layer_of_fp32_in_tf32() -> None:
+    linear = torch.nn.Linear(72, 40)
+    with torch.no_grad():
+        linear.weight.mul_(torch.arange(72) % 2 == 0)
+    layer = SparseLinear.from_linear(linear, pattern="1:2", backend="gluon_tf32")
+    x = torch.randn(5, 72)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), linear(x), rtol=2e-3, atol=2e-3)
+    assert torch.equal(layer.weight, linear.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,4 +81,26 @@ def assert_close_to_float64(y: Tensor, case: Case) -> None:
     allowed = UNIT_ROUNDOFF[y.dtype] * (exact.abs() + summed) + summed + SMALLEST[y.dtype]
     error = (y.cpu().double() - exact).abs()
     # not "error > allowed": a NaN must fail
+    assert bool((error <= allowed).all()), f"error exceeds its bound by {(error - allowed).max().item():.3g}"
+
+
+def rounded_to_tf32(numbers: Tensor) -> Tensor:
+    """fp32 with 10 bits of mantissa, rounded to nearest, ties away from zero; finite numbers only."""
+    return (numbers.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+
+def assert_close_to_integer_product(y: Tensor, case: Case, integers: Tensor, scales: Tensor, quantized: Any) -> None:
+    """|y - float64| is within one rounding to the dtype and those of fp32 when an exact integer sum is scaled.
+
+    ``integers`` and ``scales`` are of x, one scale for each row; ``quantized`` is the packed weight.
+    """
+    sums = integers.double() @ quantized.integers().unpack().double().T
+    product = sums * quantized.scales.double() * scales.double()[:, None]
+    bias = torch.zeros(y.shape[1]).double() if case.bias is None else case.bias.double()
+    exact = product + bias
+    assert y.dtype == case.x.dtype and y.shape == exact.shape
+    # the sum, the product of the scales, their product: three roundings, and one more for the addition
+    single = 4 * 2.0**-24 * (product.abs() + bias.abs())
+    allowed = UNIT_ROUNDOFF[y.dtype] * (exact.abs() + single) + single + SMALLEST[y.dtype]
+    error = (y.cpu().double() - exact).abs()
     assert bool((error <= allowed).all()), f"error exceeds its bound by {(error - allowed).max().item():.3g}"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import Case, assert_close_to_float64, random_case
+from gpu_cases import Case, assert_close_to_float64, assert_close_to_integer_product, random_case, rounded_to_tf32
 from torch.nn import functional
 
 from sparsecomp.backends.cusparselt import CusparseltBackend
-from sparsecomp.backends.gluon import GluonBackend
+from sparsecomp.backends.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
 from sparsecomp.backends.registry import Backend, Request
 from sparsecomp.backends.triton import TritonBackend
 from sparsecomp.backends.triton_block import TritonBlockBackend
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, Config, configs
 from sparsecomp.pack.format import pack
 from sparsecomp.pack.fragments import to_fragments
+from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import parse
 
 pytestmark = pytest.mark.gpu
@@ -83,6 +84,57 @@ def test_every_gluon_configuration_sanitized(config: Config) -> None:
     fragments, metadata = to_fragments(pack(case.weight.cuda(), "2:4"))
     x, bias, out = case.x.cuda(), case.bias.cuda(), case.weight.shape[0]
     assert_close_to_float64(sparse_mma_linear(x, fragments, metadata, bias, out, "none", config), case)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
+@pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (1024, 4096)])
+@pytest.mark.parametrize("batch", [0, 1, 17, 300])
+def test_gluon_int8_matches_the_integer_product(out: int, columns: int, batch: int, dtype: torch.dtype) -> None:
+    _need(GluonInt8Backend())
+    from sparsecomp.kernels.quantize_rows import quantize_rows, quantize_rows_slowly
+
+    case = random_case("2:4", out, columns, batch, dtype, row_gap=3)
+    packed = quantize(pack(case.weight.cuda(), "2:4"))
+    kernel = GluonInt8Backend().prepare(packed)
+    restored = GluonInt8Backend().restore(kernel)
+    assert all(torch.equal(restored.parts[name], packed.parts[name]) for name in packed.parts)
+    assert case.bias is not None
+    y = GluonInt8Backend().run(kernel, case.x.cuda(), case.bias.cuda())
+    integers, scales = quantize_rows_slowly(case.x)
+    found, found_scales = quantize_rows(case.x.cuda())
+    assert torch.equal(found[:, :columns].cpu(), integers) and torch.equal(found_scales.cpu(), scales)
+    assert_close_to_integer_product(y, case, integers, scales, packed.to("cpu"))
+
+
+@pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (1024, 2048)])
+@pytest.mark.parametrize("batch", [0, 1, 17, 300])
+def test_gluon_tf32_matches_float64_of_tf32(out: int, columns: int, batch: int) -> None:
+    _need(GluonTf32Backend())
+    case = random_case("1:2", out, columns, batch, SINGLE, row_gap=3)
+    rounded = Case(rounded_to_tf32(case.weight), "1:2", rounded_to_tf32(case.x), case.bias)
+    assert_close_to_float64(_run(GluonTf32Backend(), case), rounded)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_gluon_configuration_of_other_elements_sanitized(config: Config) -> None:
+    _need(GluonBackend())
+    from sparsecomp.kernels.quantize_rows import quantize_rows_slowly
+    from sparsecomp.kernels.sparse_mma import sparse_mma_linear
+
+    major, minor = torch.cuda.get_device_capability()
+    if config not in configs(10 * major + minor):
+        pytest.skip(f"{config} does not fit this GPU's shared memory")
+    case = random_case("2:4", config.out + 40, 2 * config.depth * (config.stages + 1) + 48, config.tokens + 5, BRAIN)
+    packed = quantize(pack(case.weight.cuda(), "2:4"))
+    assert case.bias is not None
+    x, bias, out = case.x.cuda(), case.bias.cuda(), case.weight.shape[0]
+    y = sparse_mma_linear(x, *to_fragments(packed), bias, out, "none", config, packed.scales)
+    assert_close_to_integer_product(y, case, *quantize_rows_slowly(case.x), packed.to("cpu"))
+    case = random_case("1:2", config.out + 40, config.depth // 2 * (config.stages + 1) + 12, config.tokens + 5, SINGLE)
+    assert case.bias is not None
+    fragments, metadata = to_fragments(pack(case.weight.cuda(), "1:2"))
+    y = sparse_mma_linear(case.x.cuda(), fragments, metadata, case.bias.cuda(), out, "none", config)
+    assert_close_to_float64(y, Case(rounded_to_tf32(case.weight), "1:2", rounded_to_tf32(case.x), case.bias))
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])

@@ -49,6 +49,8 @@ _INTEGER = {
     "bfe.u32 %r3, %r2, 5, 7": lambda v: v >> 5 & 127,
     "bfe.s32 %r3, %r2, 28, 3": lambda v: (v >> 28 & 7) - (8 if v >> 30 & 1 else 0),
     "bfi.b32 %r3, %r2, 0x12345678, 8, 12": lambda v: 0x12345678 & ~0xFFF00 | (v & 0xFFF) << 8,
+    "abs.f16x2 %r3, %r2": lambda v: v & 0x7FFF7FFF,
+    "neg.bf16x2 %r3, %r2": lambda v: v ^ 0x80008000,
     "prmt.b32 %r3, %r2, 0x44332211, 0x0415": lambda v: (0x22) | (v >> 8 & 255) << 8 | 0x11 << 16 | (v & 255) << 24,
 }
 
@@ -132,6 +134,12 @@ def test_matrices_are_loaded_and_transposed() -> None:
 def test_a_shuffle_moves_registers_between_lanes() -> None:
     body = "shfl.sync.bfly.b32 %r2, %r1, 5, 31, -1;\nst.global.b32 [%rd5], %r2;"
     assert run_snippet(body, _VALUES)[0].tolist() == [i ^ 5 for i in range(32)]
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("max.s32", 2**31 - 1), ("min.s32", -(2**31)), ("max.u32", 2**32 - 1)])
+def test_a_warp_combines_its_integers(kind: str, wanted: int) -> None:
+    body = f"ld.global.b32 %r2, [%rd4];\nredux.sync.{kind} %r3, %r2, -1;\nst.global.b32 [%rd5], %r3;"
+    assert set(run_snippet(body, _VALUES)[0].tolist()) == {wanted % 2**32}
 
 
 _REFUSED = {

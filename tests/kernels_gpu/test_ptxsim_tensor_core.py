@@ -143,7 +143,9 @@ def test_integer_sums_wrap() -> None:
 
 
 def test_rounding_to_tf32() -> None:
-    numbers = np.array([1.0, 1 + 2.0**-11, 1 + 2.0**-12, 1 + 3 * 2.0**-11, -1 - 2.0**-11, 0.0, np.inf, 3e38], np.float32)
+    numbers = np.array(
+        [1.0, 1 + 2.0**-11, 1 + 2.0**-12, 1 + 3 * 2.0**-11, -1 - 2.0**-11, 0.0, np.inf, 3e38], np.float32
+    )
     numbers = np.resize(numbers, 32)
     got, _ = run_snippet(
         "ld.global.b32 %r2, [%rd4];\ncvt.rna.tf32.f32 %r3, %r2;\nst.global.b32 [%rd5], %r3;", numbers.view(np.uint32)

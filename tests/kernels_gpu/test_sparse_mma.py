@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -13,10 +12,10 @@ from torch.nn import functional
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from gluon_simulator import Simulator, compile_kernel, run
+from gluon_simulator import Simulator, SpoilingSimulator
 from ptxsim import SimulationError
 
-from sparsecomp.kernels import sparse_mma
+from sparsecomp.kernels import launching, sparse_mma
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, Config
 from sparsecomp.pack.format import pack
 from sparsecomp.pack.fragments import to_fragments
@@ -35,7 +34,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def simulator(monkeypatch: pytest.MonkeyPatch) -> Simulator:
     instead = Simulator()
-    monkeypatch.setattr(sparse_mma, "launch", instead.launch)
+    monkeypatch.setattr(launching, "launch", instead.launch)
     return instead
 
 
@@ -59,10 +58,9 @@ def test_every_configuration_matches_float64(config: Config, dtype: torch.dtype,
     case = random_case("2:4", config.out + 40, columns, config.tokens + 5, dtype)
     assert _pairs_of_positions(case.weight) == 6
     assert_close_to_float64(_product(case, config), case)
-    assert simulator.report is not None
     steps, slices = -(-columns // config.depth), config.depth // 32
     products = steps * slices * config.row_tiles * config.token_tiles
-    assert simulator.report.executed["mma"] == products
+    assert simulator.reports["sparse_mma_kernel"].executed["mma"] == products
 
 
 RAGGED = {
@@ -130,21 +128,6 @@ def test_activations_of_infinities_and_nan(activation: str, simulator: Simulator
 # --- faults that must be noticed ------------------------------------------------------------------------------------
 
 
-class _Spoiled(Simulator):
-    """A simulator whose kernels are changed before they run."""
-
-    def __init__(self, pattern: str, replacement: str, count: int = 0) -> None:
-        super().__init__()
-        self.change = (pattern, replacement, count)
-
-    def launch(self, arguments, constants, blocks, warps) -> None:  # type: ignore[no-untyped-def]
-        compiled = compile_kernel(self.capability, constants, warps)
-        pattern, replacement, count = self.change
-        ptx, found = re.subn(pattern, replacement, compiled.asm["ptx"], count=count)
-        assert found > 0, "there is nothing to spoil"
-        self.report = run(ptx, arguments, blocks, warps, compiled.metadata.shared)
-
-
 @pytest.mark.parametrize(
     ("pattern", "replacement", "race"),
     [
@@ -159,16 +142,15 @@ def test_a_broken_pipeline_is_noticed(
 ) -> None:
     config = CONFIGS[5]
     assert config.stages == 4
-    spoiled = _Spoiled(pattern, replacement)
-    monkeypatch.setattr(sparse_mma, "launch", spoiled.launch)
+    spoiled = SpoilingSimulator(pattern, replacement)
+    monkeypatch.setattr(launching, "launch", spoiled.launch)
     _product(random_case("2:4", config.out, config.depth * 6, config.tokens, HALF), config)
-    assert spoiled.report is not None
-    assert any(race in found for found in spoiled.report.races), spoiled.report.races
+    races = spoiled.reports["sparse_mma_kernel"].races
+    assert any(race in found for found in races), races
 
 
 def test_the_other_selector_gives_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    spoiled = _Spoiled(r"(mma\.sp.*), 0x1;", r"\1, 0x0;")
-    monkeypatch.setattr(sparse_mma, "launch", spoiled.launch)
+    monkeypatch.setattr(launching, "launch", SpoilingSimulator(r"(mma\.sp.*), 0x1;", r"\1, 0x0;").launch)
     case = random_case("2:4", 64, 128, 8, HALF)
     with pytest.raises(AssertionError, match="exceeds its bound"):
         assert_close_to_float64(_product(case, SMALL), case)

@@ -29,11 +29,17 @@ class MachineCode:
     registers: int
     stack: int
     shared: int
+    order: tuple[str, ...]
 
     @property
     def spills(self) -> bool:
         """Whether anything of a thread lives in local memory."""
         return self.stack > 0 or self.instructions["LDL"] + self.instructions["STL"] > 0
+
+    def spills_among(self, opcode: str) -> bool:
+        """Whether local memory is used between the first and the last instruction of that kind, that is in a loop."""
+        found = [i for i, each in enumerate(self.order) if each == opcode]
+        return any(each in ("LDL", "STL") for each in self.order[found[0] : found[-1]])
 
 
 def compile_kernel(capability: int, nm: NM, dtype: torch.dtype, tile: nm_decompress.Tile, aligned: bool) -> Any:
@@ -101,7 +107,7 @@ def machine_code(compiled: Any, folder: Path) -> MachineCode:
     assert usage is not None
     # a line is /*address*/ [@predicate] OPCODE.modifiers operands; of the modifiers only "sparse" counts
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*(?:\.SP\b)?)", listing, re.MULTILINE)
-    return MachineCode(Counter(opcodes), int(usage[1]), int(usage[2]), compiled.metadata.shared)
+    return MachineCode(Counter(opcodes), int(usage[1]), int(usage[2]), compiled.metadata.shared, tuple(opcodes))
 
 
 def _output(tool: str, *arguments: str) -> str:

@@ -44,7 +44,11 @@ def arithmetic(machine: Machine, instruction: Instruction) -> None:
 def _float_arithmetic(machine: Machine, instruction: Instruction) -> None:
     kind = instruction.type
     if kind.endswith("x2"):
-        raise SimulationError("packed halves are not known to the simulator")
+        if instruction.opcode not in ("abs", "neg"):
+            raise SimulationError("of packed halves only abs and neg are known to the simulator")
+        bits, signs = machine.bits(instruction.operands[1], 4), np.uint32(0x80008000)
+        machine.write_bits(instruction.operands[0], bits & ~signs if instruction.opcode == "abs" else bits ^ signs)
+        return
     a, *rest = (number.astype(np.float64) for number in _inputs(machine, instruction, kind))
     compute: dict[str, Callable[..., Array]] = {
         "add": np.add,

@@ -138,6 +138,20 @@ def shuffle(machine: Machine, instruction: Instruction) -> None:
     machine.write_bits(target, np.take_along_axis(values, wanted, axis=1).reshape(-1))
 
 
+_REDUCE = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
+
+
+@operation("redux")
+def reduce_warp(machine: Machine, instruction: Instruction) -> None:
+    """Integers of all lanes of a whole warp, combined."""
+    machine.full_warps(instruction.text)
+    target, source, _ = instruction.operands
+    combine = next(function for name, function in _REDUCE.items() if instruction.has(name))
+    values = machine.read(source, instruction.type).reshape(-1, WARP)
+    combined = combine.reduce(values, axis=1, dtype=values.dtype)
+    machine.write(target, np.repeat(combined, WARP), instruction.type)
+
+
 def _spread(machine: Machine, running: Array, values: Array) -> Array:
     """Values of the running threads as a register of all."""
     if machine.all_active:

@@ -1,7 +1,7 @@
 """mma and mma.sp of 8-bit, 16-bit and tf32 operands (PTX ISA 8.7, sections 9.7.14.5 and 9.7.14.6).
 
-With g = lane / 4 and t = lane % 4, a register of an operand holds E = 4, 2 or 1 elements of 8, 16 or 32 bits. Register i:
-A [16, columns]: row g + 8 (i % 2), columns E (t + 4 (i / 2)) on. B [K, 8]: rows E (t + 4i) on, column g.
+With g = lane / 4 and t = lane % 4, a register of an operand holds E = 4, 2 or 1 elements of 8, 16 or 32 bits.
+Register i: A [16, columns]: row g + 8 (i % 2), columns E (t + 4 (i / 2)) on. B [K, 8]: rows E (t + 4i) on, column g.
 C and D [16, 8], fp32 or int32: row g + 8 (i / 2), column 2t + i % 2.
 """
 
@@ -30,8 +30,10 @@ def multiply(machine: Machine, instruction: Instruction) -> None:
     depth = int(next(found[1] for name in instruction.modifiers if (found := _SHAPE.fullmatch(name))))
     sparse, kind = instruction.has("sp"), instruction.types[-2]
     accumulator = _ACCUMULATORS.get(kind)
-    known = accumulator and depth in (_DEPTH[kind], 2 * _DEPTH[kind] if sparse else _DEPTH[kind])
-    if not known or kind == "s8" and sparse and depth != 64 or instruction.types[0] != accumulator:
+    largest = _DEPTH.get(kind, 0) * (2 if sparse else 1)
+    # where the metadata of the smaller s8 shape lies is not known here
+    shapes = (largest,) if kind == "s8" or not sparse else (largest, largest // 2)
+    if depth not in shapes or instruction.types[0] != accumulator:
         raise SimulationError("of mma only some shapes of f16, bf16, tf32 and s8 are known to the simulator")
     target, a, b, c, *metadata = instruction.operands
     left = _a(machine, a, kind, depth // 2 if sparse else depth)
@@ -52,8 +54,10 @@ def _registers(machine: Machine, operand: Operand, kind: str) -> list[Array]:
     """Each register of an operand as [warps, lanes, elements] numbers."""
     found = [elements(machine.bits(register, 4).reshape(-1, WARP), kind) for register in vector(operand)]
     if kind == "tf32":
+        lanes = machine.active.reshape(-1, WARP, 1)
         for numbers in found:
-            if (np.ascontiguousarray(numbers, np.float32).view(np.uint32) & 0x1FFF)[np.isfinite(numbers)].any():
+            fine = np.ascontiguousarray(numbers, np.float32).view(np.uint32) & 0x1FFF != 0
+            if (fine & np.isfinite(numbers) & lanes).any():
                 raise SimulationError("an operand has bits that tf32 does not have; what becomes of them is undefined")
     return found
 
