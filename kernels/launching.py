@@ -11,5 +11,5 @@ def launch(
     kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], grid: tuple[int, ...], warps: int
 ) -> None:
     """Run a Triton or Gluon kernel on the device of its first argument."""
-    with torch.cuda.device(arguments[0].device):
+    with torch.cuda.device(arguments[0].get_device()):
         kernel[grid](*arguments, **constants, num_warps=warps)

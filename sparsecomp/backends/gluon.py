@@ -18,9 +18,10 @@ from torch import Tensor
 from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
-from sparsecomp.pack.format import PackedWeight
+from sparsecomp.pack.format import PackedWeight, pack
 from sparsecomp.pack.fragments import fragments_why_not, from_fragments, to_fragments
-from sparsecomp.patterns import Pattern
+from sparsecomp.pack.quantize import quantize
+from sparsecomp.patterns import NM, Pattern, row_nm
 
 _WITHOUT_SCALES = "has no kernel for {} weights without row scales; quantise them (quantized=True)"
 
@@ -60,7 +61,22 @@ class GluonBackend(Backend):
         if reason := self._unfit(packed.pattern, packed.values.dtype, packed.shape):
             raise BackendError(f"the {self.name} backend {reason}")
         scales = () if packed.scales is None else (packed.scales,)
-        return Kernel(self.name, (*to_fragments(packed), *scales), packed.pattern, packed.shape, packed.dtype)
+        return Kernel(self.name, (*_fragments(packed), *scales), packed.pattern, packed.shape, packed.dtype)
+
+    def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
+        """What ``prepare`` makes of ``pack(weight, pattern)``; on a GPU in one pass, without the canonical form.
+
+        Raises PatternError for a weight that ``pack`` refuses, as it does, and BackendError as ``prepare`` does.
+        """
+        shape = (weight.shape[0], weight.shape[1]) if weight.ndim == 2 else (0, 0)
+        if not (_on_gpu(weight) and isinstance(pattern, NM) and pattern == NM(pattern.n, pattern.m)):
+            return self.prepare(pack(weight, pattern))
+        if reason := self._unfit(pattern, weight.dtype, shape):
+            raise BackendError(f"the {self.name} backend {reason}")
+        fragments, metadata, most = _packing().pack_dense(weight.detach())
+        if most.numel() and int(most.max()) > pattern.n:
+            pack(weight, pattern)  # names the group
+        return Kernel(self.name, (fragments, metadata), pattern, shape, weight.dtype)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""
@@ -121,11 +137,33 @@ class GluonInt8Backend(GluonBackend):
             raise BackendError(f"the {self.name} backend {_WITHOUT_SCALES.format(packed.values.dtype)}")
         return super().prepare(packed)
 
+    def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
+        """What ``prepare`` makes of the packed weight, quantised row by row."""
+        return self.prepare(quantize(pack(weight, pattern)))
+
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form with its scales, byte for byte the one that ``prepare`` was given."""
         fragments, metadata, scales = kernel.tensors
         integers = from_fragments(fragments, metadata, kernel.pattern, kernel.shape, torch.int8)
         return replace(integers, scales=scales, dense_dtype=kernel.dtype)
+
+
+def _fragments(packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    """``to_fragments``, by a kernel in one pass where the weight is on a GPU."""
+    nm = row_nm(packed.pattern)
+    if nm is None or not _on_gpu(packed.values):
+        return to_fragments(packed)
+    fragments, metadata = _packing().pack_fragments(packed.values, packed.metadata, nm, packed.shape[1])
+    return fragments, metadata
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+@lru_cache(maxsize=1)
+def _packing() -> ModuleType:
+    return import_module("sparsecomp.kernels.pack_fragments")
 
 
 @lru_cache(maxsize=1)

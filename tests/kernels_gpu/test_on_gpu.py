@@ -7,16 +7,17 @@ import torch
 from gpu_cases import Case, assert_close_to_float64, assert_close_to_integer_product, random_case, rounded_to_tf32
 from torch.nn import functional
 
+from sparsecomp import SparseLinear
 from sparsecomp.backends.cusparselt import CusparseltBackend
 from sparsecomp.backends.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
 from sparsecomp.backends.registry import Backend, Request
 from sparsecomp.backends.triton import TritonBackend
 from sparsecomp.backends.triton_block import TritonBlockBackend
-from sparsecomp.kernels.sparse_mma_config import CONFIGS, Config, configs
+from sparsecomp.kernels.sparse_mma_config import CONFIGS, SPLIT_CONFIGS, Config, configs
 from sparsecomp.pack.format import pack
 from sparsecomp.pack.fragments import to_fragments
 from sparsecomp.pack.quantize import quantize
-from sparsecomp.patterns import parse
+from sparsecomp.patterns import parse, row_nm
 
 pytestmark = pytest.mark.gpu
 
@@ -71,15 +72,16 @@ def test_blocks_match_float64(pattern: str, dtype: torch.dtype, batch: int) -> N
     assert_close_to_float64(_run(TritonBlockBackend(), case), case)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", (*CONFIGS, *SPLIT_CONFIGS), ids=str)
 def test_every_gluon_configuration_sanitized(config: Config) -> None:
     _need(GluonBackend())
     from sparsecomp.kernels.sparse_mma import sparse_mma_linear
 
     major, minor = torch.cuda.get_device_capability()
-    if config not in configs(10 * major + minor):
+    if config not in (*configs(10 * major + minor), *SPLIT_CONFIGS):
         pytest.skip(f"{config} does not fit this GPU's shared memory")
-    case = random_case("2:4", config.out + 40, config.depth * (config.stages + 1) + 24, config.tokens + 5, BRAIN)
+    steps = config.splits * (config.stages + 1)
+    case = random_case("2:4", config.out + 40, config.depth * steps + 24, config.tokens + 5, BRAIN)
     assert case.bias is not None
     fragments, metadata = to_fragments(pack(case.weight.cuda(), "2:4"))
     x, bias, out = case.x.cuda(), case.bias.cuda(), case.weight.shape[0]
@@ -115,14 +117,14 @@ def test_gluon_tf32_matches_float64_of_tf32(out: int, columns: int, batch: int) 
     assert_close_to_float64(_run(GluonTf32Backend(), case), rounded)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", (*CONFIGS, *SPLIT_CONFIGS), ids=str)
 def test_every_gluon_configuration_of_other_elements_sanitized(config: Config) -> None:
     _need(GluonBackend())
     from sparsecomp.kernels.quantize_rows import quantize_rows_slowly
     from sparsecomp.kernels.sparse_mma import sparse_mma_linear
 
     major, minor = torch.cuda.get_device_capability()
-    if config not in configs(10 * major + minor):
+    if config not in (*configs(10 * major + minor), *SPLIT_CONFIGS):
         pytest.skip(f"{config} does not fit this GPU's shared memory")
     case = random_case("2:4", config.out + 40, 2 * config.depth * (config.stages + 1) + 48, config.tokens + 5, BRAIN)
     packed = quantize(pack(case.weight.cuda(), "2:4"))
@@ -135,6 +137,49 @@ def test_every_gluon_configuration_of_other_elements_sanitized(config: Config) -
     fragments, metadata = to_fragments(pack(case.weight.cuda(), "1:2"))
     y = sparse_mma_linear(case.x.cuda(), fragments, metadata, case.bias.cuda(), out, "none", config)
     assert_close_to_float64(y, Case(rounded_to_tf32(case.weight), "1:2", rounded_to_tf32(case.x), case.bias))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+def test_a_split_product_gives_the_same_bits_every_time(tokens: int) -> None:
+    _need(GluonBackend())
+    from sparsecomp.kernels.sparse_mma import sparse_mma_linear
+
+    case = random_case("2:4", 1024, 4096, tokens, BRAIN)
+    assert case.bias is not None
+    fragments, metadata = to_fragments(pack(case.weight.cuda(), "2:4"))
+    x, bias = case.x.cuda(), case.bias.cuda()
+    for config in SPLIT_CONFIGS:
+        results = [sparse_mma_linear(x, fragments, metadata, bias, 1024, "silu", config) for _ in range(20)]
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [("2:4", HALF), ("2:4", BRAIN), ("2:4@v4", BRAIN), ("2:4", torch.int8), ("1:2", SINGLE)],
+)
+@pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (4096, 4096)])
+def test_packing_kernels_match_torch_sanitized(out: int, columns: int, pattern: str, dtype: torch.dtype) -> None:
+    _need(GluonBackend())
+    from sparsecomp.kernels.pack_fragments import pack_dense, pack_fragments
+
+    weight = (random_case(pattern, out, columns, 1, SINGLE).weight * 10).to(dtype)
+    packed = pack(weight, pattern)
+    twin, nm = to_fragments(packed), row_nm(packed.pattern)
+    assert nm is not None
+    made = pack_fragments(packed.values.cuda(), packed.metadata.cuda(), nm, columns)
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(made, twin, strict=True))
+    if nm.mask_rows == 1:
+        fragments, metadata, most = pack_dense(weight.cuda())
+        assert torch.equal(fragments.cpu(), twin[0]) and torch.equal(metadata.cpu(), twin[1])
+        assert int(most.max()) <= nm.n
+
+
+def test_a_layer_moved_to_the_gpu_and_back_keeps_its_weight() -> None:
+    _need(GluonBackend())
+    case = random_case("2:4", 200, 333, 4, BRAIN)
+    layer = SparseLinear.from_packed(pack(case.weight, "2:4"), case.bias).cuda()
+    assert layer.kernel.tensors[0].is_cuda and torch.equal(layer.weight.cpu(), case.weight)
+    assert torch.equal(layer.cpu().weight, case.weight)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
