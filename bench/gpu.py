@@ -20,24 +20,27 @@ from torch import Tensor
 from .gpu_cases import MODELS, TOKENS, Case, cases, copies
 from .gpu_engines import Call, GpuEngine, engines
 from .gpu_machine import describe, watch
+from .gpu_packing import packing_rows
 from .gpu_report import Row, summary
 from .gpu_timing import GpuSampler
 from .harness import Timing, measure
 
 FORMAT = 1
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16, "tf32": torch.float32}
+"""Of x and y, by what the tensor cores multiply."""
+
+TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "int8": 3e-2, "tf32": 2e-3}
 """Relative Frobenius distance to the fp32 product above which a time is that of something else."""
 
 _REFERENCE_ROWS = 512
 
 
 def random_operands(case: Case, dtype: torch.dtype, count: int, device: str = "cuda") -> list[tuple[Tensor, Tensor]]:
-    """``count`` pairs of a weight [out, in] that fits 2:4 at random places and an x [tokens, in], all random data."""
-    found = []
+    """``count`` pairs of a weight [out, in], 2:4 at random places (fp32: 1:2), and x [tokens, in], all random data."""
+    found, group = [], 2 if dtype == torch.float32 else 4
     for _ in range(count):
-        weight = torch.randn(case.out, case.columns // 4, 4, device=device)
-        kept = torch.rand_like(weight).argsort(dim=2) < 2
+        weight = torch.randn(case.out, case.columns // group, group, device=device)
+        kept = torch.rand_like(weight).argsort(dim=2) < group // 2
         x = torch.randn(case.tokens, case.columns, device=device).to(dtype)
         found.append(((weight * kept).flatten(1).to(dtype), x))
     return found
@@ -117,7 +120,7 @@ def sweep(wanted: Sequence[Case], dtype: str, deadline: float, seconds: float) -
     """Measure until ``deadline`` (time.monotonic()); cases that were not reached are named."""
     machine = describe()
     l2_bytes = machine["l2_mib"] << 20
-    offered = engines()
+    offered = engines(dtype)
     missing = {engine.name: reason for engine in offered if (reason := engine.missing()) is not None}
     result: dict[str, Any] = {
         "format": FORMAT,
@@ -140,6 +143,7 @@ def sweep(wanted: Sequence[Case], dtype: str, deadline: float, seconds: float) -
             measure_case(case, dtype, available, l2_bytes, seconds, result)
             print(f"{case}: {len(result['rows'])} rows", file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
+        result["packing"] = packing_rows()
     machine["during"] = during
     return result
 

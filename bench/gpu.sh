@@ -76,7 +76,11 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer: not installed" | tee -a "$out/steps.txt"
 fi
-# the sweep stops by itself, half a minute before the end
+# the sweep stops by itself, 100 seconds before the end; int8 and tf32 then have half a minute each
 step sweep "$limit" "$python" -m sparsecomp.bench.gpu --output "$out" \
-  --minutes "$("$python" -c "print(max(0.1, ($(left) - 30) / 60))")"
+  --minutes "$("$python" -c "print(max(0.1, ($(left) - 100) / 60))")"
+for elements in int8 tf32; do
+  step "sweep-$elements" 35 "$python" -m sparsecomp.bench.gpu --output "$out/$elements" --dtype "$elements" \
+    --models Llama-3-8B --tokens 4096 1 16 --minutes 0.4
+done
 exit $worst

@@ -1,6 +1,6 @@
 """The ways to compute one linear layer on a GPU that the sweep compares, each behind the same three questions.
 
-Takes dense weights that fit 2:4; gives calls. Knows nothing of timing.
+Takes dense weights that fit 2:4, or 1:2 in fp32; gives calls. Knows nothing of timing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from sparsecomp.backends import cutlass_library, registry
 from sparsecomp.backends.cutlass_config import configs
 from sparsecomp.backends.registry import Request
 from sparsecomp.pack.format import pack
+from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import parse
 
 from .gpu_cases import Case
-
-PATTERN = "2:4"
 
 Call = Callable[[], Tensor]
 
@@ -58,6 +57,54 @@ class Cublas(GpuEngine):
     def prepare(self, weight: Tensor, x: Tensor) -> Call:
         """torch.nn.functional.linear."""
         return lambda: functional.linear(x, weight)
+
+
+class CublasTf32(Cublas):
+    """torch's linear, allowed to round fp32 to tf32."""
+
+    name = "cublas tf32"
+
+    def prepare(self, weight: Tensor, x: Tensor) -> Call:
+        """torch.nn.functional.linear with the permission given for the call only."""
+
+        def call() -> Tensor:
+            before = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = True
+            try:
+                return functional.linear(x, weight)
+            finally:
+                torch.backends.cuda.matmul.allow_tf32 = before
+
+        return call
+
+
+class CublasInt8(GpuEngine):
+    """cuBLAS on int8 weights and on x rounded token by token, as our int8 backend rounds it, by the same kernel."""
+
+    name, sparse = "cublas int8", False
+
+    def missing(self) -> str | None:
+        """The kernel that rounds x needs what the gluon_int8 backend needs."""
+        return registry.backends()["gluon_int8"].missing()
+
+    def refuses(self, case: Case, dtype: torch.dtype) -> str | None:
+        """torch._int_mm asks for more than 16 tokens and for multiples of 8."""
+        if case.tokens <= 16 or case.out % 8 or case.columns % 8:
+            return f"takes more than 16 tokens and sides that are multiples of 8, not {case}"
+        return None
+
+    def prepare(self, weight: Tensor, x: Tensor) -> Call:
+        """Rounding, torch._int_mm and the scales."""
+        quantize_rows = import_module("sparsecomp.kernels.quantize_rows").quantize_rows
+        scales = weight.float().abs().amax(dim=1) / 127
+        integers = (weight.float() / scales[:, None]).round().to(torch.int8).t()
+
+        def call() -> Tensor:
+            rounded, tokens = quantize_rows(x)
+            y: Tensor = (torch._int_mm(rounded, integers) * tokens[:, None] * scales).to(x.dtype)
+            return y
+
+        return call
 
 
 class TritonDense(GpuEngine):
@@ -130,9 +177,9 @@ class Ours(GpuEngine):
 
     sparse = True
 
-    def __init__(self, backend: str) -> None:
-        """``backend`` is a name in the registry."""
-        self._backend = registry.backends()[backend]
+    def __init__(self, backend: str, quantized: bool = False) -> None:
+        """``backend`` is a name in the registry; ``quantized`` rounds the weight to int8 with row scales."""
+        self._backend, self._quantized = registry.backends()[backend], quantized
         self.name = f"sparsecomp {backend}"
 
     def missing(self) -> str | None:
@@ -141,19 +188,21 @@ class Ours(GpuEngine):
 
     def refuses(self, case: Case, dtype: torch.dtype) -> str | None:
         """Why the backend refuses the case."""
-        return self._backend.supports(_request(case, dtype))
+        return self._backend.supports(_request(case, dtype, self._quantized))
 
     def prepare(self, weight: Tensor, x: Tensor) -> Call:
         """The layout; the first call compiles, and tunes where there is something to tune."""
-        kernel = self._backend.prepare(pack(weight, PATTERN))
+        packed = pack(weight, pattern_of(weight.dtype))
+        kernel = self._backend.prepare(quantize(packed) if self._quantized else packed)
         return lambda: self._backend.run(kernel, x, None)
 
     def note(self, case: Case) -> str:
         """The configuration that was found fastest."""
-        if self._backend.name != "gluon":
+        size = {"gluon": 2, "gluon_int8": 1, "gluon_tf32": 4}.get(self._backend.name)
+        if size is None:
             return ""
         kernels, tuning = (import_module(f"sparsecomp.kernels.{name}") for name in ("sparse_mma", "sparse_mma_tuning"))
-        key = kernels.tuning_key(torch.cuda.current_device(), case.out, case.columns, case.tokens)
+        key = kernels.tuning_key(torch.cuda.current_device(), case.out, case.columns, case.tokens, size)
         return str(tuning.known(key))
 
 
@@ -177,8 +226,15 @@ class OursCutlass(Ours):
         return str(import_module("sparsecomp.kernels.sparse_mma_tuning").known(key))
 
 
-def engines() -> list[GpuEngine]:
-    """All of them, baselines first."""
+def engines(elements: str = "bf16") -> list[GpuEngine]:
+    """All of them for bf16 and fp16, for int8 weights and activations ("int8"), or for fp32 ("tf32"); baselines first.
+
+    The weights of int8 are given in bf16, in which cuBLAS is a baseline of theirs, too.
+    """
+    if elements == "int8":
+        return [Cublas(), CublasInt8(), Ours("gluon_int8", quantized=True)]
+    if elements == "tf32":
+        return [Cublas(), CublasTf32(), Ours("gluon_tf32")]
     return [
         Cublas(),
         TritonDense(),
@@ -191,5 +247,11 @@ def engines() -> list[GpuEngine]:
     ]
 
 
-def _request(case: Case, dtype: torch.dtype) -> Request:
-    return Request(parse(PATTERN), (case.out, case.columns), dtype, "cuda", case.tokens)
+def pattern_of(dtype: torch.dtype) -> str:
+    """What the sparse tensor cores take of weights in that dtype."""
+    return "1:2" if dtype == torch.float32 else "2:4"
+
+
+def _request(case: Case, dtype: torch.dtype, quantized: bool = False) -> Request:
+    shape = case.out, case.columns
+    return Request(parse(pattern_of(dtype)), shape, dtype, "cuda", case.tokens, quantized)

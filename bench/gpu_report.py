@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .gpu_packing import packing_lines
+
 Row = dict[str, Any]
 
 PREFILL, DECODE = 2048, 16
@@ -65,6 +67,7 @@ def summary(result: dict[str, Any]) -> str:
     ]
     slower = [each for each in found if each.speedup < 1]
     lines.append(f"slower than the best dense engine: {len(slower)} of {len(found)} cases")
+    lines += packing_lines(result.get("packing") or [])
     for name in ("missing", "refused", "failed", "not measured"):
         entries = result.get(name) or []
         lines += [f"{name}: {len(entries)}", *(f"  {entry}" for entry in entries)] if entries else []

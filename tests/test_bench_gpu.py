@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sparsecomp.bench import gpu, gpu_cases, gpu_report, gpu_timing
 from sparsecomp.bench.gpu_cases import Case
-from sparsecomp.bench.gpu_engines import GpuEngine, engines
+from sparsecomp.bench.gpu_engines import GpuEngine, engines, pattern_of
 from sparsecomp.bench.gpu_machine import ranges
+from sparsecomp.bench.gpu_packing import packing_rows
 from sparsecomp.bench.harness import Timing
 from sparsecomp.pack.format import pack
 
@@ -61,6 +62,38 @@ def test_operands_fit_the_pattern_and_are_random() -> None:
     assert pack(first, "2:4").shape == (64, 32) and x.shape == (8, 32)
     assert not torch.equal(first, second)
     assert len(torch.unique(first.view(-1, 4) != 0, dim=0)) == 6
+
+
+def test_operands_of_fp32_fit_what_tensor_cores_take_of_it() -> None:
+    ((weight, x),) = gpu.random_operands(CASE, torch.float32, 1, device="cpu")
+    assert weight.dtype == x.dtype == torch.float32 and pattern_of(torch.float32) == "1:2"
+    assert pack(weight, "1:2").shape == (64, 32)
+    assert bool(((weight.view(-1, 2) != 0).sum(1) == 1).all())
+
+
+@pytest.mark.parametrize(("elements", "ours"), [("int8", "sparsecomp gluon_int8"), ("tf32", "sparsecomp gluon_tf32")])
+def test_each_kind_of_elements_has_dense_engines_and_one_of_ours(elements: str, ours: str) -> None:
+    offered = engines(elements)
+    assert [engine.name for engine in offered if engine.sparse] == [ours]
+    assert len(offered) == 3 and offered[0].name == "cublas"
+    assert set(gpu.DTYPES) == set(gpu.TOLERANCE)
+
+
+def test_the_int8_baseline_says_what_it_cannot_take() -> None:
+    engine = engines("int8")[1]
+    assert engine.refuses(Case(64, 32, 17, ""), torch.bfloat16) is None
+    for case in (Case(64, 32, 16, ""), Case(60, 32, 17, ""), Case(64, 36, 17, "")):
+        assert "takes more than 16 tokens" in str(engine.refuses(case, torch.bfloat16))
+
+
+def test_packing_times_are_reported() -> None:
+    result = {**_result(), "packing": [{"side": 4096, "dense": 20.5, "canonical": 18.0, "torch": 900.0}]}
+    assert "packing 4096x4096 bf16: 20.5 us from dense, 18 us from the canonical form" in gpu_report.summary(result)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_packing_is_not_timed() -> None:
+    assert packing_rows() == []
 
 
 def test_the_distance_notices_errors_and_numbers_that_are_none() -> None:

@@ -1,0 +1,71 @@
+"""How long a GPU takes to make the layout of the sparse tensor cores: our kernels beside the torch packer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from sparsecomp.backends import registry
+from sparsecomp.pack.format import pack
+from sparsecomp.pack.fragments import to_fragments
+from sparsecomp.patterns import parse, row_nm
+
+SIDES = (4096, 8192)
+_ROUNDS = 9
+
+
+def packing_rows(sides: tuple[int, ...] = SIDES) -> list[dict[str, Any]]:
+    """Microseconds, medians, for a square bf16 2:4 weight: from the dense weight, from the canonical form, by torch.
+
+    Raises RuntimeError if the kernels' layout is not that of the torch packer. Nothing where the gluon backend cannot
+    run.
+    """
+    if registry.backends()["gluon"].missing() is not None:
+        return []
+    kernels = import_module("sparsecomp.kernels.pack_fragments")
+    nm = row_nm(parse("2:4"))
+    assert nm is not None
+    found = []
+    for side in sides:
+        weight = torch.randn(side, side // 4, 4, device="cuda")
+        dense = (weight * (torch.rand_like(weight).argsort(dim=2) < 2)).flatten(1).bfloat16()
+        packed = pack(dense, "2:4")
+        ways: dict[str, Callable[[], Any]] = {
+            "dense": partial(kernels.pack_dense, dense),
+            "canonical": partial(kernels.pack_fragments, packed.values, packed.metadata, nm, side),
+            "torch": partial(to_fragments, packed),
+        }
+        layouts = [call() for call in ways.values()]
+        # the first way also counts nonzeros
+        if not all(
+            torch.equal(made, twin) for each in layouts for made, twin in zip(each[:2], layouts[-1], strict=True)
+        ):
+            raise RuntimeError(f"the packing kernels differ from the torch packer for {side}x{side}")
+        found.append({"side": side, **{name: _microseconds(call) for name, call in ways.items()}})
+    return found
+
+
+def packing_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each square."""
+    return [
+        f"packing {row['side']}x{row['side']} bf16: {row['dense']:g} us from dense, {row['canonical']:g} us from the "
+        f"canonical form, {row['torch']:g} us from it by torch"
+        for row in rows
+    ]
+
+
+def _microseconds(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(_ROUNDS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(float(start.elapsed_time(stop)) * 1e3)
+    return float(f"{statistics.median(times):.4g}")
