@@ -49,9 +49,7 @@ class GluonBackend(Backend):
         return reason or self.missing() or too_old(request.device)
 
     def _unfit(self, pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
-        if dtype not in self._weight_dtypes:
-            return f"has no kernel for {dtype} weights; {' and '.join(map(str, self._weight_dtypes))} only"
-        return fragments_why_not(pattern, dtype, shape)
+        return fragments_why_not(pattern, dtype, shape, self._weight_dtypes)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """Fragments int32 and metadata int32 as ``to_fragments`` gives them, on the device of ``packed``.

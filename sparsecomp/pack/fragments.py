@@ -7,6 +7,8 @@ alike for every element type; a row of 128 bytes, two instructions, is what weig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -35,13 +37,19 @@ _MOST_INT8_COLUMNS = 2 * (_MOST_WORDS // LARGEST_INT8**2)
 """Half of the columns are kept, and their products are summed in 32 bits."""
 
 
-def fragments_why_not(pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
-    """None if weights [out, in] of this kind have fragments, else the reason."""
-    if dtype not in _SPARSITY:
-        return f"has no kernel for {dtype}; {', '.join(map(str, _SPARSITY))} only"
+def fragments_why_not(
+    pattern: Pattern,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    dtypes: Sequence[torch.dtype] = (torch.float16, torch.bfloat16),
+) -> str | None:
+    """None if weights [out, in] of this kind have fragments, and the caller takes their ``dtypes``, else the reason."""
+    if dtype not in dtypes:
+        return f"has no kernel for {dtype}; {' and '.join(map(str, dtypes))} only"
     nm, (kept, group) = row_nm(pattern), _SPARSITY[dtype]
     if nm is None or (nm.n, nm.m) != (kept, group):
-        return f"has no kernel for {pattern} in {dtype}; {kept}:{group} only"
+        named = f"{pattern} in {dtype}" if group == 2 else str(pattern)
+        return f"has no kernel for {named}; {kept}:{group} only"
     columns = ROW_BYTES // dtype.itemsize
     words = -(-shape[0] // ROWS) * ROWS * -(-shape[1] // columns) * ROW_BYTES // 8
     most = _MOST_WORDS * 8 // dtype.itemsize
@@ -65,7 +73,7 @@ def to_fragments(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     one tile: 8 groups of row g + 8 (t % 2), from group 8 (t // 2) on.
     Raises PatternError for another pattern, dtype or size, with the reason.
     """
-    if reason := fragments_why_not(packed.pattern, packed.values.dtype, packed.shape):
+    if reason := fragments_why_not(packed.pattern, packed.values.dtype, packed.shape, tuple(_SPARSITY)):
         raise PatternError(f"the sparse tensor core layout {reason}; pack the weight otherwise")
     out, columns = packed.shape
     dtype = packed.values.dtype

@@ -39,7 +39,7 @@ def test_restore_is_the_inverse_of_prepare(shape: tuple[int, int], dtype: torch.
 
 
 def test_other_weights_are_refused() -> None:
-    with pytest.raises(BackendError, match=r"the gluon backend has no kernel for 1:4 in torch\.float16; 2:4 only"):
+    with pytest.raises(BackendError, match=r"the gluon backend has no kernel for 1:4; 2:4 only"):
         GluonBackend().prepare(pack(torch.zeros(8, 8, dtype=HALF), "1:4"))
 
 
@@ -56,12 +56,12 @@ def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cud
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
-        (_request("4:8"), "has no kernel for 4:8 in torch.float16; 2:4 only"),
+        (_request("4:8"), "has no kernel for 4:8; 2:4 only"),
         (
             _request(dtype=torch.float32),
-            "has no kernel for torch.float32 weights; torch.float16 and torch.bfloat16 only",
+            "has no kernel for torch.float32; torch.float16 and torch.bfloat16 only",
         ),
-        (_request(quantized=True), "has no kernel for torch.int8 weights; torch.float16 and torch.bfloat16 only"),
+        (_request(quantized=True), "has no kernel for torch.int8; torch.float16 and torch.bfloat16 only"),
         (_request(device="cpu"), "runs on cuda, not on cpu"),
     ],
 )
@@ -73,7 +73,7 @@ def test_supports_says_why_not(request_: Request, reason: str) -> None:
     ("request_", "reason"),
     [
         (_request("2:4", torch.float32), "has no kernel for 2:4 in torch.float32; 1:2 only"),
-        (_request("1:2", HALF), "has no kernel for torch.float16 weights; torch.float32 only"),
+        (_request("1:2", HALF), "has no kernel for torch.float16; torch.float32 only"),
         (_request("1:2", torch.float32, device="cpu"), "runs on cuda, not on cpu"),
     ],
 )
@@ -85,7 +85,7 @@ def test_tf32_says_why_not(request_: Request, reason: str) -> None:
     ("request_", "reason"),
     [
         (_request(), "has no kernel for torch.float16 weights without row scales; quantise them (quantized=True)"),
-        (_request("4:8", quantized=True), "has no kernel for 4:8 in torch.int8; 2:4 only"),
+        (_request("4:8", quantized=True), "has no kernel for 4:8; 2:4 only"),
         (_request(quantized=True, device="cpu"), "runs on cuda, not on cpu"),
     ],
 )
@@ -273,7 +273,7 @@ def test_a_dense_weight_that_breaks_the_pattern_is_refused_as_pack_refuses_it(mo
     weight[7, 8:12] = torch.tensor([torch.nan, 0, 0, 0])
     with pytest.raises(PatternError, match=r"weight\[7, 8\] is nan"):
         GluonBackend().prepare_dense(weight, parse("2:4"))
-    with pytest.raises(BackendError, match=r"has no kernel for torch\.float32 weights"):
+    with pytest.raises(BackendError, match=r"has no kernel for torch\.float32; "):
         GluonBackend().prepare_dense(weight.float(), parse("2:4"))
 
 

@@ -117,8 +117,10 @@ class SpoilingSimulator(Simulator):
         return spoiled
 
 
-def run(ptx: str, arguments: tuple[Any, ...], grid: tuple[int, ...], warps: int, shared_bytes: int) -> ptxsim.Report:
-    """Run a compiled kernel on CPU tensors, strided ones included, and integers."""
+def run(
+    ptx: str, arguments: tuple[Any, ...], grid: int | tuple[int, ...], warps: int, shared_bytes: int
+) -> ptxsim.Report:
+    """Run a compiled kernel on CPU tensors, strided ones included, and integers; ``grid`` is in blocks."""
     memory = ptxsim.GlobalMemory()
     places: dict[int, tuple[torch.Tensor, int]] = {}
     given = []
@@ -129,7 +131,8 @@ def run(ptx: str, arguments: tuple[Any, ...], grid: tuple[int, ...], warps: int,
             given.append(places[argument.data_ptr()][1])
         else:
             given.append(argument)
-    across, down, deep = (*grid, 1, 1)[:3]
+    sides = (grid,) if isinstance(grid, int) else grid
+    across, down, deep = (*sides, 1, 1)[:3]
     report = ptxsim.simulate(ptxsim.parse(ptx), (across, down, deep), 32 * warps, given, memory, shared_bytes)
     for tensor, address in places.values():
         _bytes(tensor)[:] = memory.fetch(address)

@@ -73,6 +73,6 @@ def test_compiled_code_matches_float64(pattern: str, out: int, columns: int, tok
     y = torch.empty(tokens, out, dtype=dtype)
     blocks = (starts.shape[0] - 1) * -(-tokens // tile.tokens)
     arguments = (case.x, values, starts, block_columns, case.bias, y, tokens, out, columns, columns, out)
-    report = run(compiled.asm["ptx"], arguments, (blocks,), tile.warps, compiled.metadata.shared)
+    report = run(compiled.asm["ptx"], arguments, blocks, tile.warps, compiled.metadata.shared)
     assert report.races == () and report.executed["mma"] > 0
     assert_close_to_float64(y, case)

@@ -91,6 +91,6 @@ def test_compiled_code_matches_float64(pattern: str, out: int, columns: int, bat
     blocks = -(-out // tile.out) * -(-batch // tile.batch)
     sizes = (batch, out, columns, values.shape[2] // GROUP_BLOCK, columns, out)
     arguments = (case.x, values, positions, case.bias, y, *sizes)
-    report = run(compiled.asm["ptx"], arguments, (blocks,), tile.warps, compiled.metadata.shared)
+    report = run(compiled.asm["ptx"], arguments, blocks, tile.warps, compiled.metadata.shared)
     assert report.races == ()
     assert_close_to_float64(y, case)

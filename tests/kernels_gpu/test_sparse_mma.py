@@ -165,10 +165,20 @@ def test_metadata_of_another_tile_gives_a_wrong_product(simulator: Simulator) ->
         assert_close_to_float64(y, case)
 
 
-def test_weights_cut_short_are_out_of_bounds(simulator: Simulator) -> None:
+def test_metadata_cut_short_is_out_of_bounds(simulator: Simulator) -> None:
     case = random_case("2:4", 64, 128, 8, HALF)
     fragments, metadata = to_fragments(pack(case.weight, "2:4"))
     with pytest.raises(SimulationError, match="out of bounds"):
-        sparse_mma.sparse_mma_linear(
-            case.x, fragments.flatten()[:-128].view(-1, 1, 128)[:4], metadata, case.bias, 64, "none", SMALL
-        )
+        sparse_mma.sparse_mma_linear(case.x, fragments, metadata[:, :1].contiguous(), case.bias, 64, "none", SMALL)
+
+
+def test_weights_cut_short_are_out_of_bounds(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = simulator.launch
+
+    def cut(kernel, arguments, constants, grid, warps) -> None:  # type: ignore[no-untyped-def]
+        launch(kernel, (arguments[0][:-1], *arguments[1:]), constants, grid, warps)
+
+    monkeypatch.setattr(launching, "launch", cut)
+    case = random_case("2:4", 64, 128, 8, HALF)
+    with pytest.raises(SimulationError, match="out of bounds"):
+        _product(case, SMALL)

@@ -134,8 +134,8 @@ def test_whole_blocks_cost_no_byte_more_than_the_canonical_form(shape: tuple[int
 @pytest.mark.parametrize(
     ("pattern", "dtype", "reason"),
     [
-        ("1:4", torch.float16, r"has no kernel for 1:4 in torch\.float16; 2:4 only"),
-        ("1:2", torch.int8, r"has no kernel for 1:2 in torch\.int8; 2:4 only"),
+        ("1:4", torch.float16, r"has no kernel for 1:4; 2:4 only"),
+        ("1:2", torch.int8, r"has no kernel for 1:2; 2:4 only"),
         ("block16x16:0.5", torch.float16, "2:4 only"),
         ("2:4", torch.float32, r"has no kernel for 2:4 in torch\.float32; 1:2 only"),
     ],
@@ -149,8 +149,8 @@ def test_sizes_that_cannot_be_counted_are_refused() -> None:
     for shape in ((8, 0), (2**17, 2**16)):
         assert "takes weights of 1 input feature to" in str(fragments_why_not(parse("2:4"), torch.float16, shape))
     assert fragments_why_not(parse("2:4"), torch.float16, (2**16, 2**16)) is None
-    assert "in 32 bits" in str(fragments_why_not(parse("2:4"), torch.int8, (8, 266289)))
-    assert fragments_why_not(parse("2:4"), torch.int8, (8, 266288)) is None
+    assert "in 32 bits" in str(fragments_why_not(parse("2:4"), torch.int8, (8, 266289), [torch.int8]))
+    assert fragments_why_not(parse("2:4"), torch.int8, (8, 266288), [torch.int8]) is None
 
 
 def test_the_int8_bound_is_where_sums_would_overflow() -> None:
