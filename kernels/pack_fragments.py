@@ -22,21 +22,6 @@ _FIRST = tl.constexpr(0b0100)
 _SECOND = tl.constexpr(0b1110)
 
 
-def _places(used: int) -> int:
-    """The 4 bits of a group of four of which bit j of ``used`` says whether position j holds a nonzero.
-
-    Free slots are filled at the lowest unused positions.
-    """
-    ordered = sorted(range(4), key=lambda j: (not used >> j & 1, j))
-    first, last = sorted(ordered[:2])
-    return first | last << 2
-
-
-# for all 16 kinds of groups, 4 bits each
-_PLACES = tl.constexpr(sum(_places(used) << 4 * used for used in range(16)))
-_COUNTS = tl.constexpr(sum(used.bit_count() << 4 * used for used in range(16)))
-
-
 @triton.jit
 def _fragment_place(place, block_row, block_column):
     # (row, word of the compressed row) that word ``place`` of the 8 tiles of a block of 64 rows comes from
@@ -73,29 +58,26 @@ def _bits(weight, row, column, out_features, columns, stride, BYTES: tl.constexp
 
 @triton.jit
 def _strange(bits, EXPONENT: tl.constexpr):
-    # 8, more than any count, where the bits are those of an infinity or a NaN; integers have none
-    return tl.where((EXPONENT != 0) & (bits & EXPONENT == EXPONENT), 8, 0)
+    # 1 where the bits are those of an infinity or a NaN; integers have none
+    return tl.where((EXPONENT != 0) & (bits & EXPONENT == EXPONENT), 1, 0)
 
 
 @triton.jit
 def _pair(weight, row, group, out_features, columns, stride, BYTES: tl.constexpr, EXPONENT: tl.constexpr):
-    # of a group of four: the bits of the two values kept, the 4 bits of where they were, how many were not zero
-    used = tl.zeros_like(row)
-    strange = tl.zeros_like(row)
-    for j in tl.static_range(4):
-        bits = _bits(weight, row, group * 4 + j, out_features, columns, stride, BYTES)
-        used |= tl.where(bits != 0, 1 << j, 0)
-        strange |= _strange(bits, EXPONENT)
-    entry = (used * 4).to(tl.uint64)
-    places = (tl.full(row.shape, _PLACES, tl.uint64) >> entry).to(tl.int32) & 15
-    kept = (tl.full(row.shape, _COUNTS, tl.uint64) >> entry).to(tl.int32) & 15
-    low, high = tl.zeros_like(row), tl.zeros_like(row)
-    for j in tl.static_range(4):
-        # read again, from the cache; a place without a nonzero holds a zero
-        bits = _bits(weight, row, group * 4 + j, out_features, columns, stride, BYTES)
-        low = tl.where(places & 3 == j, bits, low)
-        high = tl.where(places >> 2 == j, bits, high)
-    return low, high, places, kept + strange
+    # of a group of four: the bits of the two values kept, the 4 bits of where they were, whether it breaks 2:4
+    v0 = _bits(weight, row, group * 4, out_features, columns, stride, BYTES)
+    v1 = _bits(weight, row, group * 4 + 1, out_features, columns, stride, BYTES)
+    v2 = _bits(weight, row, group * 4 + 2, out_features, columns, stride, BYTES)
+    v3 = _bits(weight, row, group * 4 + 3, out_features, columns, stride, BYTES)
+    u0, u1, u2, u3 = v0 != 0, v1 != 0, v2 != 0, v3 != 0
+    # free slots are filled at the lowest unused positions, where there is a zero
+    first = tl.where(u0, 0, tl.where(u1 & (u2 | u3), 1, tl.where(u2 & u3, 2, 0)))
+    last = tl.where(u3, 3, tl.where(u2, 2, 1))
+    low = tl.where(first == 0, v0, tl.where(first == 1, v1, v2))
+    high = tl.where(last == 3, v3, tl.where(last == 2, v2, v1))
+    strange = _strange(v0, EXPONENT) | _strange(v1, EXPONENT) | _strange(v2, EXPONENT) | _strange(v3, EXPONENT)
+    broken = tl.where((u0 & u1 & (u2 | u3)) | (u2 & u3 & (u0 | u1)), 1, 0)
+    return low, high, first | last << 2, broken | strange
 
 
 @triton.jit(do_not_specialize=["out_features", "slots", "groups", "row_bytes", "blocks"])
@@ -148,7 +130,7 @@ def pack_dense_kernel(
     weight,
     fragments,
     metadata,
-    most,
+    broken,
     out_features,
     columns,
     stride,
@@ -156,7 +138,7 @@ def pack_dense_kernel(
     BYTES: tl.constexpr,
     EXPONENT: tl.constexpr,
 ):
-    # As above, from the dense weight: mask, compress and reorder at once; the largest count of nonzeros is reported.
+    # As above, from the dense weight: mask, compress and reorder at once; blocks that break the pattern are reported.
     block_row, block_column = tl.program_id(0), tl.program_id(1)
     base = (block_row.to(tl.int64) * 8 * blocks + block_column * 2) * 128
     place = tl.arange(0, 1024)
@@ -175,21 +157,20 @@ def pack_dense_kernel(
     WORDS: tl.constexpr = 256 if BYTES == 1 else 128
     place = tl.arange(0, WORDS)
     packed = tl.zeros([WORDS], tl.int32)
-    largest = tl.zeros([WORDS], tl.int32)
+    faults = tl.zeros([WORDS], tl.int32)
     for nibble in tl.static_range(8):
         row, group = _metadata_place(place, nibble, block_row, block_column, BYTES)
         if BYTES == 4:
             even = _bits(weight, row, group * 2, out_features, columns, stride, BYTES)
             odd = _bits(weight, row, group * 2 + 1, out_features, columns, stride, BYTES)
             bits = tl.where(odd != 0, _SECOND, _FIRST)
-            kept = tl.where(even != 0, 1, 0) + tl.where(odd != 0, 1, 0)
-            kept += _strange(even, EXPONENT) | _strange(odd, EXPONENT)
+            faults |= tl.where((even != 0) & (odd != 0), 1, 0) | _strange(even, EXPONENT) | _strange(odd, EXPONENT)
         else:
-            _, _, bits, kept = _pair(weight, row, group, out_features, columns, stride, BYTES, EXPONENT)
-        largest = tl.maximum(largest, kept)
+            _, _, bits, fault = _pair(weight, row, group, out_features, columns, stride, BYTES, EXPONENT)
+            faults |= fault
         packed |= bits << (4 * nibble)
     tl.store(metadata + (block_row.to(tl.int64) * blocks + block_column) * WORDS + place, packed)
-    tl.store(most + block_row * blocks + block_column, tl.max(largest, 0))
+    tl.store(broken + block_row * blocks + block_column, tl.max(faults, 0))
 
 
 def pack_fragments(
@@ -214,24 +195,24 @@ def pack_fragments(
 
 
 def pack_dense(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fragments and metadata of a dense weight [out, columns] and, int32, the most nonzeros of a group in each block.
+    """Fragments and metadata of a dense weight [out, columns] and, int32, which of its blocks break the pattern.
 
-    fp16, bf16 and int8 are taken as 2:4, fp32 as 1:2; where a group holds more than 2, or 1, the rest is worthless.
-    An infinity or a NaN counts as 8 and more.
+    fp16, bf16 and int8 are taken as 2:4, fp32 as 1:2. Where a group of a block holds more nonzeros than that, or an
+    infinity or a NaN, ``broken`` [rows / 64, blocks of 128 bytes] is 1 and its part of the layout is worthless.
     """
     (out, columns), size = weight.shape, weight.dtype.itemsize
     fragments, metadata = _empty(out, columns, size, weight.device)
     blocks = fragments.shape[1] // 2
-    most = torch.zeros(metadata.shape[0], blocks, dtype=torch.int32, device=weight.device)
+    broken = torch.zeros(metadata.shape[0], blocks, dtype=torch.int32, device=weight.device)
     if out == 0:
-        return fragments, metadata, most
+        return fragments, metadata, broken
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     integers = weight.view(_INTEGERS[size])
     constants = {"BYTES": size, "EXPONENT": _EXPONENTS[weight.dtype]}
-    arguments = (integers, fragments, metadata, most, out, columns, weight.stride(0), blocks)
+    arguments = (integers, fragments, metadata, broken, out, columns, weight.stride(0), blocks)
     launching.launch(pack_dense_kernel, arguments, constants, (metadata.shape[0], blocks), _WARPS)
-    return fragments, metadata, most
+    return fragments, metadata, broken
 
 
 def _empty(out: int, columns: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,8 +71,8 @@ class GluonBackend(Backend):
             return self.prepare(pack(weight, pattern))
         if reason := self._unfit(pattern, weight.dtype, shape):
             raise BackendError(f"the {self.name} backend {reason}")
-        fragments, metadata, most = _packing().pack_dense(weight.detach())
-        if most.numel() and int(most.max()) > pattern.n:
+        fragments, metadata, broken = _packing().pack_dense(weight.detach())
+        if bool(broken.any()):
             pack(weight, pattern)  # names the group
         return Kernel(self.name, (fragments, metadata), pattern, shape, weight.dtype)
 

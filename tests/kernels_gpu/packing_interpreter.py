@@ -15,10 +15,10 @@ from triton_interpreter import fenced, repair_interpreter
 Packing = tuple[Tensor, Tensor]
 
 
-def interpret_packing(weights: list[tuple[Tensor, str]]) -> list[tuple[Packing, Packing, int]]:
+def interpret_packing(weights: list[tuple[Tensor, str]]) -> list[tuple[Packing, Packing, bool]]:
     """For each dense weight and its pattern: fragments and metadata of the canonical form and of the dense one.
 
-    The last entry is the largest count of nonzeros in a group that the second kernel has seen.
+    The last entry is whether the second kernel took any block for one that breaks the pattern.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder, "given.pt"), Path(folder, "made.pt")
@@ -42,8 +42,8 @@ def _main(given: str, made: str) -> None:
         nm = row_nm(packed.pattern)
         assert nm is not None
         canonical = pack_fragments(fenced(packed.values), fenced(packed.metadata), nm, packed.shape[1])
-        fragments, metadata, most = pack_dense(fenced(weight))
-        results.append((canonical, (fragments, metadata), int(most.max()) if most.numel() else 0))
+        fragments, metadata, broken = pack_dense(fenced(weight))
+        results.append((canonical, (fragments, metadata), bool(broken.any())))
     torch.save(results, made)
 
 
