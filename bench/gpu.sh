@@ -61,7 +61,7 @@ fi
 # most of the time of these tests is compilation, which xdist spreads over the cores
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-step tests 150 "$python" -m pytest -q -m gpu "${parallel[@]}" tests/kernels_gpu
+step tests 180 "$python" -m pytest -q -m gpu "${parallel[@]}" tests/kernels_gpu
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     before=$worst
