@@ -142,6 +142,7 @@ def _pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
 
 
 def test_a_gpu_that_is_new_enough_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
