@@ -18,7 +18,7 @@ from torch.nn import functional
 from sparsecomp import ops
 from sparsecomp.activations import activate, require_activation
 from sparsecomp.backends import registry
-from sparsecomp.backends.registry import Kernel, Request
+from sparsecomp.backends.registry import Kernel, Weight
 from sparsecomp.errors import ModelError, SparsecompError
 from sparsecomp.pack.format import PackedWeight, pack, part_names
 from sparsecomp.pack.move import moved, zero_weight
@@ -74,16 +74,18 @@ class SparseLinear(nn.Module):
         place = torch.device(device) if device is not None else torch.get_default_device()
         packed = zero_weight(parse(pattern), (out_features, in_features), place, dtype, quantized)
         parameter = nn.Parameter(torch.zeros(out_features, device=place, dtype=dtype)) if bias else None
-        self._build(packed, parameter, backend, activation)
+        self._build(packed, packed.pattern, parameter, backend, activation)
 
-    def _build(self, packed: PackedWeight, bias: nn.Parameter | None, backend: str | None, activation: str) -> None:
-        self.out_features, self.in_features = packed.shape
-        self.pattern = packed.pattern
+    def _build(
+        self, weight: Weight, pattern: Pattern, bias: nn.Parameter | None, backend: str | None, activation: str
+    ) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.pattern = pattern
         self._wanted = backend
         self._activation = require_activation(activation)
         self._layout: tuple[str, ...] = ()
         self.register_parameter("bias", bias)
-        self._hold(self._prepared(packed))
+        self._hold(self._prepared(weight))
 
     @classmethod
     def from_packed(
@@ -98,15 +100,21 @@ class SparseLinear(nn.Module):
 
         ``backend`` pins one backend by name; otherwise the first one that runs the weight on its device is taken.
         """
+        return cls._of(packed, packed.pattern, bias, backend, activation)
+
+    @classmethod
+    def _of(
+        cls, weight: Weight, pattern: Pattern, bias: Tensor | None, backend: str | None, activation: str
+    ) -> SparseLinear:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         parameter = None
         if bias is not None:
-            if tuple(bias.shape) != (packed.shape[0],):
-                raise ModelError(f"bias has shape {tuple(bias.shape)}; this weight takes ({packed.shape[0]},)")
-            copy = bias.detach().to(packed.device, packed.dtype, copy=True).contiguous()
+            if tuple(bias.shape) != (weight.shape[0],):
+                raise ModelError(f"bias has shape {tuple(bias.shape)}; this weight takes ({weight.shape[0]},)")
+            copy = bias.detach().to(weight.device, weight.dtype, copy=True).contiguous()
             parameter = nn.Parameter(copy, requires_grad=bias.requires_grad or not isinstance(bias, nn.Parameter))
-        layer._build(packed, parameter, backend, activation)
+        layer._build(weight, pattern, parameter, backend, activation)
         return layer
 
     @classmethod
@@ -139,9 +147,11 @@ class SparseLinear(nn.Module):
             from sparsecomp.prune import prune_weight
 
             weight = prune_weight(weight, pattern, method=method, gram=gram).weight.to(weight.dtype)
-        packed = quantize(pack(weight, pattern)) if quantized else pack(weight, pattern)
-        layer = cls.from_packed(packed, linear.bias, backend=backend, activation=activation)
-        return layer.train(linear.training)
+        # on a GPU a backend may make its layout of the dense weight in one pass
+        source: Weight = weight
+        if quantized or not weight.is_cuda:
+            source = quantize(pack(weight, pattern)) if quantized else pack(weight, pattern)
+        return cls._of(source, parse(pattern), linear.bias, backend, activation).train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """The same layer as nn.Linear, zeros in place, exactly (int8 times scale rounded); the way back for training.
@@ -207,20 +217,10 @@ class SparseLinear(nn.Module):
 
     # --- the kernel -------------------------------------------------------------------------------------------------
 
-    def _prepared(self, packed: PackedWeight) -> Kernel:
-        """The layout of ``packed`` for its device and dtype; nothing of the layer changes."""
-        if packed.device.type == "meta":
-            name = "dense"
-        else:
-            facts = packed.pattern, packed.shape, packed.dtype, packed.device.type
-            request = Request(*facts, batch=1, quantized=packed.scales is not None)
-            name = self._wanted or registry.choose(request)
-            if name not in registry.backends():
-                raise ModelError(f'backend "{name}" is not known; use one of {", ".join(registry.backends())}')
-            backend = registry.backends()[name]
-            if reason := backend.missing() or backend.supports(request):
-                raise ModelError(f'backend "{name}" {reason}; leave backend=None to have one chosen')
-        return registry.backends()[name].prepare(packed)
+    def _prepared(self, weight: Weight) -> Kernel:
+        """The layout of ``weight``, packed or dense, for its device and dtype; nothing of the layer changes."""
+        pattern = self.pattern if isinstance(weight, Tensor) else weight.pattern
+        return registry.prepared(weight, pattern, self._wanted)
 
     def _hold(self, kernel: Kernel, shared: bool = False) -> None:
         """Make ``kernel`` the layer's only weight."""

@@ -140,8 +140,8 @@ class TaskRunner {
     args.ldx = ldx;
     args.indices = buffers.indices;
     for (int64_t tile = task.tile; tile < task.tile_end;) {
-      int tiles = static_cast<int>(std::min<int64_t>(blocking_.tiles, task.tile_end - tile));
-      while (!kernels[tiles][1]) --tiles;
+      int tiles = std::max(1, static_cast<int>(std::min<int64_t>(blocking_.tiles, task.tile_end - tile)));
+      while (tiles > 1 && !kernels[tiles][1]) --tiles;
       int64_t step = chunk;
       do {
         const int64_t step_end = buffers.indices ? std::min(chunk_end, step + kDecodeSteps) : chunk_end;

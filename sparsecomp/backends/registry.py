@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsecomp.activations import activate
-from sparsecomp.errors import BackendError
-from sparsecomp.pack.format import PackedWeight
+from sparsecomp.errors import BackendError, ModelError
+from sparsecomp.pack.format import PackedWeight, pack
 from sparsecomp.patterns import Pattern
 
 # In the order in which they are preferred: sparse kernels, then a dense product of the unpacked weight, then the truth.
@@ -38,6 +38,8 @@ _ADAPTERS = (
 
 
 QUANTIZED_TENSORS = 3  # of a kernel: values, metadata, scales
+
+Weight = PackedWeight | Tensor  # a dense one is [out, in]
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,10 @@ class Backend(ABC):
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The weight in this backend's layout, on the device of ``packed``."""
 
+    def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
+        """What ``prepare`` makes of ``pack(weight, pattern)``, for a dense weight [out, in] that fits the pattern."""
+        return self.prepare(pack(weight, pattern))
+
     @abstractmethod
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form back from the layout, exactly."""
@@ -160,3 +166,23 @@ def choose(request: Request) -> str:
         f"no backend runs a {request.pattern} weight of shape {request.shape} in {request.dtype} on {request.device} "
         f"({reasons}); convert the layer to torch.float32 or keep it dense"
     )
+
+
+def prepared(weight: Weight, pattern: Pattern, wanted: str | None) -> Kernel:
+    """The layout of a weight, packed or dense [out, in] and fitting ``pattern``, for its device and dtype.
+
+    By the backend ``wanted``, or the first that runs it. Raises ModelError if the one wanted is unknown or does not.
+    """
+    if weight.device.type == "meta":
+        name = "dense"
+    else:
+        quantized = not isinstance(weight, Tensor) and weight.scales is not None
+        shape = (weight.shape[0], weight.shape[1])
+        request = Request(pattern, shape, weight.dtype, weight.device.type, batch=1, quantized=quantized)
+        name = wanted or choose(request)
+        if name not in backends():
+            raise ModelError(f'backend "{name}" is not known; use one of {", ".join(backends())}')
+        if reason := backends()[name].missing() or backends()[name].supports(request):
+            raise ModelError(f'backend "{name}" {reason}; leave backend=None to have one chosen')
+    backend = backends()[name]
+    return backend.prepare_dense(weight, pattern) if isinstance(weight, Tensor) else backend.prepare(weight)

@@ -10,9 +10,11 @@ import torch
 
 from sparsecomp.backends import registry
 from sparsecomp.backends.cpu import native
-from sparsecomp.backends.registry import Request, backends, choose, explain
-from sparsecomp.errors import BackendError
+from sparsecomp.backends.registry import Request, backends, choose, explain, prepared
+from sparsecomp.errors import BackendError, PatternError
+from sparsecomp.pack.format import pack
 from sparsecomp.patterns import parse
+from sparsecomp.prune import prune_weight
 
 
 def request_of(pattern: str = "2:4", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Request:
@@ -70,3 +72,14 @@ def test_unknown_isa_is_a_reason_not_a_traceback() -> None:
         check=True,
     )
     assert "refuses this machine" in done.stdout and "z80" in done.stdout
+
+
+@pytest.mark.parametrize("wanted", [None, "cpu", "reference", "dense"])
+def test_a_dense_weight_that_fits_gives_the_layout_of_its_packed_form(wanted: str | None) -> None:
+    weight = prune_weight(torch.randn(24, 40), "2:4").weight
+    pattern = parse("2:4")
+    made, twin = prepared(weight, pattern, wanted), prepared(pack(weight, pattern), pattern, wanted)
+    assert (made.backend, made.shape, made.dtype) == (twin.backend, (24, 40), torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(made.tensors, twin.tensors, strict=True))
+    with pytest.raises(PatternError, match=r"row 0, group 0"):
+        prepared(torch.ones(24, 40), pattern, wanted)
