@@ -64,6 +64,7 @@ def nm_linear_kernel(
     x,
     values,
     positions,
+    scales,
     bias,
     y,
     batch,
@@ -76,6 +77,7 @@ def nm_linear_kernel(
     M: tl.constexpr,
     BITS: tl.constexpr,
     MASK_ROWS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILE_OUT: tl.constexpr,
     TILE_BATCH: tl.constexpr,
@@ -103,7 +105,10 @@ def nm_linear_kernel(
         slot_values = ()
         slot_positions = ()
         for s in tl.static_range(N):
-            value = tl.load(value_rows + (s * groups + group), mask=inside, other=0.0)
+            value = tl.load(value_rows + (s * groups + group), mask=inside, other=0)
+            if HAS_SCALES:
+                # every dtype of x holds int8 exactly; the row scale waits for the sum
+                value = value.to(tl.float32).to(x.dtype.element_ty)
             byte = tl.load(position_rows + (s * plane_bytes + group // PER_BYTE), mask=inside, other=0)
             shift = (group % PER_BYTE) * BITS
             position = (byte.to(tl.int32) >> shift) & ((1 << BITS) - 1)
@@ -113,6 +118,8 @@ def nm_linear_kernel(
         column = step * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
         x_tile = tl.load(x_rows + column[:, None], mask=item_in & (column[:, None] < in_features), other=0.0)
         accumulator = tl.dot(weight, x_tile, accumulator, input_precision="ieee")
+    if HAS_SCALES:
+        accumulator *= tl.load(scales + row, mask=row < out_features, other=0.0)[:, None]
     if HAS_BIAS:
         accumulator += tl.load(bias + row, mask=row < out_features, other=0.0).to(tl.float32)[:, None]
     tl.store(y + item[None, :] * stride_y + row[:, None], accumulator.to(y.dtype.element_ty), mask=row_in & item_in)
@@ -125,12 +132,14 @@ def nm_linear(
     bias: torch.Tensor | None,
     nm: NM,
     out_features: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [batch, out] = x W^T + bias, accumulated in fp32 and rounded once to the dtype of ``x``.
+    """y [batch, out] = scales * (x W^T) + bias, accumulated in fp32 and rounded once to the dtype of ``x``.
 
-    ``x`` [batch, in] with unit column stride; ``values`` [out, N, groups] of the dtype of ``x``: plane s holds the s-th
-    kept weight of every group; ``positions`` uint8 [ceil(out / mask_rows), N, bytes]: in-group positions in the same
-    order, ``plane_bits(nm)`` bits each, least significant bit first. fp32 is multiplied in fp32, not in tf32.
+    ``x`` [batch, in] with unit column stride; ``values`` [out, N, groups] of the dtype of ``x``, or int8 with
+    ``scales`` fp32 [out]: plane s holds the s-th kept weight of every group; ``positions`` uint8
+    [ceil(out / mask_rows), N, bytes]: in-group positions in the same order, ``plane_bits(nm)`` bits each, least
+    significant bit first. fp32 is multiplied in fp32, not in tf32.
     """
     batch, in_features = x.shape
     y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
@@ -142,6 +151,7 @@ def nm_linear(
         x,
         values,
         positions,
+        y if scales is None else scales,
         y if bias is None else bias,
         y,
         batch,
@@ -154,6 +164,7 @@ def nm_linear(
         M=nm.m,
         BITS=plane_bits(nm),
         MASK_ROWS=nm.mask_rows,
+        HAS_SCALES=scales is not None,
         HAS_BIAS=bias is not None,
         TILE_OUT=tile.out,
         TILE_BATCH=tile.batch,

@@ -25,7 +25,7 @@ _DTYPE_NAMES = "torch.float16, torch.bfloat16 and torch.float32"
 
 
 class TritonBackend(Backend):
-    """One Triton kernel for every N:M and V:N:M pattern, any shape, with fp16, bf16 or fp32 weights."""
+    """One Triton kernel for every N:M and V:N:M pattern, any shape, with fp16, bf16, fp32 or int8 weights."""
 
     name = "triton"
 
@@ -39,20 +39,21 @@ class TritonBackend(Backend):
             return f"runs on cuda, not on {request.device}"
         if row_nm(request.pattern) is None:
             return f"has no kernel for {request.pattern}; N:M and V:N:M patterns only"
-        if request.weight_dtype not in FLOAT_DTYPES:
-            return f"has no kernel for {request.weight_dtype}; {_DTYPE_NAMES} only"
+        if request.dtype not in FLOAT_DTYPES:
+            return f"has no kernel for {request.dtype}; {_DTYPE_NAMES} only"
         return self.missing() or too_old(request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """Slot planes: values [out, N, G] and positions uint8 [ceil(out / mask_rows), N, G * plane bits / 8].
 
         G is the group count rounded up to 8; plane s holds the s-th kept weight of every group, so that threads read
-        neighbouring groups in whole 16-byte words whatever N is. Raises BackendError for another pattern or dtype.
+        neighbouring groups in whole 16-byte words whatever N is. The scales fp32 [out] of an int8 weight follow.
+        Raises BackendError for another pattern or dtype.
         """
         kernels = _kernels()
         nm = _nm(packed.pattern)
-        if packed.values.dtype not in FLOAT_DTYPES:
-            raise BackendError(f"the triton backend has no kernel for {packed.values.dtype}; {_DTYPE_NAMES} only")
+        if packed.dtype not in FLOAT_DTYPES:
+            raise BackendError(f"the triton backend has no kernel for {packed.dtype}; {_DTYPE_NAMES} only")
         out, columns = packed.shape
         groups = nm.groups(columns)
         padding = (0, -groups % kernels.GROUP_BLOCK)
@@ -63,26 +64,29 @@ class TritonBackend(Backend):
         rows = planes.reshape(tiles * nm.n, planes.shape[2])
         octets = pack_positions(rows, kernels.plane_bits(nm))
         metadata = octets.view(tiles, nm.n, octets.shape[1])
-        return Kernel(self.name, (values, metadata), packed.pattern, packed.shape, packed.dtype)
+        scales = () if packed.scales is None else (packed.scales,)
+        return Kernel(self.name, (values, metadata, *scales), packed.pattern, packed.shape, packed.dtype)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""
         kernels = _kernels()
         nm = _nm(kernel.pattern)
-        planes, metadata = kernel.tensors
+        planes, metadata, *scales = kernel.tensors
         out, columns = kernel.shape
         groups = nm.groups(columns)
         tiles = metadata.shape[0]
         values = planes[:, :, :groups].transpose(1, 2).reshape(out, groups * nm.n)
         rows = unpack_positions(metadata.flatten(0, 1), planes.shape[2], kernels.plane_bits(nm))
         positions = rows.view(tiles, nm.n, planes.shape[2])[:, :, :groups].transpose(1, 2).reshape(tiles, groups * nm.n)
-        return PackedWeight(values, pack_positions(positions, nm.index_bits), kernel.pattern, kernel.shape)
+        quantized = (scales[0], kernel.dtype) if scales else ()
+        return PackedWeight(values, pack_positions(positions, nm.index_bits), kernel.pattern, kernel.shape, *quantized)
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out] on torch's current stream; the first call of a tile and a pattern compiles it (under 1 s)."""
-        values, positions = kernel.tensors
+        values, positions, *scales = kernel.tensors
+        arguments = x, values, positions, bias, _nm(kernel.pattern), kernel.shape[0]
         with torch.cuda.device(x.get_device()):
-            y: Tensor = _kernels().nm_linear(x, values, positions, bias, _nm(kernel.pattern), kernel.shape[0])
+            y: Tensor = _kernels().nm_linear(*arguments, scales=scales[0] if scales else None)
         return y
 
 

@@ -13,6 +13,7 @@ from sparsecomp.backends.registry import Request
 from sparsecomp.backends.triton import TritonBackend
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import parse, row_nm
 
 PATTERNS = ("1:2", "2:2", "2:4", "1:4", "3:4", "4:8", "5:8", "8:16", "5:16", "16:16", "2:4@v4", "4:8@v3")
@@ -42,6 +43,16 @@ def test_restore_is_the_inverse_of_prepare(pattern: str, shape: tuple[int, int],
     restored = TritonBackend().restore(TritonBackend().prepare(packed))
     assert torch.equal(restored.values, packed.values) and torch.equal(restored.metadata, packed.metadata)
     assert (restored.shape, restored.pattern, restored.dtype) == (packed.shape, packed.pattern, packed.dtype)
+
+
+@pytest.mark.usefixtures("needs_triton")
+@pytest.mark.parametrize("pattern", ["2:4", "5:16", "2:4@v4"])
+def test_int8_weights_keep_their_scales(pattern: str) -> None:
+    packed = quantize(_packed(pattern, 7, 33, torch.bfloat16))
+    kernel = TritonBackend().prepare(packed)
+    assert kernel.quantized and kernel.tensors[0].dtype == torch.int8 and kernel.dtype == torch.bfloat16
+    restored = TritonBackend().restore(kernel).validate()
+    assert all(torch.equal(restored.parts[name], packed.parts[name]) for name in packed.parts)
 
 
 @pytest.mark.usefixtures("needs_triton")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Case:
     pattern: str
     x: Tensor
     bias: Tensor | None
+    quantized: bool = False  # int8 holds the weight exactly, and it is to be stored so
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
@@ -67,6 +68,16 @@ def random_case(
     x = x[:, :columns]
     bias = torch.randn(out, generator=generator).to(dtype) if with_bias else None
     return Case(weight, pattern, x, bias)
+
+
+def quantized_case(pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype) -> Case:
+    """A case whose weight int8 holds exactly: integers up to 127 in every row that has any, times powers of two."""
+    case = random_case(pattern, out, columns, batch, dtype)
+    integers = (case.weight.float() * 40).round().clamp(-127, 127)
+    largest = integers.abs().argmax(dim=1, keepdim=True)
+    integers.scatter_(1, largest, integers.gather(1, largest).sign() * 127)
+    steps = 2.0 ** -(torch.arange(out) % 5)
+    return replace(case, weight=(integers * steps[:, None]).to(dtype), quantized=True)
 
 
 def assert_close_to_float64(y: Tensor, case: Case) -> None:

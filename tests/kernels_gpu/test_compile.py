@@ -11,12 +11,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 from gluon_simulator import run
-from gpu_cases import assert_close_to_float64, random_case
+from gpu_cases import assert_close_to_float64, quantized_case, random_case
 from triton_compiler import MachineCode, compile_kernel, machine_code
 
 from sparsecomp.backends.triton import TritonBackend
 from sparsecomp.kernels.nm_decompress import GROUP_BLOCK, Tile, choose_tile
 from sparsecomp.pack.format import pack
+from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import NM, row_nm
 
 CAPABILITIES = (80, 86, 89, 90)
@@ -39,8 +40,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-def _compile(capability: int, nm: NM, dtype: torch.dtype, tile: Tile, aligned: bool, folder: Path) -> MachineCode:
-    code = machine_code(compile_kernel(capability, nm, dtype, tile, aligned), folder)
+def _compile(
+    capability: int, nm: NM, dtype: torch.dtype, tile: Tile, aligned: bool, folder: Path, quantized: bool = False
+) -> MachineCode:
+    code = machine_code(compile_kernel(capability, nm, dtype, tile, aligned, quantized), folder)
     assert code.instructions["EXIT"] > 0, "the listing was not read"
     return code
 
@@ -63,6 +66,16 @@ def test_machine_code(capability: int, nm: NM, dtype: torch.dtype, batch: int, a
         assert tensor_core == {"HMMA"}
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("nm", "dtype", "batch"), [(NM(2, 4), BRAIN, 1), (NM(2, 4), HALF, 128), (NM(8, 16), BRAIN, 32)]
+)
+def test_machine_code_of_int8_weights(capability: int, nm: NM, dtype: torch.dtype, batch: int, tmp_path: Path) -> None:
+    code = _compile(capability, nm, dtype, choose_tile(dtype, batch), True, tmp_path, quantized=True)
+    assert not code.spills and code.shared <= SHARED[capability]
+    assert code.instructions["HMMA"] + code.instructions["HGMMA"] > 0
+
+
 def test_spills_are_noticed(tmp_path: Path) -> None:
     assert _compile(80, NM(2, 4), BRAIN, Tile(256, 128, 64, 4, 2), True, tmp_path).spills
 
@@ -79,18 +92,21 @@ def test_spills_are_noticed(tmp_path: Path) -> None:
         ("4:8", 40, 72, 9, SINGLE),
     ],
 )
-def test_compiled_code_matches_float64(pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype) -> None:
-    case = random_case(pattern, out, columns, batch, dtype)
+@pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
+def test_compiled_code_matches_float64(
+    pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype, quantized: bool
+) -> None:
+    case = (quantized_case if quantized else random_case)(pattern, out, columns, batch, dtype)
     packed = pack(case.weight, pattern)
     nm = row_nm(packed.pattern)
     assert nm is not None and case.bias is not None
-    values, positions = TritonBackend().prepare(packed).tensors
+    values, positions, *scales = TritonBackend().prepare(quantize(packed) if quantized else packed).tensors
     tile = choose_tile(dtype, batch)
-    compiled = compile_kernel(80, nm, dtype, tile, out % 16 == 0 and columns % 16 == 0)
+    compiled = compile_kernel(80, nm, dtype, tile, out % 16 == 0 and columns % 16 == 0, quantized)
     y = torch.empty(batch, out, dtype=dtype)
     blocks = -(-out // tile.out) * -(-batch // tile.batch)
     sizes = (batch, out, columns, values.shape[2] // GROUP_BLOCK, columns, out)
-    arguments = (case.x, values, positions, case.bias, y, *sizes)
+    arguments = (case.x, values, positions, scales[0] if scales else torch.empty(1), case.bias, y, *sizes)
     report = run(compiled.asm["ptx"], arguments, blocks, tile.warps, compiled.metadata.shared)
     assert report.races == ()
     assert_close_to_float64(y, case)

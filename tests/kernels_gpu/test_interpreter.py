@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import Case, assert_close_to_float64, random_case
+from gpu_cases import Case, assert_close_to_float64, quantized_case, random_case
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -32,6 +32,11 @@ CASES = {
     "no bias": random_case("2:4", 32, 64, 16, HALF, with_bias=False),
     "rows of x apart": random_case("2:4", 32, 64, 6, HALF, row_gap=5),
     "rows of x apart, NaN inside a step": random_case("2:4", 32, 70, 6, HALF, row_gap=200),
+    **{
+        f"{pattern}-int8-{dtype}".replace("torch.", ""): quantized_case(pattern, 40, 150, batch, dtype)
+        for pattern, batch, dtype in (("2:4", 3, HALF), ("8:16", 20, BRAIN), ("4:8@v2", 70, HALF), ("1:4", 1, SINGLE))
+    },
+    "int8, batch 0": quantized_case("2:4", 8, 16, 0, HALF),
     **{
         f"{pattern}-{dtype}".replace("torch.", ""): random_case(pattern, 150, 170, 3, dtype)
         for pattern in ("block16x16:0.5", "block32x64:0.3", "block128x128:0.5")

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import Case, assert_close_to_float64, assert_close_to_integer_product, random_case, rounded_to_tf32
+from gpu_cases import (
+    Case,
+    assert_close_to_float64,
+    assert_close_to_integer_product,
+    quantized_case,
+    random_case,
+    rounded_to_tf32,
+)
 from torch.nn import functional
 
 from sparsecomp import SparseLinear
@@ -32,9 +39,10 @@ def _need(backend: Backend) -> None:
 
 def _run(backend: Backend, case: Case) -> torch.Tensor:
     packed = pack(case.weight.cuda(), case.pattern)
+    packed = quantize(packed) if case.quantized else packed
     kernel = backend.prepare(packed)
     restored = backend.restore(kernel)
-    assert torch.equal(restored.values, packed.values) and torch.equal(restored.metadata, packed.metadata)
+    assert all(torch.equal(restored.parts[name], packed.parts[name]) for name in packed.parts)
     return backend.run(kernel, case.x.cuda(), None if case.bias is None else case.bias.cuda())
 
 
@@ -44,6 +52,15 @@ def _run(backend: Backend, case: Case) -> torch.Tensor:
 def test_triton_matches_float64(pattern: str, dtype: torch.dtype, batch: int) -> None:
     _need(TritonBackend())
     case = random_case(pattern, 333, 777, batch, dtype, row_gap=3)
+    assert_close_to_float64(_run(TritonBackend(), case), case)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "8:16", "4:8@v2", "5:16"])
+@pytest.mark.parametrize("batch", [0, 1, 17, 129])
+def test_triton_with_int8_weights_matches_float64(pattern: str, dtype: torch.dtype, batch: int) -> None:
+    _need(TritonBackend())
+    case = quantized_case(pattern, 333, 777, batch, dtype)
     assert_close_to_float64(_run(TritonBackend(), case), case)
 
 

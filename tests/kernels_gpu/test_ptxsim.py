@@ -49,10 +49,28 @@ _INTEGER = {
     "bfe.u32 %r3, %r2, 5, 7": lambda v: v >> 5 & 127,
     "bfe.s32 %r3, %r2, 28, 3": lambda v: (v >> 28 & 7) - (8 if v >> 30 & 1 else 0),
     "bfi.b32 %r3, %r2, 0x12345678, 8, 12": lambda v: 0x12345678 & ~0xFFF00 | (v & 0xFFF) << 8,
+    "cvt.s8.s32 %r3, %r2": lambda v: (v & 255) - 2 * (v & 128),
+    "cvt.s16.s32 %r3, %r2": lambda v: (v & 0xFFFF) - 2 * (v & 0x8000),
+    "cvt.u8.u32 %r3, %r2": lambda v: v & 255,
     "abs.f16x2 %r3, %r2": lambda v: v & 0x7FFF7FFF,
     "neg.bf16x2 %r3, %r2": lambda v: v ^ 0x80008000,
     "prmt.b32 %r3, %r2, 0x44332211, 0x0415": lambda v: (0x22) | (v >> 8 & 255) << 8 | 0x11 << 16 | (v & 255) << 24,
 }
+
+
+def test_registers_of_a_scope_have_names_of_their_own() -> None:
+    scope = """{
+	.reg .b16 h<2>;
+	.reg .b32 w<2>;
+	mov.b32 {h0, h1}, %r2;
+	mov.b32 w1, {h1, h0};
+	add.s32 %r2, w1, 1;
+	}"""
+    got, _ = run_snippet(f"ld.global.b32 %r2, [%rd4];\n{scope}\n{scope}\nst.global.b32 [%rd5], %r2;", _VALUES)
+    swapped = [(int(value) >> 16 | int(value) << 16) + 1 & 0xFFFFFFFF for value in _VALUES]
+    assert got.tolist() == [((value >> 16 | value << 16) + 1) & 0xFFFFFFFF for value in swapped]
+    with pytest.raises(ptxsim.SimulationError, match="two types"):
+        run_snippet("{ .reg .b16 h<2>; } { .reg .b32 h<2>; }", _VALUES)
 
 
 @pytest.mark.parametrize("instruction", _INTEGER)

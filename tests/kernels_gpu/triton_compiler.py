@@ -42,7 +42,9 @@ class MachineCode:
         return any(each in ("LDL", "STL") for each in self.order[found[0] : found[-1]])
 
 
-def compile_kernel(capability: int, nm: NM, dtype: torch.dtype, tile: nm_decompress.Tile, aligned: bool) -> Any:
+def compile_kernel(
+    capability: int, nm: NM, dtype: torch.dtype, tile: nm_decompress.Tile, aligned: bool, quantized: bool = False
+) -> Any:
     """The kernel for ``sm_<capability>``; ``aligned`` is what a launch finds when every size is a multiple of 16."""
     kernel = nm_decompress.nm_linear_kernel
     constants = {
@@ -50,12 +52,13 @@ def compile_kernel(capability: int, nm: NM, dtype: torch.dtype, tile: nm_decompr
         "M": nm.m,
         "BITS": nm_decompress.plane_bits(nm),
         "MASK_ROWS": nm.mask_rows,
+        "HAS_SCALES": quantized,
         "HAS_BIAS": True,
         "TILE_OUT": tile.out,
         "TILE_BATCH": tile.batch,
         "TILE_COLUMNS": tile.columns,
     }
-    types = {"positions": "*u8"}
+    types = {"positions": "*u8", "scales": "*fp32", **({"values": "*i8"} if quantized else {})}
     return _compile(kernel, capability, dtype, types, constants, aligned, tile.warps, tile.stages)
 
 

@@ -22,7 +22,7 @@ def interpret(cases: list[Case]) -> list[Tensor]:
     """y [batch, out] of the triton backends for every case."""
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder, "cases.pt"), Path(folder, "results.pt")
-        torch.save([(case.weight, case.pattern, case.x, case.bias) for case in cases], given)
+        torch.save([(case.weight, case.pattern, case.x, case.bias, case.quantized) for case in cases], given)
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, str(given), str(made)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -82,12 +82,14 @@ def _main(given: str, made: str) -> None:
     from sparsecomp.backends.triton import TritonBackend
     from sparsecomp.backends.triton_block import TritonBlockBackend
     from sparsecomp.pack.format import pack
+    from sparsecomp.pack.quantize import quantize
     from sparsecomp.patterns import Block, parse
 
     results = []
-    for weight, pattern, x, bias in torch.load(given):
+    for weight, pattern, x, bias, quantized in torch.load(given):
         backend = TritonBlockBackend() if isinstance(parse(pattern), Block) else TritonBackend()
-        kernel = backend.prepare(pack(weight, pattern))
+        packed = pack(weight, pattern)
+        kernel = backend.prepare(quantize(packed) if quantized else packed)
         kernel = replace(kernel, tensors=tuple(fenced(tensor) for tensor in kernel.tensors))
         results.append(backend.run(kernel, x, bias))
     torch.save(results, made)

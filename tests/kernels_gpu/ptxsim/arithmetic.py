@@ -231,6 +231,9 @@ def convert(machine: Machine, instruction: Instruction) -> None:
         how = next((name for name in rounding if instruction.has(name)), "rzi")
         limits = np.iinfo(decode(np.zeros(1, UNSIGNED[WIDTHS[target]]), target).dtype)
         numbers = np.clip(rounding[how](np.nan_to_num(numbers.astype(np.float64))), limits.min, limits.max)
+    if target.startswith("s"):
+        # a register wider than the type holds the sign on
+        numbers, target = decode(encode(numbers, target), target).astype(np.int64), "s64"
     machine.write(instruction.operands[0], numbers, target)
 
 

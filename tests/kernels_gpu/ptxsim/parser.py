@@ -102,7 +102,9 @@ class Program:
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((?P<parameters>.*?)\)(?P<directives>[^{]*)\{(?P<body>.*)", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+\.(\w+)(?:\s+\.ptr(?:\s+\.\w+)?\s+\.align\s+\d+)?\s+(\w+)")
-_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%[A-Za-z]+)<\d+>")
+_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%[A-Za-z_]+)<\d+>")
+# of a scope, as inline PTX has them: without the percent sign, and the same names again in the next one
+_SCOPED = re.compile(r"(\.reg\s+\.\w+\s+)([A-Za-z]+)(<\d+>)")
 _STATEMENT = re.compile(r"(?:@(?P<not>!?)(?P<guard>%\w+)\s+)?(?P<operation>[\w.:]+)\s*(?P<operands>.*)", re.DOTALL)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
@@ -118,16 +120,26 @@ def parse(ptx: str) -> Program:
     if entry is None:
         raise SimulationError("the text holds no .entry")
     threads = re.search(r"\.reqntid\s+(\d+)", entry["directives"])
-    widths = {prefix: WIDTHS[kind] for kind, prefix in _REGISTERS.findall(entry["body"])}
+    body = _named_alike(entry["body"])
+    widths = {prefix: WIDTHS[kind] for kind, prefix in _REGISTERS.findall(body)}
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    for line, statement in _statements(entry["body"], text[: entry.start("body")].count("\n") + 1):
+    for line, statement in _statements(body, text[: entry.start("body")].count("\n") + 1):
         if statement.endswith(":"):
             labels[statement[:-1]] = len(instructions)
         elif not statement.startswith("."):
             instructions.append(_instruction(statement, line))
     parameters = tuple((name, WIDTHS[kind]) for kind, name in _PARAMETER.findall(entry["parameters"]))
     return Program(entry[1], parameters, widths, tuple(instructions), labels, int(threads[1]) if threads else 0)
+
+
+def _named_alike(body: str) -> str:
+    """The text with registers of scopes named as the others are: f0 becomes %scoped_f0."""
+    for prefix in {found[2] for found in _SCOPED.finditer(body)}:
+        if len({found[1].split()[1] for found in _SCOPED.finditer(body) if found[2] == prefix}) > 1:
+            raise SimulationError(f"registers {prefix}<> of two scopes have two types")
+        body = re.sub(rf"(?<![\w.%$]){prefix}(?=\d+\b|<\d+>)", f"%scoped_{prefix}", body)
+    return body
 
 
 def _statements(body: str, line: int) -> Iterator[tuple[int, str]]:
