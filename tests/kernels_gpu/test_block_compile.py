@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
 from gluon_simulator import run
 from gpu_cases import assert_close_to_float64, random_case
 from triton_compiler import compile_block_kernel, machine_code
@@ -19,14 +17,9 @@ from sparsecomp.backends.triton_block import SIDES, TritonBlockBackend
 from sparsecomp.kernels.block_sparse import choose_tile
 from sparsecomp.pack.format import pack
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield
 
 
 MATRIX = [

@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
 from gluon_simulator import run
 from gpu_cases import assert_close_to_float64, quantized_case, random_case
 from triton_compiler import MachineCode, compile_kernel, machine_code
@@ -19,6 +18,8 @@ from sparsecomp.kernels.nm_decompress import GROUP_BLOCK, Tile, choose_tile
 from sparsecomp.pack.format import pack
 from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import NM, row_nm
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 CAPABILITIES = (80, 86, 89, 90)
 # bytes of shared memory that one block may have
@@ -31,13 +32,6 @@ MATRIX = [
     *((NM(2, 4), SINGLE, batch, True) for batch in (1, 32)),
     (NM(8, 16), SINGLE, 1, False),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield
 
 
 def _compile(

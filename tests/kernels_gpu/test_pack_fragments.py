@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,17 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
 from gluon_simulator import Simulator, compile_kernel
 from packing_interpreter import interpret_packing
 from ptxsim import SimulationError
 from triton_compiler import machine_code
 
-from sparsecomp.kernels import launching, pack_fragments
+from sparsecomp.kernels import pack_fragments
 from sparsecomp.pack.format import PackedWeight, pack
 from sparsecomp.pack.fragments import to_fragments
 from sparsecomp.patterns import row_nm
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 HALF, BRAIN, SINGLE, BYTE = torch.float16, torch.bfloat16, torch.float32, torch.int8
 SHAPES = [(1, 1), (7, 33), (64, 128), (65, 130), (100, 250), (130, 66), (0, 16)]
@@ -42,20 +42,6 @@ SHARED = {
     f"{pattern} {dtype}": (_weight(pattern, 70, 90, dtype), pattern)
     for pattern, dtype in (("2:4@v4", BRAIN), ("2:4@v3", BYTE), ("1:2@v4", SINGLE))
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield
-
-
-@pytest.fixture
-def simulator(monkeypatch: pytest.MonkeyPatch) -> Simulator:
-    instead = Simulator()
-    monkeypatch.setattr(launching, "launch", instead.launch)
-    return instead
 
 
 def _packed_by_kernel(packed: PackedWeight) -> tuple[Tensor, Tensor]:

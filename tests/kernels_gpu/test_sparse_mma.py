@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from gpu_cases import Case, assert_close_to_float64, random_case
@@ -11,7 +9,6 @@ from torch.nn import functional
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
 from gluon_simulator import Simulator, SpoilingSimulator
 from ptxsim import SimulationError
 
@@ -20,22 +17,10 @@ from sparsecomp.kernels.sparse_mma_config import CONFIGS, Config
 from sparsecomp.pack.format import pack
 from sparsecomp.pack.fragments import to_fragments
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 HALF, BRAIN = torch.float16, torch.bfloat16
 SMALL = CONFIGS[7]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield
-
-
-@pytest.fixture
-def simulator(monkeypatch: pytest.MonkeyPatch) -> Simulator:
-    instead = Simulator()
-    monkeypatch.setattr(launching, "launch", instead.launch)
-    return instead
 
 
 def _product(case: Case, config: Config | None, activation: str = "none") -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
 from gluon_simulator import compile_sparse_mma
 from triton_compiler import machine_code
 
 from sparsecomp.kernels.sparse_mma import constants
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, SHARED_BYTES, Config, candidates, choose_config, configs
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 WIDE = [config for config in CONFIGS if config.row_tiles * config.token_tiles == 32]
@@ -26,13 +26,6 @@ MATRIX = [
     *((80, config, HALF, activation, 1) for config in WIDE for activation in ("none", "gelu")),
     *((80, WIDE[0], BRAIN, activation, 8) for activation in ("relu", "gelu", "gelu_tanh")),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield
 
 
 @pytest.mark.parametrize(("capability", "config", "dtype", "activation", "unit"), MATRIX, ids=str)

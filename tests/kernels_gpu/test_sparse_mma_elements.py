@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from gpu_cases import Case, assert_close_to_float64, assert_close_to_integer_product, random_case, rounded_to_tf32
@@ -12,7 +10,6 @@ from torch.nn import functional
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
 from gluon_simulator import Simulator, SpoilingSimulator
 from ptxsim import SimulationError
 
@@ -24,22 +21,10 @@ from sparsecomp.pack.format import PackedWeight, pack
 from sparsecomp.pack.fragments import to_fragments
 from sparsecomp.pack.quantize import quantize
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = CONFIGS[7]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield
-
-
-@pytest.fixture
-def simulator(monkeypatch: pytest.MonkeyPatch) -> Simulator:
-    instead = Simulator()
-    monkeypatch.setattr(launching, "launch", instead.launch)
-    return instead
 
 
 def _product(case: Case, packed: PackedWeight, config: Config, activation: str = "none") -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
 from gluon_simulator import Simulator, SpoilingSimulator, compile_sparse_mma
 from ptxsim import SimulationError
 from triton_compiler import machine_code
@@ -26,22 +24,10 @@ from sparsecomp.pack.format import PackedWeight, pack
 from sparsecomp.pack.fragments import to_fragments
 from sparsecomp.pack.quantize import quantize
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = SPLIT_CONFIGS[1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield
-
-
-@pytest.fixture
-def simulator(monkeypatch: pytest.MonkeyPatch) -> Simulator:
-    instead = Simulator()
-    monkeypatch.setattr(launching, "launch", instead.launch)
-    return instead
 
 
 def _product(case: Case, packed: PackedWeight, config: Config, activation: str = "none") -> Tensor:

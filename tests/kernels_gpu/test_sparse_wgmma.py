@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,10 @@ from sparsecomp.pack.format import pack
 from sparsecomp.pack.fragments import to_fragments
 from sparsecomp.patterns import parse
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 HALF, BRAIN = torch.float16, torch.bfloat16
 SHARED_BYTES = 232448
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield
 
 
 def compiled(given: dict[str, Any], warps: int) -> Any:

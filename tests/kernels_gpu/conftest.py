@@ -1,0 +1,29 @@
+"""What tests share that compile kernels, and run them on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Triton compiles into a folder of the module's own."""
+    import triton
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+@pytest.fixture
+def simulator(monkeypatch: pytest.MonkeyPatch):
+    """Executes what would be launched, and keeps the reports by kernel."""
+    from gluon_simulator import Simulator
+
+    from sparsecomp.kernels import launching
+
+    instead = Simulator()
+    monkeypatch.setattr(launching, "launch", instead.launch)
+    return instead
