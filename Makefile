@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.cmake' \))
+CUDA_SOURCES := $(wildcard cmake/* csrc/cuda/*) sparsecomp/backends/cutlass_build.py sparsecomp/backends/cutlass_config.py
 CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/kernels/*.[ch]pp)
 
 .DEFAULT_GOAL := help
@@ -19,6 +20,7 @@ help:
 	@echo 'make lint      ruff, mypy --strict, clang-format'
 	@echo 'make sanitize  the kernel tests under AddressSanitizer and UBSan'
 	@echo 'make nightly   10^5 random products against float64 on every instruction set of this machine'
+	@echo 'make .cutlass  the headers of CUTLASS, to be carried along to a GPU machine without a network (docs/gpu.md)'
 	@echo 'make clean     remove everything the other targets made'
 
 setup: $(READY)
@@ -30,7 +32,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Build tools live in the environment, pinned, so that a change in csrc is rebuilt in place and without a network.
-$(READY): $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
+$(READY): $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(CSRC) $(CUDA_SOURCES)
 	@command -v $${CXX:-g++} >/dev/null || { echo "error: $${CXX:-g++} is not installed; on Debian or Ubuntu: apt install g++" >&2; exit 1; }
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo 'error: Python.h is missing; on Debian or Ubuntu: apt install python3-dev' >&2; exit 1; }
 	$(PIP) install -q -c constraints.txt scikit-build-core cmake ninja
@@ -75,5 +77,14 @@ nightly: $(READY)
 	printf '%s\n' avx512_bf16 avx512 avx2 neon reference | xargs -P2 -I @ sh -c \
 	  'SPARSECOMP_ISA=@ build/nightly/random_test --count $(NIGHTLY_COUNT) --seed $(NIGHTLY_SEED) || [ $$? -eq 77 ]'
 
+# bench/gpu.sh takes them from here: 26 MB, ignored by git
+CUTLASS_WHEEL := nvidia-cutlass==4.2.0.0
+.cutlass: $(READY)
+	rm -rf $@ build/cutlass-wheel
+	$(PIP) install -q --no-deps --no-compile --target build/cutlass-wheel $(CUTLASS_WHEEL)
+	mkdir $@
+	mv build/cutlass-wheel/cutlass_library/source/include $@/include
+	rm -rf build/cutlass-wheel
+
 clean:
-	rm -rf $(VENV) build demo-out dist
+	rm -rf $(VENV) .cutlass build demo-out dist

@@ -1,7 +1,8 @@
-"""Compiles csrc/cuda/wgmma_sp.cu on first use: finds nvcc and CUTLASS, keeps the libraries by content in the cache.
+"""The shared libraries of csrc/cuda/wgmma_sp.cu: those that CMake built, else those compiled on first use and kept.
 
-``python -m sparsecomp.backends.cutlass_build`` compiles everything ahead, for a machine that has no compiler.
-Gives paths of shared libraries; knows nothing of tensors.
+A library's file name says what it was made of: the configuration, a hash of sources and options, one of the tools. One
+of other sources is never loaded. ``python -m sparsecomp.backends.cutlass_build`` compiles ahead, and CMake asks it what
+to build. Gives paths; knows nothing of tensors, and imports no torch, which a build need not have.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import sparsecomp
 from sparsecomp import cache
 from sparsecomp.backends.cutlass_config import Config, configs
 from sparsecomp.errors import BackendError
@@ -42,6 +44,8 @@ FLAGS = (
     "-Xptxas=-v",
 )
 _SOURCES = ("wgmma_sp.cu", "wgmma_sp.h", "activation.cuh")
+_PREBUILT = "cutlass_libraries"  # folder of the installed package that cmake/cutlass.cmake fills
+_KEY_DIGITS = 16
 _LAST_LINES = 5
 
 _failed: dict[str, str] = {}
@@ -70,13 +74,14 @@ def toolchain() -> Toolchain | str:
 
 
 def why_not(needed: Sequence[Config]) -> str | None:
-    """None if every one of these libraries is in the cache or can be compiled here, else the reason."""
+    """None if every one of these libraries was built, is in the cache or can be compiled here, else the reason."""
     for config in needed:
-        key = _source_key(config)
-        if key in _failed:
-            return _failed[key]
-        if _cached(config) is None and isinstance(tools := toolchain(), str):
-            return tools
+        if _kept(config) is not None:
+            continue
+        if (reason := _failed.get(_source_key(config))) is not None:
+            return reason
+        if isinstance(tools := toolchain(), str):
+            return tools + _stale_note((config,))
     return None
 
 
@@ -87,11 +92,12 @@ def libraries(needed: Sequence[Config]) -> dict[Config, Path]:
     """
     if reason := why_not(needed):
         raise BackendError(f"the cutlass backend {reason}")
-    paths = {config: _cached(config) for config in needed}
+    paths = {config: _kept(config) for config in needed}
     missing = [config for config, path in paths.items() if path is None]
     if missing:
         warnings.warn(
-            f"compiling {len(missing)} CUTLASS kernels, once on this machine: about a minute of one core each",
+            f"compiling {len(missing)} CUTLASS kernels, once on this machine: about a minute of one core each"
+            f"{_stale_note(missing)}",
             stacklevel=2,
         )
         with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
@@ -144,23 +150,51 @@ def _source_key(config: Config) -> str:
     digest = hashlib.sha256("\0".join([*FLAGS, *config.definitions()]).encode())
     for name in _SOURCES:
         digest.update((source_folder() / name).read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:_KEY_DIGITS]
+
+
+def file_name(config: Config, tools: Toolchain) -> str:
+    """The name of a library, which says all that it was made of."""
+    return f"wgmma_sp-{config}-{_source_key(config)}-{_digest(tools.identity)}.so"
+
+
+def _kept(config: Config) -> Path | None:
+    """The library that was built with the package, whatever built it, else the one in the cache."""
+    return _newest(_prebuilt(config, _source_key(config))) or _cached(config)
+
+
+def _prebuilt(config: Config, key: str) -> list[Path]:
+    # an editable install keeps compiled files apart from the sources, in another folder of the package's path
+    folders = (Path(folder) / _PREBUILT for folder in sparsecomp.__path__)
+    return [path for folder in folders for path in sorted(folder.glob(f"wgmma_sp-{config}-{key}-*.so"))]
+
+
+def _stale_note(missing: Sequence[Config]) -> str:
+    """What to say of libraries of these configurations that are installed and were made of other sources."""
+    any_key = "[0-9a-f]" * _KEY_DIGITS
+    stale = [path.name for config in missing for path in _prebuilt(config, any_key)]
+    if not stale:
+        return ""
+    return f" (ignored, being built of other sources than this package's: {stale[0]}; reinstall sparsecomp)"
 
 
 def _cached(config: Config) -> Path | None:
     """The library of this source and these tools; on a machine without tools, that of any."""
-    start = f"wgmma_sp-{config}-{_source_key(config)}"
     tools = toolchain()
     if isinstance(tools, Toolchain):
-        path = _folder() / f"{start}-{_digest(tools.identity)}.so"
+        path = _folder() / file_name(config, tools)
         return path if path.exists() else None
-    return max(_folder().glob(f"{start}-*.so"), key=lambda path: path.stat().st_mtime, default=None)
+    return _newest(_folder().glob(f"wgmma_sp-{config}-{_source_key(config)}-*.so"))
+
+
+def _newest(paths: Iterable[Path]) -> Path | None:
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _build(config: Config) -> Path:
     tools = toolchain()
     assert isinstance(tools, Toolchain)
-    path = _folder() / f"wgmma_sp-{config}-{_source_key(config)}-{_digest(tools.identity)}.so"
+    path = _folder() / file_name(config, tools)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         compile_library(config, tools, path)
@@ -227,22 +261,55 @@ def _version_header(include: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Compile ahead what the given types need; prints the libraries, and returns 1 with the reason if it cannot."""
     parser = argparse.ArgumentParser(prog="python -m sparsecomp.backends.cutlass_build", description=main.__doc__)
     parser.add_argument("--types", default="bfloat16,float16", help="bfloat16, float16, fp8, separated by commas")
-    types = parser.parse_args(arguments).types.split(",")
-    needed: list[Config] = []
-    for name in types:
-        kinds = [(name, name)] if name != "fp8" else [("float8_e4m3fn", "bfloat16")]
-        needed += [config for kind in kinds for config in configs(*kind)]
+    parser.add_argument("--plan", action="store_true", help="print the tools, configurations and file names instead")
+    parser.add_argument("--compile", nargs=2, metavar=("CONFIGURATION", "FILE"), help="compile this one, to that file")
+    parser.add_argument("--optional", action="store_true", help="a library that cannot be compiled is no failure")
+    given = parser.parse_args(arguments)
     try:
-        for config, path in libraries(needed).items():
-            print(f"{config}: {path}")
+        needed = {str(config): config for config in _of_types(given.types)}
+        if given.plan:
+            print("\n".join(_plan(needed.values())))
+        elif given.compile is not None:
+            config = needed.get(given.compile[0])
+            if config is None:
+                raise BackendError(f"{given.compile[0]} is no configuration; use one of {', '.join(needed)}")
+            compile_library(config, _found(), Path(given.compile[1]))
+        else:
+            for config, path in libraries(tuple(needed.values())).items():
+                print(f"{config}: {path}")
     except BackendError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print(f"{'warning' if given.optional else 'error'}: {error}", file=sys.stderr)
+        return int(not given.optional)
     return 0
+
+
+def _of_types(types: str) -> list[Config]:
+    kinds = {
+        "bfloat16": ("bfloat16", "bfloat16"),
+        "float16": ("float16", "float16"),
+        "fp8": ("float8_e4m3fn", "bfloat16"),
+    }
+    names = types.split(",")
+    if unknown := [name for name in names if name not in kinds]:
+        raise BackendError(f"there are no CUTLASS kernels for the type {unknown[0]!r}; use one of {', '.join(kinds)}")
+    return [config for name in names for config in configs(*kinds[name])]
+
+
+def _plan(needed: Iterable[Config]) -> list[str]:
+    """For CMake: the compiler, the folder of CUTLASS, then a line for each configuration and its file."""
+    tools = _found()
+    return [str(tools.nvcc), str(tools.cutlass), *(f"{config} {file_name(config, tools)}" for config in needed)]
+
+
+def _found() -> Toolchain:
+    tools = toolchain()
+    if isinstance(tools, str):
+        raise BackendError(f"the cutlass backend {tools}")
+    return tools
 
 
 if __name__ == "__main__":

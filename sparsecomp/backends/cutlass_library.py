@@ -165,12 +165,15 @@ def aligned(x: Tensor) -> Tensor:
 
 @cache
 def load(config: Config) -> ctypes.CDLL:
-    """The shared library of a configuration, compiled if it is not in the cache.
+    """The shared library of a configuration: built with the package, in the cache, or compiled now.
 
-    Raises BackendError if it can be neither, or if it was made for another version of this package.
+    Raises BackendError if it can be none of these, if it is damaged, or if it has another C interface.
     """
     path = libraries((config,))[config]
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"{path} cannot be loaded ({error}); delete the file") from error
     library.sparsecomp_wgmma_sp.argtypes = (ctypes.POINTER(Arguments), ctypes.c_void_p)
     library.sparsecomp_wgmma_sp_error.restype = ctypes.c_char_p
     if library.sparsecomp_wgmma_sp_abi() != ABI:
