@@ -79,7 +79,7 @@ nightly: $(READY)
 
 # bench/gpu.sh takes them from here: 26 MB, ignored by git
 CUTLASS_WHEEL := nvidia-cutlass==4.2.0.0
-.cutlass: $(READY)
+.cutlass: | $(READY)
 	rm -rf $@ build/cutlass-wheel
 	$(PIP) install -q --no-deps --no-compile --target build/cutlass-wheel $(CUTLASS_WHEEL)
 	mkdir $@

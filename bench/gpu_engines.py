@@ -5,8 +5,6 @@ Takes dense weights that fit 2:4, or 1:2 in fp32; gives calls. Knows nothing of 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -22,31 +20,8 @@ from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import parse
 
 from .gpu_cases import Case
-
-Call = Callable[[], Tensor]
-
-
-class GpuEngine(ABC):
-    """One way to compute y = x W^T."""
-
-    name: str
-    sparse: bool
-
-    def missing(self) -> str | None:
-        """None if this machine can run it, else the reason why not."""
-        return None
-
-    def refuses(self, case: Case, dtype: torch.dtype) -> str | None:
-        """None if it runs this case, else the reason why not."""
-        return None
-
-    @abstractmethod
-    def prepare(self, weight: Tensor, x: Tensor) -> Call:
-        """Everything that is done once; the call does what is done for every batch."""
-
-    def note(self, case: Case) -> str:
-        """What it chose for a case it has run, for the row; empty where there is no choice."""
-        return ""
+from .gpu_engine import Call, GpuEngine
+from .gpu_fp8 import fp8_engines, not_compiled
 
 
 class Cublas(GpuEngine):
@@ -214,6 +189,10 @@ class OursCutlass(Ours):
         super().__init__("cutlass")
         self._element = ""
 
+    def missing(self) -> str | None:
+        """Why the backend cannot run here; it does not compile in the middle of a sweep."""
+        return super().missing() or not_compiled(configs("bfloat16", "bfloat16"))
+
     def prepare(self, weight: Tensor, x: Tensor) -> Call:
         """The layout; the first call measures some kernels."""
         self._element = str(weight.dtype).removeprefix("torch.")
@@ -227,12 +206,14 @@ class OursCutlass(Ours):
 
 
 def engines(elements: str = "bf16") -> list[GpuEngine]:
-    """All of them for bf16 and fp16, for int8 weights and activations ("int8"), or for fp32 ("tf32"); baselines first.
+    """All of them, baselines first: for bf16 and fp16, for int8 weights and activations, for fp8, or for fp32 ("tf32").
 
     The weights of int8 are given in bf16, in which cuBLAS is a baseline of theirs, too.
     """
     if elements == "int8":
         return [Cublas(), CublasInt8(), Ours("gluon_int8", quantized=True)]
+    if elements == "fp8":
+        return fp8_engines()
     if elements == "tf32":
         return [Cublas(), CublasTf32(), Ours("gluon_tf32")]
     return [

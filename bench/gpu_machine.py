@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 
 from .machine import commit, package_version
 
-_PACKAGES = ("torch", "triton", "sparsecomp")
+_PACKAGES = ("torch", "triton", "nvidia-cusparselt-cu13", "nvidia-cublas", "cupy-cuda13x", "sparsecomp")
 _WATCHED = {
     "clocks.sm": "SM clock, MHz",
     "clocks.mem": "memory clock, MHz",
@@ -36,14 +37,20 @@ def describe() -> dict[str, Any]:
         "power limit, W": _ask("power.limit"),
         "cuda": torch.version.cuda,
         "packages": {name: package_version(name) for name in _PACKAGES},
-        "commit": commit(),
+        # a copy without its history is told by whoever copied it
+        "commit": commit() or os.environ.get("SPARSECOMP_COMMIT"),
     }
 
 
 @contextmanager
 def watch(found: dict[str, tuple[float, float]]) -> Iterator[None]:
     """Fill ``found`` with the lowest and highest of each watched figure while the block runs."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_WATCHED)}", "--format=csv,noheader,nounits", f"-lms={_EVERY_MS}"]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(_WATCHED)}",
+        "--format=csv,noheader,nounits",
+        f"--loop-ms={_EVERY_MS}",
+    ]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "watched.csv"
         with path.open("w") as file:
@@ -57,7 +64,8 @@ def watch(found: dict[str, tuple[float, float]]) -> Iterator[None]:
                 if process is not None:
                     process.terminate()
                     process.wait()
-        found.update(ranges(path.read_text().splitlines()))
+        # a run too short for the loop, or output that was lost with it, is seen as it ends
+        found.update(ranges(path.read_text().splitlines()) or ranges([_ask(",".join(_WATCHED)) or ""]))
 
 
 def ranges(lines: Iterable[str]) -> dict[str, tuple[float, float]]:

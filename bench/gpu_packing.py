@@ -1,4 +1,4 @@
-"""How long a GPU takes to make the layout of the sparse tensor cores: our kernels beside the torch packer."""
+"""How long a GPU takes to make the layouts of its backends: our kernels beside the torch packer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsecomp.backends import registry
+from sparsecomp.backends.registry import Request
 from sparsecomp.pack.format import pack
 from sparsecomp.pack.fragments import to_fragments
 from sparsecomp.patterns import parse, row_nm
@@ -20,10 +21,12 @@ _ROUNDS = 9
 
 
 def packing_rows(sides: tuple[int, ...] = SIDES) -> list[dict[str, Any]]:
-    """Microseconds, medians, for a square bf16 2:4 weight: from the dense weight, from the canonical form, by torch.
+    """Microseconds, medians, for a square bf16 2:4 weight.
 
-    Raises RuntimeError if the kernels' layout is not that of the torch packer. Nothing where the gluon backend cannot
-    run.
+    "dense", "canonical" and "torch" are the layout of the sparse tensor cores, from the dense weight, from the
+    canonical form, and from it by torch; "planes" is that of the triton backend, and "default" what a layer moved to
+    the GPU waits for, by the "backend" it gets. Raises RuntimeError if a kernel's layout is not that of the torch
+    packer. Nothing where the gluon backend cannot run.
     """
     if registry.backends()["gluon"].missing() is not None:
         return []
@@ -44,17 +47,11 @@ def packing_rows(sides: tuple[int, ...] = SIDES) -> list[dict[str, Any]]:
         layouts = [call()[:2] for call in ways.values()]
         if not all(torch.equal(made, twin) for each in layouts for made, twin in zip(each, layouts[-1], strict=True)):
             raise RuntimeError(f"the packing kernels differ from the torch packer for {side}x{side}")
-        found.append({"side": side, **{name: _microseconds(call) for name, call in ways.items()}})
+        backend = registry.choose(Request(packed.pattern, packed.shape, packed.dtype, "cuda", 1))
+        ways["planes"] = partial(registry.backends()["triton"].prepare, packed)
+        ways["default"] = partial(registry.prepared, packed, packed.pattern, None)
+        found.append({"side": side, "backend": backend, **{name: _microseconds(call) for name, call in ways.items()}})
     return found
-
-
-def packing_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each square."""
-    return [
-        f"packing {row['side']}x{row['side']} bf16: {row['dense']:g} us from dense, {row['canonical']:g} us from the "
-        f"canonical form, {row['torch']:g} us from it by torch"
-        for row in rows
-    ]
 
 
 def _microseconds(call: Callable[[], Any]) -> float:

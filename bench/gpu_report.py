@@ -1,4 +1,7 @@
-"""A GPU sweep's rows as what people read: ratios to the best dense engine and to cuSPARSELt. Pure functions."""
+"""A GPU sweep's rows as what people read: ratios to the best dense engine and to cuSPARSELt.
+
+Pure functions, standard library only.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from .gpu_packing import packing_lines
 
 Row = dict[str, Any]
 
@@ -74,9 +75,20 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def packing_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for each square that ``gpu_packing.packing_rows`` timed."""
+    return [
+        f"packing {row['side']}x{row['side']} bf16: {row['default']:g} us for {row['backend']}, the backend a layer "
+        f"gets; {row['planes']:g} us for triton; for gluon {row['dense']:g} us from dense, {row['canonical']:g} us "
+        f"from the canonical form, {row['torch']:g} us from it by torch"
+        for row in rows
+    ]
+
+
 def _machine_lines(result: dict[str, Any]) -> list[str]:
     machine = result["machine"]
-    lines = [f"{name}: {machine[name]}" for name in machine if name != "during"]
+    lines = [f"date: {result.get('date', 'unknown')}"]
+    lines += [f"{name}: {machine[name]}" for name in machine if name != "during"]
     during = machine.get("during") or {}
     return lines + [f"{name} during the run: {low:g} to {high:g}" for name, (low, high) in during.items()]
 

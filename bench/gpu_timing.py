@@ -30,15 +30,15 @@ class GpuSampler:
     is False and they are launched one by one.
     """
 
-    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
-        """Warms up, which compiles and tunes, and captures."""
+    def __init__(self, calls: Sequence[Callable[[], object]], graphs: bool = True) -> None:
+        """Warms up, which compiles and tunes, and captures; without ``graphs`` every call is launched by itself."""
         self._calls = calls
         for call in calls:
             call()
         torch.cuda.synchronize()
         estimate = self._timed(lambda: [call() for call in calls]) / len(calls)
         self._count = repetitions(estimate, len(calls))
-        self._graph = self._capture() if estimate < GRAPH_BELOW_S else None
+        self._graph = self._capture() if graphs and estimate < GRAPH_BELOW_S else None
         self.captured = self._graph is not None
 
     def __call__(self) -> float:

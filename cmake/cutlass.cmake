@@ -4,7 +4,7 @@
 # sparsecomp/backends/cutlass_build.py, which compiles on first use what was not built here.
 set(SPARSECOMP_CUTLASS AUTO CACHE STRING "Build the CUTLASS kernels: ON, OFF, or AUTO (where nvcc and CUTLASS are found)")
 set_property(CACHE SPARSECOMP_CUTLASS PROPERTY STRINGS AUTO ON OFF)
-set(SPARSECOMP_CUTLASS_TYPES "bfloat16,float16" CACHE STRING "Types to build them for: bfloat16, float16, fp8")
+set(SPARSECOMP_CUTLASS_TYPES "bfloat16,float16" CACHE STRING "Types to build them for: bfloat16, float16, fp8, fp8-fast")
 set(CUTLASS_PATH "" CACHE PATH "CUTLASS, or its folder include; empty: the environment's CUTLASS_PATH, the wheel")
 
 if(NOT SPARSECOMP_CUTLASS MATCHES "^(AUTO|ON|OFF)$")
@@ -63,9 +63,5 @@ endforeach()
 list(LENGTH libraries count)
 message(STATUS "CUTLASS kernels: ${count} libraries (${SPARSECOMP_CUTLASS_TYPES}) with ${nvcc} and ${headers}")
 add_custom_target(sparsecomp_cutlass ALL DEPENDS ${libraries})
-set(optional)
-if(SPARSECOMP_CUTLASS STREQUAL "AUTO")
-  set(optional OPTIONAL)
-endif()
-# wheel.install-dir already is the package folder
-install(FILES ${libraries} DESTINATION cutlass_libraries COMPONENT cutlass ${optional})
+# optional, since in AUTO some may be missing; with ON the build would have failed
+install(FILES ${libraries} DESTINATION cutlass_libraries COMPONENT cutlass OPTIONAL)  # wheel.install-dir is the package

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from sparsecomp.bench import gpu, gpu_cases, gpu_report, gpu_timing
 from sparsecomp.bench.gpu_cases import Case
-from sparsecomp.bench.gpu_engines import GpuEngine, engines, pattern_of
+from sparsecomp.bench.gpu_engine import GpuEngine
+from sparsecomp.bench.gpu_engines import engines, pattern_of
 from sparsecomp.bench.gpu_machine import ranges
 from sparsecomp.bench.gpu_packing import packing_rows
+from sparsecomp.bench.gpu_supervise import Journal
 from sparsecomp.bench.harness import Timing
 from sparsecomp.pack.format import pack
 
@@ -86,9 +89,22 @@ def test_the_int8_baseline_says_what_it_cannot_take() -> None:
         assert "takes more than 16 tokens" in str(engine.refuses(case, torch.bfloat16))
 
 
+PACKING = {
+    "side": 4096,
+    "backend": "cusparselt",
+    "default": 750.0,
+    "planes": 15.0,
+    "dense": 20.5,
+    "canonical": 18.0,
+    "torch": 900.0,
+}
+
+
 def test_packing_times_are_reported() -> None:
-    result = {**_result(), "packing": [{"side": 4096, "dense": 20.5, "canonical": 18.0, "torch": 900.0}]}
-    assert "packing 4096x4096 bf16: 20.5 us from dense, 18 us from the canonical form" in gpu_report.summary(result)
+    result = {**_result(), "packing": [PACKING]}
+    text = gpu_report.summary(result)
+    assert "packing 4096x4096 bf16: 750 us for cusparselt, the backend a layer gets; 15 us for triton" in text
+    assert "for gluon 20.5 us from dense, 18 us from the canonical form, 900 us from it by torch" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -101,7 +117,7 @@ def test_the_distance_notices_errors_and_numbers_that_are_none() -> None:
     y = (x.float() @ weight.float().T).half()
     assert gpu.distance(y, weight, x) < 1e-3
     assert gpu.distance(y * 1.1, weight, x) == pytest.approx(0.1, rel=0.01)
-    y[-1, 0] = torch.nan  # in a row that is not compared
+    y[1, 0] = torch.nan  # in a row that is not compared
     assert gpu.distance(y, weight, x) == float("inf")
 
 
@@ -138,33 +154,71 @@ def _result() -> dict[str, Any]:
     return {"machine": {"gpu": "test"}, "rows": [], "refused": [], "failed": [], "missing": [], "not measured": []}
 
 
-def test_wrong_and_failing_engines_are_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = gpu.random_operands
-    monkeypatch.setattr(gpu, "random_operands", lambda case, dtype, count: make(case, dtype, 2, "cpu"))
-    monkeypatch.setattr(gpu, "GpuSampler", _FakeSampler)
-    result = _result()
-    offered = [
+def _engines() -> list[GpuEngine]:
+    return [
         _Fake("cublas", False),
         _Fake("sparsecomp good", True),
         _Fake("sparsecomp wrong", True, "wrong"),
         _Fake("picky", True, "refuses"),
         _Fake("broken", True, "raises"),
     ]
-    gpu.measure_case(CASE, "bf16", offered, 1 << 20, 0.0, result)
-    assert [row["engine"] for row in result["rows"]] == ["cublas", "sparsecomp good"]
-    row = result["rows"][1]
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep's process with a made-up GPU."""
+    make = gpu.random_operands
+    monkeypatch.setattr(gpu, "random_operands", lambda case, dtype, count: make(case, dtype, 2, "cpu"))
+    monkeypatch.setattr(gpu, "GpuSampler", _FakeSampler)
+    monkeypatch.setattr(gpu, "_require_context", lambda error: None)
+    monkeypatch.setattr(gpu, "describe", lambda: {"gpu": "test", "l2_mib": 1})
+    monkeypatch.setattr(gpu, "engines", lambda dtype: _engines())
+    monkeypatch.setattr(gpu, "packing_rows", lambda: [PACKING])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_wrong_and_failing_engines_are_named_and_not_timed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    gpu.measure_case(CASE, "bf16", _engines(), 1 << 20, 0.0, journal)
+    rows = journal.of("row")
+    assert [row["engine"] for row in rows] == ["cublas", "sparsecomp good"]
+    row = rows[1]
     assert row["us"] == 2.0 and row["note"] == "note of sparsecomp good" and row["graph"] and row["error"] < 1e-2
     assert row["dense_tflops"] == pytest.approx(2 * 64 * 32 * 8 / 2e-6 / 1e12, rel=1e-3)
-    assert result["refused"] == ["picky, 64x32, 8 tokens: has no such shape"]
-    assert result["failed"][0].startswith("sparsecomp wrong, 64x32, 8 tokens: relative error 2.0")
-    assert result["failed"][1] == "broken, 64x32, 8 tokens: RuntimeError: no algorithm"
+    assert journal.of("refused") == ["picky, 64x32, 8 tokens: has no such shape"]
+    failed = journal.of("failed")
+    assert failed[0].startswith("sparsecomp wrong, 64x32, 8 tokens: relative error 2.0")
+    assert failed[1] == "broken, 64x32, 8 tokens: RuntimeError: no algorithm"
+    assert journal.of("at") == [
+        [name, str(CASE)] for name in ("cublas", "sparsecomp good", "sparsecomp wrong", "broken", "")
+    ]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_process_goes_on_where_the_one_before_it_died(tmp_path: Path) -> None:
+    other, never = Case(64, 32, 9, "somewhere"), Case(64, 32, 10, "somewhere")
+    journal = Journal(tmp_path / "journal")
+    gpu.work([CASE], "bf16", time.monotonic() + 60, 0.0, journal)
+    journal.add(at=["sparsecomp good", str(other)])
+    journal.add(banned="sparsecomp good")
+    gpu.work([CASE, other], "bf16", time.monotonic() + 60, 0.0, journal)
+    gpu.work([CASE, other, never], "bf16", time.monotonic() - 1, 0.0, journal)
+    result = gpu.gathered(journal, [CASE, other, never], {"power, W": (1.0, 2.0)})
+    assert [(row["engine"], row["tokens"]) for row in result["rows"]] == [
+        ("cublas", 8),
+        ("sparsecomp good", 8),
+        ("cublas", 9),
+    ]
+    assert result["not measured"] == [str(never)] and result["packing"] == [PACKING]
+    assert result["machine"] == {"gpu": "test", "l2_mib": 1, "during": {"power, W": (1.0, 2.0)}}
+    assert len(journal.of("machine")) == 1
+    assert "not measured: 1" in gpu_report.summary(result)
 
 
 def _row(engine: str, sparse: bool, us: float, tokens: int = 4096, out: int = 64) -> dict[str, Any]:
     timing = Timing(us * 1e-6, us * 0.9e-6, us * 1.1e-6, 9)
-    return gpu.rows(
-        Case(out, 32, tokens, "x"), "bf16", [_Fake(engine, sparse)], {engine: timing}, {engine: 1e-3}, {engine: False}
-    )[0]
+    return gpu.row(Case(out, 32, tokens, "x"), "bf16", engine, sparse, "", timing, 1e-3, False)
 
 
 def test_ours_is_compared_with_the_best_dense_and_the_best_vendor_engine() -> None:

@@ -73,6 +73,11 @@ def toolchain() -> Toolchain | str:
     return Toolchain(nvcc, headers, f"{version}\n{_version_header(headers)}")
 
 
+def compiled(needed: Sequence[Config]) -> bool:
+    """Whether every one of these libraries is there already, so that asking for them compiles nothing."""
+    return all(_kept(config) is not None for config in needed)
+
+
 def why_not(needed: Sequence[Config]) -> str | None:
     """None if every one of these libraries was built, is in the cache or can be compiled here, else the reason."""
     for config in needed:
@@ -158,12 +163,16 @@ def file_name(config: Config, tools: Toolchain) -> str:
     return f"wgmma_sp-{config}-{_source_key(config)}-{_digest(tools.identity)}.so"
 
 
+def prebuilt(config: Config) -> Path | None:
+    """The library that was built with the package, of its present sources and by whatever tools, or None."""
+    return _newest(_installed(config, _source_key(config)))
+
+
 def _kept(config: Config) -> Path | None:
-    """The library that was built with the package, whatever built it, else the one in the cache."""
-    return _newest(_prebuilt(config, _source_key(config))) or _cached(config)
+    return prebuilt(config) or _cached(config)
 
 
-def _prebuilt(config: Config, key: str) -> list[Path]:
+def _installed(config: Config, key: str) -> list[Path]:
     # an editable install keeps compiled files apart from the sources, in another folder of the package's path
     folders = (Path(folder) / _PREBUILT for folder in sparsecomp.__path__)
     return [path for folder in folders for path in sorted(folder.glob(f"wgmma_sp-{config}-{key}-*.so"))]
@@ -172,7 +181,7 @@ def _prebuilt(config: Config, key: str) -> list[Path]:
 def _stale_note(missing: Sequence[Config]) -> str:
     """What to say of libraries of these configurations that are installed and were made of other sources."""
     any_key = "[0-9a-f]" * _KEY_DIGITS
-    stale = [path.name for config in missing for path in _prebuilt(config, any_key)]
+    stale = [path.name for config in missing for path in _installed(config, any_key)]
     if not stale:
         return ""
     return f" (ignored, being built of other sources than this package's: {stale[0]}; reinstall sparsecomp)"
@@ -264,7 +273,7 @@ def _version_header(include: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile ahead what the given types need; prints the libraries, and returns 1 with the reason if it cannot."""
     parser = argparse.ArgumentParser(prog="python -m sparsecomp.backends.cutlass_build", description=main.__doc__)
-    parser.add_argument("--types", default="bfloat16,float16", help="bfloat16, float16, fp8, separated by commas")
+    parser.add_argument("--types", default="bfloat16,float16", help="bfloat16, float16, fp8, fp8-fast; with commas")
     parser.add_argument("--plan", action="store_true", help="print the tools, configurations and file names instead")
     parser.add_argument("--compile", nargs=2, metavar=("CONFIGURATION", "FILE"), help="compile this one, to that file")
     parser.add_argument("--optional", action="store_true", help="a library that cannot be compiled is no failure")
@@ -288,15 +297,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _of_types(types: str) -> list[Config]:
-    kinds = {
-        "bfloat16": ("bfloat16", "bfloat16"),
-        "float16": ("float16", "float16"),
-        "fp8": ("float8_e4m3fn", "bfloat16"),
-    }
+    kinds = {name: configs(name, name) for name in ("bfloat16", "float16")}
+    kinds |= {name: configs("float8_e4m3fn", "bfloat16", name != "fp8") for name in ("fp8", "fp8-fast")}
     names = types.split(",")
     if unknown := [name for name in names if name not in kinds]:
         raise BackendError(f"there are no CUTLASS kernels for the type {unknown[0]!r}; use one of {', '.join(kinds)}")
-    return [config for name in names for config in configs(*kinds[name])]
+    return [config for name in names for config in kinds[name]]
 
 
 def _plan(needed: Iterable[Config]) -> list[str]:

@@ -92,7 +92,7 @@ def test_the_plan_names_tools_and_files(machine: Machine, capsys: pytest.Capture
     for arguments, message in (
         (
             ["--types", "bfloat17"],
-            "there are no CUTLASS kernels for the type 'bfloat17'; use one of bfloat16, float16, fp8",
+            "there are no CUTLASS kernels for the type 'bfloat17'; use one of bfloat16, float16, fp8, fp8-fast",
         ),
         (["--compile", "other", "file"], "other is no configuration; use one of bfloat16-128x128-2x1"),
     ):

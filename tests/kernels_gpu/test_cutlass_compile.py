@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecomp.backends.cutlass_build import Toolchain, compile_library, toolchain
+from sparsecomp.backends.cutlass_build import Toolchain, compile_library, prebuilt, toolchain
 from sparsecomp.backends.cutlass_config import Config, configs
 from sparsecomp.backends.cutlass_library import ABI, Arguments
 
@@ -48,6 +48,14 @@ def test_machine_code(config: Config, tmp_path: Path) -> None:
     # x goes to every block of a cluster at once, and y leaves by the copy engine
     assert ("UTMALDG.3D.MULTICAST" in assembly) == (config.cluster_out * config.cluster_tokens > 1)
     assert "UTMASTG" in assembly
+    refusals(path, config)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_what_was_built_with_the_package_loads(config: Config) -> None:
+    path = prebuilt(config)
+    if path is None:
+        pytest.skip("this package was built without it; -C cmake.define.SPARSECOMP_CUTLASS=ON builds it")
     refusals(path, config)
 
 
