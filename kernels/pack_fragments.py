@@ -14,8 +14,8 @@ from sparsecomp.kernels import launching
 from sparsecomp.patterns import NM
 
 _WARPS = 4
-_EXPONENTS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.int8: 0}
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+EXPONENTS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.int8: 0}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 # bits of a group in the layout: positions 0 and 1, or of two elements of fp32 the first, and the second
 _FIRST = tl.constexpr(0b0100)
@@ -44,7 +44,7 @@ def _metadata_place(place, nibble, block_row, block_column, BYTES: tl.constexpr)
 
 
 @triton.jit
-def _bits(weight, row, column, out_features, columns, stride, BYTES: tl.constexpr):
+def element_bits(weight, row, column, out_features, columns, stride, BYTES: tl.constexpr):
     # an element as unsigned in 32 bits, +0 for the -0 of floats
     inside = (row < out_features) & (column < columns)
     bits = tl.load(weight + row.to(tl.int64) * stride + column, mask=inside, other=0).to(tl.int32)
@@ -57,7 +57,7 @@ def _bits(weight, row, column, out_features, columns, stride, BYTES: tl.constexp
 
 
 @triton.jit
-def _strange(bits, EXPONENT: tl.constexpr):
+def not_a_number(bits, EXPONENT: tl.constexpr):
     # 1 where the bits are those of an infinity or a NaN; integers have none
     return tl.where((EXPONENT != 0) & (bits & EXPONENT == EXPONENT), 1, 0)
 
@@ -65,17 +65,22 @@ def _strange(bits, EXPONENT: tl.constexpr):
 @triton.jit
 def _pair(weight, row, group, out_features, columns, stride, BYTES: tl.constexpr, EXPONENT: tl.constexpr):
     # of a group of four: the bits of the two values kept, the 4 bits of where they were, whether it breaks 2:4
-    v0 = _bits(weight, row, group * 4, out_features, columns, stride, BYTES)
-    v1 = _bits(weight, row, group * 4 + 1, out_features, columns, stride, BYTES)
-    v2 = _bits(weight, row, group * 4 + 2, out_features, columns, stride, BYTES)
-    v3 = _bits(weight, row, group * 4 + 3, out_features, columns, stride, BYTES)
+    v0 = element_bits(weight, row, group * 4, out_features, columns, stride, BYTES)
+    v1 = element_bits(weight, row, group * 4 + 1, out_features, columns, stride, BYTES)
+    v2 = element_bits(weight, row, group * 4 + 2, out_features, columns, stride, BYTES)
+    v3 = element_bits(weight, row, group * 4 + 3, out_features, columns, stride, BYTES)
     u0, u1, u2, u3 = v0 != 0, v1 != 0, v2 != 0, v3 != 0
     # free slots are filled at the lowest unused positions, where there is a zero
     first = tl.where(u0, 0, tl.where(u1 & (u2 | u3), 1, tl.where(u2 & u3, 2, 0)))
     last = tl.where(u3, 3, tl.where(u2, 2, 1))
     low = tl.where(first == 0, v0, tl.where(first == 1, v1, v2))
     high = tl.where(last == 3, v3, tl.where(last == 2, v2, v1))
-    strange = _strange(v0, EXPONENT) | _strange(v1, EXPONENT) | _strange(v2, EXPONENT) | _strange(v3, EXPONENT)
+    strange = (
+        not_a_number(v0, EXPONENT)
+        | not_a_number(v1, EXPONENT)
+        | not_a_number(v2, EXPONENT)
+        | not_a_number(v3, EXPONENT)
+    )
     broken = tl.where((u0 & u1 & (u2 | u3)) | (u2 & u3 & (u0 | u1)), 1, 0)
     return low, high, first | last << 2, broken | strange
 
@@ -144,8 +149,8 @@ def pack_dense_kernel(
     place = tl.arange(0, 1024)
     row, word = _fragment_place(place, block_row, block_column)
     if BYTES == 4:
-        even = _bits(weight, row, word * 2, out_features, columns, stride, BYTES)
-        packed = even | _bits(weight, row, word * 2 + 1, out_features, columns, stride, BYTES)
+        even = element_bits(weight, row, word * 2, out_features, columns, stride, BYTES)
+        packed = even | element_bits(weight, row, word * 2 + 1, out_features, columns, stride, BYTES)
     else:
         packed = tl.zeros([1024], tl.int32)
         for pair in tl.static_range(2 // BYTES):
@@ -161,10 +166,12 @@ def pack_dense_kernel(
     for nibble in tl.static_range(8):
         row, group = _metadata_place(place, nibble, block_row, block_column, BYTES)
         if BYTES == 4:
-            even = _bits(weight, row, group * 2, out_features, columns, stride, BYTES)
-            odd = _bits(weight, row, group * 2 + 1, out_features, columns, stride, BYTES)
+            even = element_bits(weight, row, group * 2, out_features, columns, stride, BYTES)
+            odd = element_bits(weight, row, group * 2 + 1, out_features, columns, stride, BYTES)
             bits = tl.where(odd != 0, _SECOND, _FIRST)
-            faults |= tl.where((even != 0) & (odd != 0), 1, 0) | _strange(even, EXPONENT) | _strange(odd, EXPONENT)
+            faults |= (
+                tl.where((even != 0) & (odd != 0), 1, 0) | not_a_number(even, EXPONENT) | not_a_number(odd, EXPONENT)
+            )
         else:
             _, _, bits, fault = _pair(weight, row, group, out_features, columns, stride, BYTES, EXPONENT)
             faults |= fault
@@ -184,7 +191,7 @@ def pack_fragments(
     fragments, metadata = _empty(out, columns, size, values.device)
     if out == 0:
         return fragments, metadata
-    integers = values.contiguous().view(_INTEGERS[size])
+    integers = values.contiguous().view(INTEGERS[size])
     positions = positions.contiguous()
     blocks = fragments.shape[1] // 2
     sizes = (out, values.shape[1], nm.groups(columns), positions.shape[1], blocks)
@@ -208,8 +215,8 @@ def pack_dense(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
         return fragments, metadata, broken
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    integers = weight.view(_INTEGERS[size])
-    constants = {"BYTES": size, "EXPONENT": _EXPONENTS[weight.dtype]}
+    integers = weight.view(INTEGERS[size])
+    constants = {"BYTES": size, "EXPONENT": EXPONENTS[weight.dtype]}
     arguments = (integers, fragments, metadata, broken, out, columns, weight.stride(0), blocks)
     launching.launch(pack_dense_kernel, arguments, constants, (metadata.shape[0], blocks), _WARPS)
     return fragments, metadata, broken

@@ -204,6 +204,8 @@ def test_what_pytest_said_is_judged() -> None:
         "CMake Error: SPARSECOMP_CUTLASS=ON, but the cutlass backend finds\n  no nvcc; install it\nCall Stack (most"
     )
     assert cutlass(1, missing) == ("not run", "the cutlass backend finds no nvcc; install it", False)
+    assert cutlass(0, "nvcc wgmma_sp") == ("passed", "", False)
+    assert cutlass(0, "total 0") == ("failed", "no library was finished", True)
     assert cutlass(2, "error: the cutlass backend cannot be built") == ("failed", "exit status 2", True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 import torch
+from torch import Tensor
 
 MINIMUM_CAPABILITY = (8, 0)
 MINIMUM_TRITON = (3, 6)
@@ -29,6 +30,11 @@ def too_old(device: str) -> str | None:
         return None
     name = torch.cuda.get_device_name(device)
     return f"{name} has compute capability {major}.{minor}; 8.0 (Ampere) or newer is needed"
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether layouts of that tensor are made by kernels."""
+    return tensor.is_cuda
 
 
 def missing_triton() -> str | None:

@@ -6,11 +6,14 @@ never stored. Knows nothing of nn, plan or prune.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends.cuda import missing_cuda, too_old
+from sparsecomp.backends import cuda
+from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.format import PackedWeight, pack
@@ -19,7 +22,7 @@ from sparsecomp.patterns import Pattern, row_nm
 DTYPES = (torch.float16, torch.bfloat16)
 WEIGHT_MULTIPLE = 16
 BATCH_MULTIPLE = 8
-_RESTORE_COLUMNS = 1024
+_RESTORE_COLUMNS = 4096
 
 
 class CusparseltBackend(Backend):
@@ -49,7 +52,7 @@ class CusparseltBackend(Backend):
         reason = _unfit(packed.pattern, packed.values.dtype, packed.shape)
         if reason is not None:
             raise BackendError(f"the cusparselt backend {reason}")
-        dense = packed.unpack()
+        dense = _unpacked(packed)
         with torch.cuda.device(dense.get_device()):
             compressed = torch._cslt_compress(dense)
         kernel = Kernel(self.name, (compressed,), packed.pattern, packed.shape, packed.dtype)
@@ -86,6 +89,16 @@ class CusparseltBackend(Backend):
             identity[:, start:stop].fill_diagonal_(1)
             dense[:, start:stop] = self.run(kernel, identity, None).t()
         return dense
+
+
+def _unpacked(packed: PackedWeight) -> Tensor:
+    """``packed.unpack()``, by one kernel where Triton is there."""
+    nm = row_nm(packed.pattern)
+    if nm is None or not cuda.on_gpu(packed.values) or missing_triton() is not None:
+        return packed.unpack()
+    unpack = import_module("sparsecomp.kernels.pack_planes").unpack
+    dense: Tensor = unpack(packed.values, packed.metadata, nm, packed.shape[1])
+    return dense
 
 
 def _unfit(pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:

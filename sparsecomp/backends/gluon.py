@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsecomp.backends import cuda
 from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
@@ -59,7 +60,7 @@ class GluonBackend(Backend):
         if reason := self._unfit(packed.pattern, packed.values.dtype, packed.shape):
             raise BackendError(f"the {self.name} backend {reason}")
         scales = () if packed.scales is None else (packed.scales,)
-        return Kernel(self.name, (*_fragments(packed), *scales), packed.pattern, packed.shape, packed.dtype)
+        return Kernel(self.name, (*fragments(packed), *scales), packed.pattern, packed.shape, packed.dtype)
 
     def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
         """What ``prepare`` makes of ``pack(weight, pattern)``; on a GPU in one pass, without the canonical form.
@@ -67,7 +68,7 @@ class GluonBackend(Backend):
         Raises PatternError for a weight that ``pack`` refuses, as it does, and BackendError as ``prepare`` does.
         """
         shape = (weight.shape[0], weight.shape[1]) if weight.ndim == 2 else (0, 0)
-        if not (_on_gpu(weight) and isinstance(pattern, NM) and pattern == NM(pattern.n, pattern.m)):
+        if not (cuda.on_gpu(weight) and isinstance(pattern, NM) and pattern == NM(pattern.n, pattern.m)):
             return self.prepare(pack(weight, pattern))
         if reason := self._unfit(pattern, weight.dtype, shape):
             raise BackendError(f"the {self.name} backend {reason}")
@@ -146,17 +147,13 @@ class GluonInt8Backend(GluonBackend):
         return replace(integers, scales=scales, dense_dtype=kernel.dtype)
 
 
-def _fragments(packed: PackedWeight) -> tuple[Tensor, Tensor]:
+def fragments(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     """``to_fragments``, by a kernel in one pass where the weight is on a GPU."""
     nm = row_nm(packed.pattern)
-    if nm is None or not _on_gpu(packed.values):
+    if nm is None or not cuda.on_gpu(packed.values):
         return to_fragments(packed)
-    fragments, metadata = _packing().pack_fragments(packed.values, packed.metadata, nm, packed.shape[1])
-    return fragments, metadata
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
+    words, metadata = _packing().pack_fragments(packed.values, packed.metadata, nm, packed.shape[1])
+    return words, metadata
 
 
 @lru_cache(maxsize=1)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from sparsecomp.backends.cuda import missing_cuda, missing_triton
 from sparsecomp.backends.cutlass import missing_hopper, other_gpu
+from sparsecomp.backends.gluon import fragments
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.format import PackedWeight
-from sparsecomp.pack.fragments import fragments_why_not, from_fragments, to_fragments
+from sparsecomp.pack.fragments import fragments_why_not, from_fragments
 from sparsecomp.patterns import Pattern
 
 FLAG = "SPARSECOMP_EXPERIMENTAL"
@@ -54,7 +55,7 @@ class GluonWgmmaBackend(Backend):
         """
         if reason := _unfit(packed.pattern, packed.values.dtype, packed.shape):
             raise BackendError(f"the {self.name} backend {reason}")
-        return Kernel(self.name, to_fragments(packed), packed.pattern, packed.shape, packed.dtype)
+        return Kernel(self.name, fragments(packed), packed.pattern, packed.shape, packed.dtype)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""

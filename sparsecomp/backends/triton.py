@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsecomp.backends import cuda
 from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import pack_positions, unpack_positions
-from sparsecomp.pack.format import FLOAT_DTYPES, PackedWeight
+from sparsecomp.pack.format import FLOAT_DTYPES, PackedWeight, pack
 from sparsecomp.patterns import NM, Pattern, row_nm
 
 _DTYPE_NAMES = "torch.float16, torch.bfloat16 and torch.float32"
@@ -47,25 +48,29 @@ class TritonBackend(Backend):
         """Slot planes: values [out, N, G] and positions uint8 [ceil(out / mask_rows), N, G * plane bits / 8].
 
         G is the group count rounded up to 8; plane s holds the s-th kept weight of every group, so that threads read
-        neighbouring groups in whole 16-byte words whatever N is. The scales fp32 [out] of an int8 weight follow.
-        Raises BackendError for another pattern or dtype.
+        neighbouring groups in whole 16-byte words whatever N is. The scales fp32 [out] of an int8 weight follow. On a
+        GPU one kernel does it. Raises BackendError for another pattern or dtype.
         """
-        kernels = _kernels()
         nm = _nm(packed.pattern)
-        if packed.dtype not in FLOAT_DTYPES:
-            raise BackendError(f"the triton backend has no kernel for {packed.dtype}; {_DTYPE_NAMES} only")
-        out, columns = packed.shape
-        groups = nm.groups(columns)
-        padding = (0, -groups % kernels.GROUP_BLOCK)
-        values = functional.pad(packed.values.view(out, groups, nm.n).transpose(1, 2), padding).contiguous()
-        positions = unpack_positions(packed.metadata, nm.slots(columns), nm.index_bits)
-        tiles = positions.shape[0]
-        planes = functional.pad(positions.view(tiles, groups, nm.n).transpose(1, 2), padding)
-        rows = planes.reshape(tiles * nm.n, planes.shape[2])
-        octets = pack_positions(rows, kernels.plane_bits(nm))
-        metadata = octets.view(tiles, nm.n, octets.shape[1])
+        _require_floating(packed.dtype)
+        make = _packing().pack_planes if cuda.on_gpu(packed.values) else _planes
         scales = () if packed.scales is None else (packed.scales,)
-        return Kernel(self.name, (values, metadata, *scales), packed.pattern, packed.shape, packed.dtype)
+        tensors = (*make(packed.values, packed.metadata, nm, packed.shape[1]), *scales)
+        return Kernel(self.name, tensors, packed.pattern, packed.shape, packed.dtype)
+
+    def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
+        """What ``prepare`` makes of ``pack(weight, pattern)``; on a GPU in one pass, without the canonical form.
+
+        Raises PatternError for a weight that ``pack`` refuses, as it does, and BackendError as ``prepare`` does.
+        """
+        alone = isinstance(pattern, NM) and pattern == NM(pattern.n, pattern.m)
+        if not (alone and weight.ndim == 2 and cuda.on_gpu(weight)):
+            return self.prepare(pack(weight, pattern))
+        _require_floating(weight.dtype)
+        planes, positions, broken = _packing().pack_planes_dense(weight.detach(), _nm(pattern))
+        if bool(broken.any()):
+            pack(weight, pattern)  # names the group
+        return Kernel(self.name, (planes, positions), pattern, (weight.shape[0], weight.shape[1]), weight.dtype)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""
@@ -88,6 +93,29 @@ class TritonBackend(Backend):
         with torch.cuda.device(x.get_device()):
             y: Tensor = _kernels().nm_linear(*arguments, scales=scales[0] if scales else None)
         return y
+
+
+def _planes(values: Tensor, metadata: Tensor, nm: NM, columns: int) -> tuple[Tensor, Tensor]:
+    """The slow twin of ``pack_planes``: planes and positions of a canonical weight [out, columns], by torch."""
+    kernels = _kernels()
+    out, groups = values.shape[0], nm.groups(columns)
+    padding = (0, -groups % kernels.GROUP_BLOCK)
+    planes = functional.pad(values.view(out, groups, nm.n).transpose(1, 2), padding).contiguous()
+    positions = unpack_positions(metadata, nm.slots(columns), nm.index_bits)
+    tiles = positions.shape[0]
+    padded = functional.pad(positions.view(tiles, groups, nm.n).transpose(1, 2), padding)
+    octets = pack_positions(padded.reshape(tiles * nm.n, padded.shape[2]), kernels.plane_bits(nm))
+    return planes, octets.view(tiles, nm.n, octets.shape[1])
+
+
+def _require_floating(dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise BackendError(f"the triton backend has no kernel for {dtype}; {_DTYPE_NAMES} only")
+
+
+@lru_cache(maxsize=1)
+def _packing() -> ModuleType:
+    return import_module("sparsecomp.kernels.pack_planes")
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsecomp.backends import cusparselt
 from sparsecomp.backends.cusparselt import CusparseltBackend
 from sparsecomp.backends.registry import Request
 from sparsecomp.errors import BackendError
@@ -67,6 +68,8 @@ def _multiply(
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_cslt_compress", _compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", _multiply)
+    # so that small weights are given back in several parts, too
+    monkeypatch.setattr(cusparselt, "_RESTORE_COLUMNS", 1024)
 
 
 def _packed(out: int, columns: int, dtype: torch.dtype) -> PackedWeight:

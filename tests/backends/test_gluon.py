@@ -12,6 +12,7 @@ import torch
 
 from sparsecomp import SparseLinear
 from sparsecomp.activations import ACTIVATIONS
+from sparsecomp.backends import cuda
 from sparsecomp.backends.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
 from sparsecomp.backends.registry import Request, choose, explain
 from sparsecomp.errors import BackendError, PatternError
@@ -250,7 +251,7 @@ def test_on_a_gpu_the_layout_is_made_by_a_kernel(
     if pattern != "2:4":
         weight = weight[:1].expand(40, 72) * (torch.arange(72) % 2 == 0)
     twin = backend.prepare(pack(weight, pattern))
-    monkeypatch.setattr(gluon, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(cuda, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(gluon, "to_fragments", lambda packed: pytest.fail("the torch packer was called"))
     for kernel in (backend.prepare(pack(weight, pattern)), backend.prepare_dense(weight, parse(pattern))):
         assert (kernel.backend, kernel.pattern, kernel.shape, kernel.dtype) == (
@@ -264,9 +265,8 @@ def test_on_a_gpu_the_layout_is_made_by_a_kernel(
 
 @pytest.mark.usefixtures("simulated")
 def test_a_dense_weight_that_breaks_the_pattern_is_refused_as_pack_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsecomp.backends import gluon
 
-    monkeypatch.setattr(gluon, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(cuda, "on_gpu", lambda tensor: True)
     weight = _weight(40, 72, HALF)
     weight[7, 8:11] = 1
     with pytest.raises(PatternError, match=r"row 7, group 2 .*at most 2 allowed"):

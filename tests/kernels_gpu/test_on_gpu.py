@@ -197,8 +197,32 @@ def test_packing_kernels_match_torch(out: int, columns: int, pattern: str, dtype
         assert not broken.any()
 
 
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [("2:4", HALF), ("2:4", BRAIN), ("2:4@v4", BRAIN), ("5:16", HALF), ("3:8", SINGLE), ("4:2:8", BRAIN)],
+)
+@pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (4096, 4096)])
+def test_packing_of_planes_matches_torch(out: int, columns: int, pattern: str, dtype: torch.dtype) -> None:
+    _need(TritonBackend())
+    from sparsecomp.kernels.pack_planes import pack_planes, pack_planes_dense, unpack
+
+    weight = random_case(pattern, out, columns, 1, dtype).weight
+    packed = pack(weight, pattern)
+    twin, nm = TritonBackend().prepare(packed).tensors, row_nm(packed.pattern)
+    assert nm is not None
+    on_gpu = packed.to("cuda")
+    made = pack_planes(on_gpu.values, on_gpu.metadata, nm, columns)
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(made, twin, strict=True))
+    assert torch.equal(unpack(on_gpu.values, on_gpu.metadata, nm, columns).cpu(), weight)
+    if nm.mask_rows == 1:
+        planes, positions, broken = pack_planes_dense(weight.cuda(), nm)
+        assert torch.equal(planes.cpu(), twin[0]) and torch.equal(positions.cpu(), twin[1])
+        assert not broken.any()
+
+
 def test_packing_sanitized() -> None:
     test_packing_kernels_match_torch(333, 777, "2:4", BRAIN)
+    test_packing_of_planes_matches_torch(333, 777, "2:4", BRAIN)
 
 
 def test_a_layer_moved_to_the_gpu_and_back_keeps_its_weight() -> None:

@@ -46,6 +46,7 @@ _INTEGER = {
     "shr.u32 %r3, %r2, 40": lambda v: 0,
     "shr.s32 %r3, %r2, 3": lambda v: _signed(v) >> 3,
     "shr.s32 %r3, %r2, 40": lambda v: _signed(v) >> 31,
+    "popc.b32 %r3, %r2": lambda v: v.bit_count(),
     "bfe.u32 %r3, %r2, 5, 7": lambda v: v >> 5 & 127,
     "bfe.s32 %r3, %r2, 28, 3": lambda v: (v >> 28 & 7) - (8 if v >> 30 & 1 else 0),
     "bfi.b32 %r3, %r2, 0x12345678, 8, 12": lambda v: 0x12345678 & ~0xFFF00 | (v & 0xFFF) << 8,

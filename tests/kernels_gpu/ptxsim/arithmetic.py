@@ -171,6 +171,15 @@ def bit_field(machine: Machine, instruction: Instruction) -> None:
     machine.write(instruction.operands[0], result, unsigned)
 
 
+@operation("popc")
+def count_bits(machine: Machine, instruction: Instruction) -> None:
+    """``popc``: the number of bits that are set."""
+    width = WIDTHS[instruction.type]
+    (value,) = _inputs(machine, instruction, f"u{8 * width}")
+    octets = np.ascontiguousarray(value).view(np.uint8).reshape(-1, width)
+    machine.write(instruction.operands[0], np.unpackbits(octets, axis=1).sum(axis=1, dtype=np.uint32), "u32")
+
+
 @operation("setp")
 def compare(machine: Machine, instruction: Instruction) -> None:
     """A predicate; "u" after the relation makes it true for a NaN."""
