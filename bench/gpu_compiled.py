@@ -36,18 +36,19 @@ def layer_cases() -> list[Case]:
 
 
 def measure_layer(
-    of_one_shape: Sequence[Case], l2_bytes: int, seconds: float, deadline: float, journal: Journal
+    of_one_shape: Sequence[Case], l2_bytes: int, seconds: float, deadline: float, journal: Journal, device: str = "cuda"
 ) -> None:
     """Compile layers of that shape for all its batch sizes, and record the times beside those of nn.Linear."""
     first = min(of_one_shape, key=lambda case: case.tokens)
-    weights = [weight for weight, _ in random_operands(first, torch.bfloat16, copies(first, l2_bytes, most=8))]
+    operands = random_operands(first, torch.bfloat16, copies(first, l2_bytes, most=8), device)
+    weights = [weight for weight, _ in operands]
     dense = [_linear(weight) for weight in weights]
     model = nn.Sequential(*(_linear(weight) for weight in weights))
     compiled = list(sparsecomp.compile(model, "2:4", batch=[case.tokens for case in of_one_shape]).children())
     for case in of_one_shape:
         if time.monotonic() > deadline:
             return
-        x = torch.randn(case.tokens, case.columns, device="cuda").bfloat16()
+        x = torch.randn(case.tokens, case.columns, device=device).bfloat16()
         error = distance(compiled[0](x), weights[0], x)
         if error > TOLERANCE["bf16"]:
             journal.add(failed=f"sparsecomp compiled, {case}: relative error {error:.2e}; not timed")

@@ -38,7 +38,7 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "packages": {name: package_version(name) for name in _PACKAGES},
         # a copy without its history is told by whoever copied it
-        "commit": commit() or os.environ.get("SPARSECOMP_COMMIT"),
+        "commit": commit() or os.environ.get("SPARSECOMP_COMMIT") or "unknown; SPARSECOMP_COMMIT names it",
     }
 
 

@@ -39,7 +39,7 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
     """One comparison for each case in which a dense engine and one of ours were timed."""
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        grouped.setdefault((row["out"], row["in"], row["tokens"], row["dtype"]), []).append(row)
+        grouped.setdefault(_case(row), []).append(row)
     found = []
     for group in grouped.values():
         dense = [row for row in group if not row["sparse"]]
@@ -66,13 +66,45 @@ def summary(result: dict[str, Any]) -> str:
         _mean_line(f"tokens <= {DECODE}", decode),
         _mean_line("all", found),
     ]
+    lines += _engine_lines(result["rows"])
     slower = [each for each in found if each.speedup < 1]
     lines.append(f"slower than the best dense engine: {len(slower)} of {len(found)} cases")
     lines += packing_lines(result.get("packing") or [])
     for name in ("missing", "refused", "failed", "not measured"):
         entries = result.get(name) or []
-        lines += [f"{name}: {len(entries)}", *(f"  {entry}" for entry in entries)] if entries else []
+        shown = _by_engine(entries) if name == "refused" else entries
+        lines += [f"{name}: {len(entries)}", *(f"  {entry}" for entry in shown)] if entries else []
     return "\n".join(lines) + "\n"
+
+
+def _engine_lines(rows: Sequence[Row]) -> list[str]:
+    """Each engine's geometric mean against the best dense one, for large batches and for decoding."""
+    best: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        if not row["sparse"]:
+            best[_case(row)] = min(row["us"], best.get(_case(row), math.inf))
+    lines = []
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        own = [row for row in rows if row["engine"] == engine and _case(row) in best]
+        ratios = [(row["tokens"], best[_case(row)] / row["us"]) for row in own]
+        cells = []
+        for name, wanted in ((f"tokens >= {PREFILL}", range(PREFILL, 1 << 31)), (f"<= {DECODE}", range(DECODE + 1))):
+            mean = geometric_mean([ratio for tokens, ratio in ratios if tokens in wanted])
+            cells.append(f"{name} {'-' if mean is None else f'{mean:.2f}x'}")
+        lines.append(f"  {engine:<28} {', '.join(cells)}")
+    return ["each engine over the cases it ran, the best dense one being 1:", *lines] if lines else []
+
+
+def _by_engine(entries: Iterable[str]) -> list[str]:
+    """Refusals with the first reason of each engine and how many there were; all of them are in the JSON."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        found.setdefault(entry.split(",")[0], []).append(entry)
+    return [each[0] + (f" (and {len(each) - 1} more)" if len(each) > 1 else "") for each in found.values()]
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return row["out"], row["in"], row["tokens"], row["dtype"]
 
 
 def packing_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -94,18 +126,21 @@ def _machine_lines(result: dict[str, Any]) -> list[str]:
 
 
 def _case_lines(found: Sequence[Comparison]) -> list[str]:
-    head = (
-        f"{'out x in':>13} {'tokens':>6} {'dense us':>10} {'ours us':>10} {'speedup':>8} {'to vendor':>9}  by, against"
-    )
+    titles = f"{'dense us':>10} {'ours us':>10} {'spread':>7} {'speedup':>8} {'to vendor':>9}"
+    head = f"{'out x in':>13} {'tokens':>6} {titles}  by, against"
     lines = [head]
     for each in sorted(found, key=lambda each: (each.ours["tokens"], each.ours["out"], each.ours["in"])):
         row = each.ours
         vendor = "" if each.to_vendor is None else f"{each.to_vendor:.2f}x"
-        lines.append(
-            f"{row['out']:>6}x{row['in']:<6} {row['tokens']:>6} {each.dense['us']:>10.2f} {row['us']:>10.2f} "
-            f"{each.speedup:>7.2f}x {vendor:>9}  {row['engine']} {row['note']}, {each.dense['engine']}"
-        )
+        times = f"{each.dense['us']:>10.2f} {row['us']:>10.2f} {_spread(row):>6.1f}% {each.speedup:>7.2f}x {vendor:>9}"
+        engines = ", ".join(part for part in (row["engine"], row["note"]) if part)
+        lines.append(f"{row['out']:>6}x{row['in']:<6} {row['tokens']:>6} {times}  {engines}; {each.dense['engine']}")
     return lines
+
+
+def _spread(row: Row) -> float:
+    """Percent of the median between the 10% and the 90% quantile."""
+    return 100.0 * float(row["us_high"] - row["us_low"]) / float(row["us"])
 
 
 def _mean_line(name: str, found: Sequence[Comparison]) -> str:

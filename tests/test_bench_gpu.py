@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsecomp.bench import gpu, gpu_cases, gpu_report, gpu_timing
+from sparsecomp.bench import gpu, gpu_cases, gpu_compiled, gpu_report, gpu_timing
 from sparsecomp.bench.gpu_cases import Case
 from sparsecomp.bench.gpu_engine import GpuEngine
 from sparsecomp.bench.gpu_engines import engines, pattern_of
@@ -216,6 +216,29 @@ def test_a_process_goes_on_where_the_one_before_it_died(tmp_path: Path) -> None:
     assert "not measured: 1" in gpu_report.summary(result)
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_compiled_layers_are_compared_with_linear_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = gpu_compiled.random_operands
+    monkeypatch.setattr(gpu_compiled, "GpuSampler", lambda calls, graphs: _FakeSampler(calls))
+    journal = Journal(tmp_path / "journal")
+    group = [Case(64, 32, tokens, "x") for tokens in (1, 8)]
+    gpu_compiled.measure_layer(group, 1 << 20, 0.0, time.monotonic() + 60, journal, "cpu")
+    rows = journal.of("row")
+    assert [(row["tokens"], row["engine"]) for row in rows] == [
+        (tokens, engine) for tokens in (1, 8) for engine in ("nn.Linear", "sparsecomp compiled")
+    ]
+    assert rows[1]["note"] and not rows[0]["note"] and journal.of("done") == [str(case) for case in group]
+    (found, _) = gpu_report.compare(rows)
+    assert found.speedup == 1.0
+    # weights that the rows were not made of
+    monkeypatch.setattr(gpu_compiled, "random_operands", lambda *given: [(-w, x) for w, x in make(*given)])
+    monkeypatch.setattr(gpu_compiled, "distance", lambda y, weight, x: gpu.distance(y, -weight, x))
+    gpu_compiled.measure_layer(group, 1 << 20, 0.0, time.monotonic() + 60, journal, "cpu")
+    assert journal.of("failed")[0].startswith("sparsecomp compiled, 64x32, 1 tokens: relative error 2")
+    assert len(journal.of("row")) == 4
+    assert len(gpu_compiled.layer_cases()) == len(gpu_compiled.SHAPES) * len(gpu_cases.TOKENS)
+
+
 def _row(engine: str, sparse: bool, us: float, tokens: int = 4096, out: int = 64) -> dict[str, Any]:
     timing = Timing(us * 1e-6, us * 0.9e-6, us * 1.1e-6, 9)
     return gpu.row(Case(out, 32, tokens, "x"), "bf16", engine, sparse, "", timing, 1e-3, False)
@@ -243,6 +266,15 @@ def test_ours_is_compared_with_the_best_dense_and_the_best_vendor_engine() -> No
     assert "all: geometric mean 1.00x" in text
     assert "slower than the best dense engine: 1 of 2 cases" in text
     assert "broken, 1x1: why" in text
+    assert "  triton dense                 tokens >= 2048 0.83x, <= 16 -" in text
+    assert "  sparsecomp gluon             tokens >= 2048 2.00x, <= 16 0.50x" in text
+    assert f"{10:>10.2f} {5:>10.2f} {20:>6.1f}% {2:>7.2f}x {'1.60x':>9}  sparsecomp gluon; cublas" in text
+
+
+def test_refusals_are_told_once_for_each_engine() -> None:
+    refused = ["picky, 1x1, 1 tokens: small", "picky, 2x2, 1 tokens: small", "shy, 1x1, 1 tokens: busy"]
+    text = gpu_report.summary({**_result(), "refused": refused})
+    assert "refused: 3\n  picky, 1x1, 1 tokens: small (and 1 more)\n  shy, 1x1, 1 tokens: busy\n" in text
 
 
 def test_an_empty_sweep_still_reports() -> None:

@@ -72,6 +72,10 @@ class Choice:
     config: Config
     swizzle: int = 1
 
+    def __str__(self) -> str:
+        """Such as bfloat16-128x256-2x1, swizzle 4."""
+        return f"{self.config}, swizzle {self.swizzle}"
+
 
 _TILES = (
     Config(128, 128, 2, 1),

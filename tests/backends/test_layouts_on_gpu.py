@@ -1,4 +1,4 @@
-"""Every GPU adapter makes its layout on the device, by kernels where there are some: they are executed on the CPU here."""
+"""Every GPU adapter makes its layout on the device, by kernels where there are some; they are executed on the CPU."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_vendor_library_is_given_a_dense_weight_that_a_kernel_unpacked(
 
 @pytest.mark.parametrize("name", [name for name in backends() if name not in ("cpu", "dense", "reference")])
 def test_no_layout_leaves_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tensor that goes to the host would do so by one of these; a single number, read to refuse a weight, does not."""
+    """A tensor would go to the host by one of these; a single number, read to refuse a weight, does not."""
     pytest.importorskip("triton", reason="triton is not installed")
     pattern = "block16x16:0.5" if name == "triton_block" else "1:2" if name == "gluon_tf32" else "2:4"
     dtype = torch.float32 if name == "gluon_tf32" else HALF
