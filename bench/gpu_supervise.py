@@ -7,8 +7,6 @@ it is about to do and what it found in a journal, a file of JSON lines. Standard
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -76,7 +74,8 @@ def supervise(command: Sequence[str], journal: Journal, deadline: float, quiet: 
 
 def _run(command: Sequence[str], journal: Journal, deadline: float, quiet: float) -> str | None:
     """None if it ended well, else how it ended; "" if it was ended for lack of time."""
-    process = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
+    # in the group of this process: whoever ends the one ends the other
+    process = subprocess.Popen(command, stdout=sys.stderr)
     size, last = -1, time.monotonic()
     try:
         while (status := process.poll()) is None:
@@ -90,7 +89,7 @@ def _run(command: Sequence[str], journal: Journal, deadline: float, quiet: float
                 return f"said nothing for {quiet:g} s and was ended"
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
     if status == 0:
         return None

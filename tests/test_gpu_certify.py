@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsecomp.bench import gpu_certify, gpu_goals
+from sparsecomp.bench import gpu_certify, gpu_goals, gpu_stages
 from sparsecomp.bench.gpu_stages import Outcome, Stage, run
 from sparsecomp.bench.gpu_supervise import Journal, supervise
 
@@ -60,29 +60,31 @@ def test_a_failure_costs_only_what_needs_it(tmp_path: Path) -> None:
     assert outcomes["killed"].reason == "signal 9"
 
 
-def test_nothing_runs_on_after_the_end_and_later_phases_keep_their_time(tmp_path: Path) -> None:
+def test_nothing_runs_on_after_the_end_and_later_phases_keep_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_stages, "_LEAST", 1.0)
     begin = time.monotonic()
     phases = [
         [Stage("long", _python("import time; time.sleep(60)"), 60)],
-        [Stage("short", (*_python("import sys; print(sys.argv[1])"), "{seconds}"), 60, least=6.0)],
+        [Stage("short", (*_python("import sys; print(sys.argv[1])"), "{seconds}"), 60, least=3.0)],
     ]
-    outcomes = _run(phases, tmp_path, 12.0)
+    outcomes = _run(phases, tmp_path, 5.0)
     assert (outcomes["long"].state, outcomes["long"].fault) == ("cut short", True)
-    assert outcomes["short"].state == "passed" and 5 <= int((tmp_path / "short.log").read_text()) <= 7
-    assert time.monotonic() - begin < 12
-    assert _run([[Stage("late", _python("pass"), 60)]], tmp_path, 1.0)["late"].reason == "no time was left"
+    assert outcomes["short"].state == "passed" and 2 <= int((tmp_path / "short.log").read_text()) <= 3
+    assert time.monotonic() - begin < 5
+    assert _run([[Stage("late", _python("pass"), 60)]], tmp_path, 0.5)["late"].reason == "no time was left"
 
 
 def test_the_children_of_a_stage_end_with_it(tmp_path: Path) -> None:
     child = tmp_path / "child"
     code = (
         "import subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, '-c', \"import time; time.sleep(9); open({str(child)!r}, 'w')\"])\n"
+        f"subprocess.Popen([sys.executable, '-c', \"import time; time.sleep(1); open({str(child)!r}, 'w')\"])\n"
     )
     assert _run([[Stage("parent", _python(code), 30)]], tmp_path)["parent"].state == "passed"
-    time.sleep(0.3)
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
-    assert str(child) not in left
+    time.sleep(1.5)
+    assert not child.exists()
 
 
 def test_a_judge_turns_a_status_into_words(tmp_path: Path) -> None:
@@ -229,3 +231,41 @@ def test_the_whole_script_where_nothing_can_run(tmp_path: Path) -> None:
     assert text.startswith("NOTHING WAS MEASURED") and "no time was left" in text and text in done.stdout
     whole = json.loads((tmp_path / "out" / "certification.json").read_text())
     assert len(whole["goals"]) == 7 and whole["stages"][0]["name"] == "environment"
+
+
+def test_a_stage_that_is_ended_takes_the_watched_process_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_stages, "_LEAST", 1.0)
+    monkeypatch.chdir(tmp_path)
+    left = tmp_path / "left"
+    worker = f"import time; time.sleep(4); open({str(left)!r}, 'w')"
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from sparsecomp.bench.gpu_supervise import Journal, supervise\n"
+        f"supervise([sys.executable, '-c', {worker!r}], Journal(Path('j')), time.monotonic() + 60)\n"
+    )
+    assert _run([[Stage("sweep", _python(code), 2.5)]], tmp_path)["sweep"].state == "cut short"
+    time.sleep(2.5)
+    assert not left.exists()
+
+
+def test_every_test_that_needs_a_gpu_is_in_a_stage() -> None:
+    marked = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "mark.gpu\n" in path.read_text() or "mark.gpu)" in path.read_text()
+    }
+    stages = [stage for phase in gpu_certify.phases(16, "9.0") for stage in phase]
+    named = {part for stage in stages for part in stage.command if part.startswith("tests/") and part.endswith(".py")}
+    assert marked - {Path(__file__).relative_to(ROOT).as_posix()} == named
+    # the two halves of one file
+    gluon, rest = (stage.command[-1] for stage in stages if stage.name in ("tests gluon", "tests triton"))
+    assert {f"not ({gluon})", f"not ({rest})"} & {gluon, rest}
+    assert len({stage.name for stage in stages}) == len(stages)
+    assert all(set(stage.needs) <= {each.name for each in stages} for stage in stages)
+
+
+def test_the_time_kept_for_later_stages_leaves_enough_for_the_first() -> None:
+    kept = [max(stage.least for stage in phase) for phase in gpu_certify.phases(16, "9.0")]
+    assert sum(kept) < 9 * 60 - 60
