@@ -49,8 +49,8 @@ def cases(models: Sequence[str] = tuple(MODELS), tokens: Sequence[int] = TOKENS)
     return list(distinct.values())
 
 
-def copies(case: Case, l2_bytes: int, bytes_per_value: int = 2, most: int = 64, memory: int = 8 << 30) -> int:
-    """Weights and inputs to rotate over, so that none is left in L2 when its turn comes again: 2 of 3 times its size.
+def copies(case: Case, l2_bytes: int, bytes_per_value: int = 2, most: int = 160, memory: int = 8 << 30) -> int:
+    """Weights and inputs to rotate over, so that none is left in L2 when its turn comes again: 3 times its size.
 
     The compressed weight is 9/16 of the dense one and sets the count, which is the same for every engine.
     """

@@ -40,7 +40,7 @@ def measure_layer(
 ) -> None:
     """Compile layers of that shape for all its batch sizes, and record the times beside those of nn.Linear."""
     first = min(of_one_shape, key=lambda case: case.tokens)
-    operands = random_operands(first, torch.bfloat16, copies(first, l2_bytes, most=8), device)
+    operands = random_operands(first, torch.bfloat16, copies(first, l2_bytes), device)
     weights = [weight for weight, _ in operands]
     dense = [_linear(weight) for weight in weights]
     model = nn.Sequential(*(_linear(weight) for weight in weights))

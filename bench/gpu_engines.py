@@ -167,8 +167,12 @@ class Ours(GpuEngine):
 
     def prepare(self, weight: Tensor, x: Tensor) -> Call:
         """The layout; the first call compiles, and tunes where there is something to tune."""
-        packed = pack(weight, pattern_of(weight.dtype))
-        kernel = self._backend.prepare(quantize(packed) if self._quantized else packed)
+        pattern = parse(pattern_of(weight.dtype))
+        if self._quantized:
+            kernel = self._backend.prepare(quantize(pack(weight, pattern)))
+        else:
+            # in one pass where the backend has a kernel for it: a case has up to 160 weights
+            kernel = self._backend.prepare_dense(weight, pattern)
         return lambda: self._backend.run(kernel, x, None)
 
     def note(self, case: Case) -> str:

@@ -44,13 +44,12 @@ def test_a_sweep_cut_short_has_seen_prefill_and_decoding() -> None:
     assert [case.tokens for case in gpu_cases.cases(["BERT-base"], [5, 1])] == [4096, 8192, 1, 1, 1, 5, 5, 5]
 
 
-def test_operands_exceed_the_cache_unless_there_are_too_many_of_them() -> None:
-    l2 = 50 << 20
+@pytest.mark.parametrize("l2_mib", [40, 50, 60])
+def test_operands_exceed_the_cache(l2_mib: int) -> None:
     for case in gpu_cases.cases():
-        count = gpu_cases.copies(case, l2)
+        count = gpu_cases.copies(case, l2_mib << 20)
         each = case.out * case.columns * 2 * 9 // 16 + case.tokens * (case.out + case.columns) * 2
-        assert count >= 2
-        assert count == 64 or count * each >= 2 * l2
+        assert count >= 2 and count * each >= 1.5 * (l2_mib << 20)
 
 
 def test_a_sample_is_whole_rounds_and_long_enough() -> None:
