@@ -1,7 +1,7 @@
-"""2:4 weights on the sparse tensor cores of Hopper, through CUTLASS's wgmma.sp collective, compiled on first use.
+"""2:4 weights on the sparse tensor cores of Hopper, through CUTLASS's wgmma.sp collective.
 
-Takes a ``PackedWeight`` and gives the layout of ``sparsecomp.pack.wgmma``. Importing it compiles and loads nothing.
-Knows nothing of nn, plan or prune.
+The kernels are built with the package, or compiled on first use; importing this compiles and loads nothing. Takes a
+``PackedWeight`` and gives the layout of ``sparsecomp.pack.wgmma``. Knows nothing of nn, plan or prune.
 """
 
 from __future__ import annotations
