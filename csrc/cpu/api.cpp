@@ -2,6 +2,7 @@
 #include "dispatch.hpp"
 #include "layout.hpp"
 #include "linear.hpp"
+#include "pages.hpp"
 #include "panel.hpp"
 #include "parallel.hpp"
 #include "reference.hpp"
@@ -66,10 +67,16 @@ int sparsecomp_nm_pack(const sparsecomp_nm* weight, const void* canonical_values
   if (!weight || !make_geometry(*weight, &g)) return SPARSECOMP_INVALID;
   if (g.out == 0 || g.in == 0) return SPARSECOMP_OK;
   if (!canonical_values || !canonical_metadata || !values || !metadata) return SPARSECOMP_INVALID;
-  return for_tiles(g, 0, [&](int64_t tile) {
+  const int64_t value_bytes = g.tiles * g.steps * g.value_bytes, metadata_bytes = g.tiles * g.steps * g.metadata_bytes;
+  sparsecomp::prefer_huge_pages(values, value_bytes);
+  sparsecomp::prefer_huge_pages(metadata, metadata_bytes);
+  const int code = for_tiles(g, 0, [&](int64_t tile) {
     pack_tile(g, tile, static_cast<const uint8_t*>(canonical_values), canonical_metadata, static_cast<uint8_t*>(values),
               static_cast<uint8_t*>(metadata));
   });
+  sparsecomp::gather_huge_pages(values, value_bytes);
+  sparsecomp::gather_huge_pages(metadata, metadata_bytes);
+  return code;
 }
 
 int sparsecomp_nm_unpack(const sparsecomp_nm* weight, const void* values, const void* metadata, void* canonical_values,

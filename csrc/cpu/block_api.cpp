@@ -1,6 +1,7 @@
 // The C ABI of block-sparse weights: checks its arguments and hands over to the layout, the kernels or the reference.
 #include "block.hpp"
 #include "dispatch.hpp"
+#include "pages.hpp"
 #include "parallel.hpp"
 #include "sparsecomp.h"
 
@@ -40,7 +41,10 @@ int sparsecomp_block_pack(const sparsecomp_block* weight, const void* canonical_
   if (!valid(weight, &g) || !present(g, canonical_values, metadata) || !present(g, values, metadata))
     return SPARSECOMP_INVALID;
   if (!canonical_metadata && g.down * g.across > 0) return SPARSECOMP_INVALID;
-  return code(pack_blocks(g, bytes(canonical_values), canonical_metadata, bytes(values), bytes(metadata)));
+  sparsecomp::prefer_huge_pages(values, g.values_bytes());
+  const bool done = pack_blocks(g, bytes(canonical_values), canonical_metadata, bytes(values), bytes(metadata));
+  if (done) sparsecomp::gather_huge_pages(values, g.values_bytes());
+  return code(done);
 }
 
 int sparsecomp_block_unpack(const sparsecomp_block* weight, const void* values, const void* metadata,

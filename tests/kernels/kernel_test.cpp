@@ -12,6 +12,7 @@
 #include "dispatch.hpp"
 #include "layout.hpp"
 #include "numbers.hpp"
+#include "pages.hpp"
 #include "partition.hpp"
 #include "reference.hpp"
 #include "sparsecomp.h"
@@ -230,6 +231,20 @@ void check_refusals() {
         "int8 x");
 }
 
+// Hints must leave every byte as it is, wherever the memory begins and ends.
+void check_pages() {
+  constexpr int64_t kMost = 5 << 20;
+  Buffer memory(kMost);
+  for (const int64_t bytes : {int64_t{0}, int64_t{100}, int64_t{3} << 20, kMost - 7}) {
+    prefer_huge_pages(memory.data + 7, bytes);
+    for (int64_t i = 0; i < kMost; ++i) memory.data[i] = static_cast<uint8_t>(i * 31 >> 3);
+    gather_huge_pages(memory.data + 7, bytes);
+    int64_t changed = 0;
+    for (int64_t i = 0; i < kMost; ++i) changed += memory.data[i] != static_cast<uint8_t>(i * 31 >> 3);
+    CHECK(changed == 0, "%lld bytes changed", static_cast<long long>(changed));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -239,6 +254,7 @@ int main() {
   }
   check_partition();
   check_numbers();
+  check_pages();
   check_refusals();
   check_unnamed_columns();
   compare_random(600);
