@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TRITONS := $(shell cat tests/kernels_gpu/tritons.txt)
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.cmake' \))
@@ -11,7 +12,7 @@ CUDA_SOURCES := $(wildcard cmake/* csrc/cuda/*) sparsecomp/backends/cutlass_buil
 CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/kernels/*.[ch]pp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sanitize nightly clean
+.PHONY: help setup tritons demo test lint bench sanitize nightly clean
 
 help:
 	@echo 'make demo      the whole job on a real model: prune, pack, run, save, export, measure (under 5 minutes)'
@@ -44,10 +45,20 @@ $(VENV)/.bench: $(READY)
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	@touch $@
 
+# The oldest and the newest Triton that the GPU kernels are compiled with, beside the one that torch wants. Without a
+# network their tests are skipped.
+tritons: $(READY)
+	@for version in $(TRITONS); do \
+	  folder=$(VENV)/tritons/$$version; \
+	  [ -d $$folder ] || { rm -rf $$folder.part && \
+	    $(PIP) --retries 1 --timeout 15 install -q --no-deps --target $$folder.part triton==$$version && \
+	    mv $$folder.part $$folder; } || echo "warning: Triton $$version cannot be installed; its tests are skipped" >&2; \
+	done
+
 demo: $(READY)
 	$(BIN)/python -m sparsecomp.bench.demo
 
-test: lint
+test: lint tritons
 	$(BIN)/python -m pytest -q
 
 lint: $(READY)

@@ -177,11 +177,12 @@ class Ours(GpuEngine):
 
     def note(self, case: Case) -> str:
         """The configuration that was found fastest."""
-        size = {"gluon": 2, "gluon_int8": 1, "gluon_tf32": 4}.get(self._backend.name)
-        if size is None:
+        # bytes of an element in the tensor cores, and of an output
+        sizes = {"gluon": (2, 2), "gluon_int8": (1, 2), "gluon_tf32": (4, 4)}.get(self._backend.name)
+        if sizes is None:
             return ""
         kernels, tuning = (import_module(f"sparsecomp.kernels.{name}") for name in ("sparse_mma", "sparse_mma_tuning"))
-        key = kernels.tuning_key(torch.cuda.current_device(), case.out, case.columns, case.tokens, size)
+        key = kernels.tuning_key(torch.cuda.current_device(), case.out, case.columns, case.tokens, *sizes)
         return str(tuning.known(key))
 
 

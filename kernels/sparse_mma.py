@@ -59,15 +59,18 @@ def sparse_mma_linear(
 
     if config is None:
         capability, multiprocessors = gpu(x.get_device())
-        options = candidates(out_features, tokens, capability, multiprocessors)
-        config = tuned(tuning_key(x.get_device(), out_features, in_features, tokens, x.dtype.itemsize), options, run)
+        sizes = x.dtype.itemsize, y.dtype.itemsize
+        options = candidates(out_features, tokens, capability, multiprocessors, result_bytes=sizes[1])
+        config = tuned(tuning_key(x.get_device(), out_features, in_features, tokens, *sizes), options, run)
     run(config)
     return y
 
 
-def tuning_key(device: int, out_features: int, in_features: int, tokens: int, itemsize: int = 2) -> tuple[int, ...]:
-    """What products share a measurement: one GPU, one padded shape, one size of elements of x, about as many tokens."""
-    return (device, out_features, in_features + -in_features % 8, itemsize, bucket(tokens))
+def tuning_key(
+    device: int, out_features: int, in_features: int, tokens: int, itemsize: int = 2, result_bytes: int = 2
+) -> tuple[int, ...]:
+    """What products share a measurement: one GPU, padded shape, size of elements and results, about as many tokens."""
+    return (device, out_features, in_features + -in_features % 8, itemsize, result_bytes, bucket(tokens))
 
 
 def _run(

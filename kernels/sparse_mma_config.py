@@ -8,6 +8,9 @@ BYTES_PER_VALUE = 2
 SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Shared memory one block may have, by compute capability (CUDA C programming guide, table of technical figures)."""
 
+_WIDE_RESULT_TILES = 16
+"""Tiles of a warp above which results of 4 bytes, finished beside the sums, would not fit the registers."""
+
 _UNKNOWN_SHARED_BYTES = 101376
 _PRODUCTS_PER_BYTE = 128
 
@@ -59,7 +62,7 @@ class Config:
         )
 
 
-# A warp's 4 x 8 tiles take 128 accumulators; 64x128 a warp would spill.
+# A warp's 4 x 8 tiles take 128 accumulators of a thread; 64x128 a warp would spill.
 CONFIGS = (
     Config(4, 8, 2, 2, 64, 3),
     Config(4, 8, 2, 2, 64, 4),
@@ -92,22 +95,28 @@ SPLIT_CONFIGS = (
 """Those that split the columns, for up to ``DECODE_TOKENS`` tokens; the tests compile and execute each."""
 
 
-def configs(capability: int) -> tuple[Config, ...]:
-    """Those whose pipeline fits the shared memory of sm_<capability>."""
+def configs(capability: int, result_bytes: int = 2) -> tuple[Config, ...]:
+    """Those that fit sm_<capability>: the pipeline its shared memory, and results of that many bytes the registers."""
     limit = SHARED_BYTES.get(capability, _UNKNOWN_SHARED_BYTES)
-    return tuple(config for config in CONFIGS if config.shared_bytes <= limit)
+    fitting = (config for config in CONFIGS if config.shared_bytes <= limit)
+    if result_bytes > BYTES_PER_VALUE:
+        return tuple(config for config in fitting if config.row_tiles * config.token_tiles <= _WIDE_RESULT_TILES)
+    return tuple(fitting)
 
 
-def choose_config(out: int, tokens: int, capability: int, multiprocessors: int) -> Config:
+def choose_config(out: int, tokens: int, capability: int, multiprocessors: int, result_bytes: int = 2) -> Config:
     """The configuration expected to be fastest, from a model of how many blocks run at once.
 
     Blocks a multiprocessor gets times the tensor work of one, padding included, or what one moves if that takes longer:
     wide tiles win where they fill the GPU, narrow ones where there are few outputs or tokens. A guess: measure.
     """
-    return min(configs(capability), key=lambda config: _cost(config, out, tokens, multiprocessors))
+    offered = configs(capability, result_bytes)
+    return min(offered, key=lambda config: _cost(config, out, tokens, multiprocessors))
 
 
-def candidates(out: int, tokens: int, capability: int, multiprocessors: int, count: int = 4) -> tuple[Config, ...]:
+def candidates(
+    out: int, tokens: int, capability: int, multiprocessors: int, count: int = 4, result_bytes: int = 2
+) -> tuple[Config, ...]:
     """The ``count`` most promising configurations, best first: what an autotuner measures.
 
     For up to ``DECODE_TOKENS`` tokens as many that split the columns follow; all of those fit every GPU.
@@ -116,7 +125,7 @@ def candidates(out: int, tokens: int, capability: int, multiprocessors: int, cou
     def best(offered: tuple[Config, ...]) -> tuple[Config, ...]:
         return tuple(sorted(offered, key=lambda config: _cost(config, out, tokens, multiprocessors))[:count])
 
-    return best(configs(capability)) + (best(SPLIT_CONFIGS) if tokens <= DECODE_TOKENS else ())
+    return best(configs(capability, result_bytes)) + (best(SPLIT_CONFIGS) if tokens <= DECODE_TOKENS else ())
 
 
 def _cost(config: Config, out: int, tokens: int, multiprocessors: int) -> float:

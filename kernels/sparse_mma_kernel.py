@@ -57,6 +57,21 @@ def _x_layout(WARPS_OUT, WARPS_TOKENS, TOKEN_TILES):
 
 
 @gluon.constexpr_function
+def _layout(ROW_TILES, TOKEN_TILES, HELD, WARPS_OUT, WARPS_TOKENS):
+    """[warps along outputs, along tokens, lanes, row tiles, token tiles, numbers]: a thread holds the last three.
+
+    Sums are 4 numbers a tile. What rows or tokens alone have is loaded in a layout without the tiles of the other:
+    Triton before 3.9 loads a number again for each register that is to hold it.
+    """
+    return gl.BlockedLayout(
+        [1, 1, 1, ROW_TILES, TOKEN_TILES, HELD],
+        [1, 1, 32, 1, 1, 1],
+        [WARPS_OUT, WARPS_TOKENS, 1, 1, 1, 1],
+        [5, 4, 3, 2, 1, 0],
+    )
+
+
+@gluon.constexpr_function
 def _only(axis, layout, rank):
     for other in range(rank - 1, -1, -1):
         if other != axis:
@@ -115,12 +130,8 @@ def sparse_mma_kernel(
     # slices that a word of metadata serves, one by each selector
     SELECTORS: gl.constexpr = 1 if SCALED else 2
     WORDS: gl.constexpr = DEPTH // 2
-    ACCUMULATOR: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 1, ROW_TILES, TOKEN_TILES, 4],
-        [1, 1, 32, 1, 1, 1],
-        [WARPS_OUT, WARPS_TOKENS, 1, 1, 1, 1],
-        [5, 4, 3, 2, 1, 0],
-    )
+    ACCUMULATOR: gl.constexpr = _layout(ROW_TILES, TOKEN_TILES, 4, WARPS_OUT, WARPS_TOKENS)
+    METADATA: gl.constexpr = _layout(ROW_TILES, 1, 1, WARPS_OUT, WARPS_TOKENS)
     WEIGHT_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     X_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [WARPS, 1], [1, 0])
     out_features = out_units * OUT_UNIT
@@ -154,18 +165,15 @@ def sparse_mma_kernel(
     x_block = x + first_token.to(gl.int64) * stride_chunks * 4
     x_row = (token * stride_chunks * 4)[:, None] + word[None, :]
 
-    first = block_out * TILES + _along(WARPS_OUT, 0, ACCUMULATOR) * ROW_TILES
+    first = block_out * TILES + _along(WARPS_OUT, 0, METADATA) * ROW_TILES
     tile_block = gl.minimum(first // 4, row_tiles // 4 - 1)
     words_of_metadata = depth_blocks * (2 // SELECTORS)
-    metadata_lane = metadata + (tile_block * words_of_metadata * 32 + _along(32, 2, ACCUMULATOR)) * 4
-    metadata_lane = (
-        metadata_lane + first // ROW_TILES % (4 // ROW_TILES) * ROW_TILES + _along(ROW_TILES, 3, ACCUMULATOR)
-    )
+    metadata_lane = metadata + (tile_block * words_of_metadata * 32 + _along(32, 2, METADATA)) * 4
+    metadata_lane = metadata_lane + first // ROW_TILES % (4 // ROW_TILES) * ROW_TILES + _along(ROW_TILES, 3, METADATA)
 
     accumulator = gl.zeros([WARPS_OUT, WARPS_TOKENS, 32, ROW_TILES, TOKEN_TILES, 4], SUM, ACCUMULATOR)
     if HAS_BIAS and not SCALED and not SPLIT:
-        held = _rows_held(block_out, WARPS_OUT, ROW_TILES, ACCUMULATOR)
-        accumulator += gl.load(bias + held, mask=held < out_features, other=0.0).to(gl.float32)
+        accumulator += _of_rows(bias, block_out, out_features, ROW_TILES, WARPS_OUT, WARPS_TOKENS, ACCUMULATOR)
     for stage in gl.static_range(STAGES - 1):
         _copy(
             weight_stages.index(stage),
@@ -212,7 +220,7 @@ def sparse_mma_kernel(
         for part in gl.static_range(SLICES):
             if part % SELECTORS == 0:
                 # the next word is fetched while this one is used
-                current = positions
+                current = gl.convert_layout(positions, ACCUMULATOR, assert_trivial=True)
                 following = gl.minimum((step * SLICES + part) // SELECTORS + 1, words_of_metadata - 1)
                 positions = gl.load(metadata_lane + following * 128)
             a = weights.slice(part * TILES, TILES, 0).load(_weight_layout(WARPS_OUT, WARPS_TOKENS, ROW_TILES))
@@ -243,15 +251,11 @@ def sparse_mma_kernel(
     if SPLIT:
         y += gl.program_id(1).to(gl.int64) * tokens * out_features
     elif SCALED:
-        held = _rows_held(block_out, WARPS_OUT, ROW_TILES, ACCUMULATOR)
-        token_held = first_token + (_along(WARPS_TOKENS, 1, ACCUMULATOR) * TOKEN_TILES) * 8
-        token_held = token_held + _along(TOKEN_TILES, 4, ACCUMULATOR) * 8
-        token_held = token_held + _along(32, 2, ACCUMULATOR) % 4 * 2 + _along(4, 5, ACCUMULATOR) % 2
-        row_scale = gl.load(row_scales + held, mask=held < out_features, other=0.0)
-        token_scale = gl.load(token_scales + token_held, mask=token_held < tokens, other=0.0)
+        row_scale = _of_rows(row_scales, block_out, out_features, ROW_TILES, WARPS_OUT, WARPS_TOKENS, ACCUMULATOR)
+        token_scale = _of_tokens(token_scales, first_token, tokens, TOKEN_TILES, WARPS_OUT, WARPS_TOKENS, ACCUMULATOR)
         added = gl.zeros_like(row_scale)
         if HAS_BIAS:
-            added = gl.load(bias + held, mask=held < out_features, other=0.0).to(gl.float32)
+            added = _of_rows(bias, block_out, out_features, ROW_TILES, WARPS_OUT, WARPS_TOKENS, ACCUMULATOR)
         scaled = [accumulator, row_scale, token_scale, added]
         result = gl.inline_asm_elementwise(CODE[0], CODE[1], scaled, y.dtype.element_ty, True, 2)
     else:
@@ -262,18 +266,54 @@ def sparse_mma_kernel(
     ACROSS: gl.constexpr = 32 if TILES * 16 // VECTOR > 32 else TILES * 16 // VECTOR
     STORE: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
     result = gl.convert_layout(result, STORE)
-    row = block_out * TILES * 16 + gl.arange(0, TILES * 16, gl.SliceLayout(0, STORE))
-    token_out = block_tokens * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(1, STORE))
-    target = y + (token_out.to(gl.int64) * out_features)[:, None] + row[None, :]
-    inside = (token_out < tokens)[:, None] & (row // OUT_UNIT < out_units)[None, :]
+    row = gl.arange(0, TILES * 16, gl.SliceLayout(0, STORE))
+    token_out = gl.arange(0, TOKENS, gl.SliceLayout(1, STORE))
+    first_row = block_out * TILES * 16
+    # one pointer and 32-bit offsets, as for copies
+    block = y + (first_token.to(gl.int64) * out_features + first_row)
+    target = block + ((token_out * out_features)[:, None] + row[None, :])
+    inside = (token_out < tokens - first_token)[:, None] & ((first_row + row) // OUT_UNIT < out_units)[None, :]
     gl.store(target, result, mask=inside)
 
 
+# Register 2h + l of lane (g, t) holds output row g + 8h of a tile, token 2t + l.
 @gluon.jit
-def _rows_held(block_out, WARPS_OUT: gl.constexpr, ROW_TILES: gl.constexpr, layout: gl.constexpr):
-    # register 2h + l of lane (g, t) holds output row g + 8h of a tile, token 2t + l
-    tile = block_out * (WARPS_OUT * ROW_TILES) + _along(WARPS_OUT, 0, layout) * ROW_TILES + _along(ROW_TILES, 3, layout)
-    return tile * 16 + _along(32, 2, layout) // 4 + _along(4, 5, layout) // 2 * 8
+def _of_rows(
+    numbers,
+    block_out,
+    out_features,
+    ROW_TILES: gl.constexpr,
+    WARPS_OUT: gl.constexpr,
+    WARPS_TOKENS: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """What the rows of a thread's sums have each, as fp32."""
+    OWN: gl.constexpr = _layout(ROW_TILES, 1, 2, WARPS_OUT, WARPS_TOKENS)
+    tile = block_out * (WARPS_OUT * ROW_TILES) + _along(WARPS_OUT, 0, OWN) * ROW_TILES + _along(ROW_TILES, 3, OWN)
+    row = tile * 16 + _along(32, 2, OWN) // 4 + _along(2, 5, OWN) * 8
+    found = gl.load(numbers + row, mask=row < out_features, other=0.0).to(gl.float32)
+    found = gl.reshape(gl.join(found, found), [WARPS_OUT, 1, 32, ROW_TILES, 1, 4])
+    return gl.convert_layout(found, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _of_tokens(
+    numbers,
+    first_token,
+    tokens,
+    TOKEN_TILES: gl.constexpr,
+    WARPS_OUT: gl.constexpr,
+    WARPS_TOKENS: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """What the tokens of a thread's sums have each."""
+    OWN: gl.constexpr = _layout(1, TOKEN_TILES, 2, WARPS_OUT, WARPS_TOKENS)
+    tile = _along(WARPS_TOKENS, 1, OWN) * TOKEN_TILES + _along(TOKEN_TILES, 4, OWN)
+    token = first_token + tile * 8 + _along(32, 2, OWN) % 4 * 2 + _along(2, 5, OWN)
+    found = gl.load(numbers + token, mask=token < tokens, other=0.0)
+    found = gl.permute(gl.join(found, found), [0, 1, 2, 3, 4, 6, 5])
+    found = gl.reshape(found, [1, WARPS_TOKENS, 32, 1, TOKEN_TILES, 4])
+    return gl.convert_layout(found, layout, assert_trivial=True)
 
 
 @gluon.jit

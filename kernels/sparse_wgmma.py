@@ -1,4 +1,4 @@
-"""y = x W^T + bias for a 2:4 weight by wgmma.sp with the weight in registers (sm_90): cp.async, wgmma.mma_async.sp.
+"""y = activation(x W^T + bias) for a 2:4 weight by wgmma.mma_async.sp with the weight in registers (sm_90).
 
 Takes plain tensors in the fragment layout and launches on torch's current stream. Imports triton, so it is loaded on
 first use; knows nothing of packing, backends or layers. An experiment: no GPU has run it.
@@ -15,14 +15,18 @@ from typing import Any
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from sparsecomp.kernels.gluon_compat import commit_group, copy_to_shared, wait_group
+from sparsecomp.kernels.gluon_compat import (
+    block_barrier,
+    commit_group,
+    copy_to_shared,
+    fence_async_shared,
+    wait_group,
+)
 from sparsecomp.kernels.sparse_mma import aligned_rows
+from sparsecomp.kernels.sparse_mma_epilogue import finish
 from sparsecomp.kernels.sparse_mma_tuning import bucket, tuned
 from sparsecomp.kernels.sparse_wgmma_config import CONFIGS, WgmmaConfig
-
-_block_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7 renamed it
 
 
 @gluon.constexpr_function
@@ -97,6 +101,7 @@ def sparse_wgmma_kernel(
     tokens,
     BF16: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     OUT_UNIT: gl.constexpr,
     GROUPS: gl.constexpr,
     TOKENS: gl.constexpr,
@@ -145,7 +150,7 @@ def sparse_wgmma_kernel(
         # all but the last STAGES - 2 groups have landed, and wgmma reads memory by another path than cp.async wrote it
         wait_group(STAGES - 2)
         fence_async_shared()
-        _block_barrier()
+        block_barrier()
         ahead = step + STAGES - 1
         _copy(stages.index(ahead % STAGES), x_block, token, column, tokens_left, ahead, chunks, stride)
         commit_group()
@@ -165,8 +170,10 @@ def sparse_wgmma_kernel(
     wait_group(0)
     stages._keep_alive()
 
-    result = gl.reshape(accumulator, [WARPS, 8, 4, HELD // 4, 2, 2])
-    result = gl.reshape(gl.permute(result, [3, 2, 5, 0, 4, 1]), [TOKENS, OUT]).to(y.dtype.element_ty)
+    CODE: gl.constexpr = finish(ACTIVATION, y.dtype.element_ty, False)
+    result = gl.inline_asm_elementwise(CODE[0], CODE[1], [accumulator], y.dtype.element_ty, True, 2)
+    result = gl.reshape(result, [WARPS, 8, 4, HELD // 4, 2, 2])
+    result = gl.reshape(gl.permute(result, [3, 2, 5, 0, 4, 1]), [TOKENS, OUT])
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (OUT // 8), OUT // 8], [WARPS, 1], [1, 0])
     result = gl.convert_layout(result, STORE)
     row = block_out * OUT + gl.arange(0, OUT, gl.SliceLayout(0, STORE))
@@ -183,14 +190,15 @@ def sparse_wgmma_linear(
     metadata: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
+    activation: str = "none",
     config: WgmmaConfig | None = None,
 ) -> torch.Tensor:
-    """y [tokens, out] = x W^T + bias, accumulated in fp32 and rounded once to the dtype of ``x``.
+    """y [tokens, out] = activation(x W^T + bias), accumulated in fp32 and rounded once to the dtype of ``x``.
 
     ``x`` [tokens, in] in fp16 or bf16; ``fragments`` int32 [row tiles of 16, depth blocks of 32, 128] and ``metadata``
     int32 [rows / 64, columns / 64, 128] as ``sparsecomp.pack.fragments`` makes them. Rows of x that do not start at
-    multiples of 16 bytes are copied once. ``config`` None takes the fastest, measured at the first call for about
-    that many tokens.
+    multiples of 16 bytes are copied once. ``activation`` is one of ``sparse_mma.ACTIVATIONS``, in fp32. ``config`` None
+    takes the fastest, measured at the first call for about that many tokens.
     """
     tokens = x.shape[0]
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
@@ -204,7 +212,8 @@ def sparse_wgmma_linear(
         unit = 8 if out_features % 8 == 0 else 1
         sizes = (row_tiles, depth_blocks, x.shape[1] // 8, x.stride(0) // 8, out_features // unit, tokens)
         arguments = (fragments, metadata, x, y if bias is None else bias, y, *sizes)
-        launch(arguments, constants(config, x.dtype, bias is not None, unit), blocks, config.warps)
+        variant = constants(config, x.dtype, bias is not None, activation, unit)
+        launch(arguments, variant, blocks, config.warps)
 
     if config is None:
         config = tuned(("wgmma", x.get_device(), out_features, x.shape[1], bucket(tokens)), CONFIGS, run)
@@ -212,11 +221,12 @@ def sparse_wgmma_linear(
     return y
 
 
-def constants(config: WgmmaConfig, dtype: torch.dtype, has_bias: bool, unit: int) -> dict[str, Any]:
+def constants(config: WgmmaConfig, dtype: torch.dtype, has_bias: bool, activation: str, unit: int) -> dict[str, Any]:
     """What one compiled variant of the kernel is made for."""
     return {
         "BF16": dtype == torch.bfloat16,
         "HAS_BIAS": has_bias,
+        "ACTIVATION": activation,
         "OUT_UNIT": unit,
         "GROUPS": config.groups,
         "TOKENS": config.tokens,

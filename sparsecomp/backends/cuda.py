@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 
 import torch
@@ -40,10 +41,26 @@ def on_gpu(tensor: Tensor) -> bool:
 def missing_triton() -> str | None:
     """None if Triton 3.6 or newer can be imported, else the reason why not."""
     try:
-        version = import_module("triton").__version__
-    except ImportError as error:
+        version = str(import_module("triton").__version__)
+    except Exception as error:  # a broken installation may raise anything
         return f"Triton cannot be imported ({error}); install sparsecomp[triton]"
     wanted = ".".join(str(part) for part in MINIMUM_TRITON)
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
+    # what stands behind, as in "3.9.0+git1a2b" or "3.10rc1", is of no matter
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None:
+        return f'Triton\'s version "{version}" cannot be read; install {wanted} or newer'
+    if (int(found[1]), int(found[2])) < MINIMUM_TRITON:
         return f"Triton {version} is too old; install {wanted} or newer"
+    return None
+
+
+def missing_gluon() -> str | None:
+    """None if ``missing_triton`` is and Gluon has the names the kernels use, else the reason why not."""
+    if reason := missing_triton():
+        return reason
+    try:
+        import_module("sparsecomp.kernels.gluon_compat")
+    except Exception as error:
+        version = import_module("triton").__version__
+        return f"the Gluon of Triton {version} is not one the kernels know ({error}); install Triton 3.6 to 3.9"
     return None

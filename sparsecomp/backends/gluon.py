@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp.backends import cuda
-from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old
+from sparsecomp.backends.cuda import missing_cuda, missing_gluon, too_old
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.format import PackedWeight, pack
@@ -40,7 +40,7 @@ class GluonBackend(Backend):
 
     def missing(self) -> str | None:
         """None if there is a GPU of compute capability 8.0 and Triton 3.6, or newer, else the reason why not."""
-        return missing_cuda() or missing_triton()
+        return missing_cuda() or missing_gluon()
 
     def supports(self, request: Request) -> str | None:
         """None if the kernel runs this request, else the reason why not. Every batch size is fine."""

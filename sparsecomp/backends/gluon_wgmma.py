@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparsecomp.backends.cuda import missing_cuda, missing_triton
+from sparsecomp.backends.cuda import missing_cuda, missing_gluon
 from sparsecomp.backends.cutlass import missing_hopper, other_gpu
 from sparsecomp.backends.gluon import fragments
 from sparsecomp.backends.registry import Backend, Kernel, Request
@@ -34,12 +34,13 @@ class GluonWgmmaBackend(Backend):
     """
 
     name = "gluon_wgmma"
+    fuses_activations = True
 
     def missing(self) -> str | None:
         """None if the flag is set and there is a GPU of compute capability 9.0 and Triton 3.6, else the reason."""
         if self.name not in os.environ.get(FLAG, "").split(","):
             return f"is an experiment that no GPU has certified; set {FLAG}={self.name} to try it"
-        return missing_cuda() or missing_hopper() or missing_triton()
+        return missing_cuda() or missing_hopper() or missing_gluon()
 
     def supports(self, request: Request) -> str | None:
         """None if the kernel runs this request, else the reason why not. Every batch size is fine."""
@@ -64,8 +65,12 @@ class GluonWgmmaBackend(Backend):
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out] on torch's current stream. Rows of ``x`` not aligned to 16 bytes are copied once."""
+        return self.run_activated(kernel, x, bias, "none")
+
+    def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """``run`` with the activation in fp32, before the rounding."""
         fragments, metadata = kernel.tensors
-        y: Tensor = _kernels().sparse_wgmma_linear(x, fragments, metadata, bias, kernel.shape[0])
+        y: Tensor = _kernels().sparse_wgmma_linear(x, fragments, metadata, bias, kernel.shape[0], activation)
         return y
 
 

@@ -5,6 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from triton_versions import VERSIONS, Evidence
+
+
+@pytest.fixture(scope="session", autouse=True)
+def evidence(request: pytest.FixtureRequest) -> Iterator[dict[str, Evidence]]:
+    """The runs with other Tritons by version, started with the first test here, to go on beside all the others."""
+    wanted = any(item.path.name == "test_triton_versions.py" for item in request.session.items)
+    runs = {version: Evidence(version) for version in VERSIONS if wanted}
+    for run in runs.values():
+        run.start()
+    yield runs
+    for run in runs.values():
+        run.stop()
 
 
 @pytest.fixture(scope="module")

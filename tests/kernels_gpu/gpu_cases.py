@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsecomp.backends.registry import Backend
 from sparsecomp.patterns import VNM, VNM_KEPT_COLUMNS, Block, parse, row_nm
 
 UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -24,6 +26,13 @@ class Case:
     x: Tensor
     bias: Tensor | None
     quantized: bool = False  # int8 holds the weight exactly, and it is to be stored so
+
+
+def need(backend: Backend) -> None:
+    """Skip, with the reason, where the backend cannot run."""
+    reason = backend.missing()
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def _top(scores: Tensor, count: int) -> Tensor:

@@ -32,6 +32,7 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("capability", "rows", "columns", "tokens", "dtype"), MATRIX, ids=str)
+@pytest.mark.every_triton
 def test_machine_code(
     capability: int, rows: int, columns: int, tokens: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -55,6 +56,7 @@ def test_machine_code(
         ("block32x128:0.4", 70, 256, 130, BRAIN),
     ],
 )
+@pytest.mark.every_triton
 def test_compiled_code_matches_float64(pattern: str, out: int, columns: int, tokens: int, dtype: torch.dtype) -> None:
     case = random_case(pattern, out, columns, tokens, dtype)
     assert case.bias is not None

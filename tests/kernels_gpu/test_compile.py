@@ -44,6 +44,7 @@ def _compile(
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("nm", "dtype", "batch", "aligned"), MATRIX, ids=str)
+@pytest.mark.every_triton
 def test_machine_code(capability: int, nm: NM, dtype: torch.dtype, batch: int, aligned: bool, tmp_path: Path) -> None:
     tile = choose_tile(dtype, batch)
     code = _compile(capability, nm, dtype, tile, aligned, tmp_path)
@@ -64,6 +65,7 @@ def test_machine_code(capability: int, nm: NM, dtype: torch.dtype, batch: int, a
 @pytest.mark.parametrize(
     ("nm", "dtype", "batch"), [(NM(2, 4), BRAIN, 1), (NM(2, 4), HALF, 128), (NM(8, 16), BRAIN, 32)]
 )
+@pytest.mark.every_triton
 def test_machine_code_of_int8_weights(capability: int, nm: NM, dtype: torch.dtype, batch: int, tmp_path: Path) -> None:
     code = _compile(capability, nm, dtype, choose_tile(dtype, batch), True, tmp_path, quantized=True)
     assert not code.spills and code.shared <= SHARED[capability]
@@ -87,6 +89,7 @@ def test_spills_are_noticed(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
+@pytest.mark.every_triton
 def test_compiled_code_matches_float64(
     pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype, quantized: bool
 ) -> None:

@@ -1,4 +1,4 @@
-"""The GPU backends on a GPU: the same bound against float64, CUDA graphs, streams and strides."""
+"""The GPU backends on a GPU: the same bound against float64, and strides."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from gpu_cases import (
     Case,
     assert_close_to_float64,
     assert_close_to_integer_product,
+    need,
     quantized_case,
     random_case,
     rounded_to_tf32,
@@ -31,12 +32,6 @@ pytestmark = pytest.mark.gpu
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
-def _need(backend: Backend) -> None:
-    reason = backend.missing()
-    if reason is not None:
-        pytest.skip(reason)
-
-
 def _run(backend: Backend, case: Case) -> torch.Tensor:
     packed = pack(case.weight.cuda(), case.pattern)
     packed = quantize(packed) if case.quantized else packed
@@ -50,7 +45,7 @@ def _run(backend: Backend, case: Case) -> torch.Tensor:
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "4:8", "8:16", "5:16", "16:16", "2:4@v4", "64:2:8"])
 @pytest.mark.parametrize("batch", [0, 1, 17, 32, 129])
 def test_triton_matches_float64(pattern: str, dtype: torch.dtype, batch: int) -> None:
-    _need(TritonBackend())
+    need(TritonBackend())
     case = random_case(pattern, 333, 777, batch, dtype, row_gap=3)
     assert_close_to_float64(_run(TritonBackend(), case), case)
 
@@ -59,14 +54,14 @@ def test_triton_matches_float64(pattern: str, dtype: torch.dtype, batch: int) ->
 @pytest.mark.parametrize("pattern", ["2:4", "8:16", "4:8@v2", "5:16"])
 @pytest.mark.parametrize("batch", [0, 1, 17, 129])
 def test_triton_with_int8_weights_matches_float64(pattern: str, dtype: torch.dtype, batch: int) -> None:
-    _need(TritonBackend())
+    need(TritonBackend())
     case = quantized_case(pattern, 333, 777, batch, dtype)
     assert_close_to_float64(_run(TritonBackend(), case), case)
 
 
 @pytest.mark.parametrize("batch", [1, 256])
 def test_triton_on_a_large_layer(batch: int) -> None:
-    _need(TritonBackend())
+    need(TritonBackend())
     case = random_case("2:4", 4096, 4096, batch, BRAIN)
     assert_close_to_float64(_run(TritonBackend(), case), case)
 
@@ -75,7 +70,7 @@ def test_triton_on_a_large_layer(batch: int) -> None:
 @pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (512, 1024), (130, 72)])
 @pytest.mark.parametrize("batch", [0, 1, 17, 129])
 def test_gluon_matches_float64(out: int, columns: int, dtype: torch.dtype, batch: int) -> None:
-    _need(GluonBackend())
+    need(GluonBackend())
     case = random_case("2:4", out, columns, batch, dtype, row_gap=3)
     assert_close_to_float64(_run(GluonBackend(), case), case)
 
@@ -84,14 +79,14 @@ def test_gluon_matches_float64(out: int, columns: int, dtype: torch.dtype, batch
 @pytest.mark.parametrize("pattern", ["block16x16:0.5", "block32x64:0.3", "block64x64:0.5", "block128x128:0.5"])
 @pytest.mark.parametrize("batch", [0, 1, 33, 129])
 def test_blocks_match_float64(pattern: str, dtype: torch.dtype, batch: int) -> None:
-    _need(TritonBlockBackend())
+    need(TritonBlockBackend())
     case = random_case(pattern, 333, 777, batch, dtype, row_gap=3)
     assert_close_to_float64(_run(TritonBlockBackend(), case), case)
 
 
 @pytest.mark.parametrize("config", (*CONFIGS, *SPLIT_CONFIGS), ids=str)
 def test_every_gluon_configuration_sanitized(config: Config) -> None:
-    _need(GluonBackend())
+    need(GluonBackend())
     from sparsecomp.kernels.sparse_mma import sparse_mma_linear
 
     major, minor = torch.cuda.get_device_capability()
@@ -109,7 +104,7 @@ def test_every_gluon_configuration_sanitized(config: Config) -> None:
 @pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (1024, 4096)])
 @pytest.mark.parametrize("batch", [0, 1, 17, 300])
 def test_gluon_int8_matches_the_integer_product(out: int, columns: int, batch: int, dtype: torch.dtype) -> None:
-    _need(GluonInt8Backend())
+    need(GluonInt8Backend())
     from sparsecomp.kernels.quantize_rows import quantize_rows, quantize_rows_slowly
 
     case = random_case("2:4", out, columns, batch, dtype, row_gap=3)
@@ -128,7 +123,7 @@ def test_gluon_int8_matches_the_integer_product(out: int, columns: int, batch: i
 @pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (1024, 2048)])
 @pytest.mark.parametrize("batch", [0, 1, 17, 300])
 def test_gluon_tf32_matches_float64_of_tf32(out: int, columns: int, batch: int) -> None:
-    _need(GluonTf32Backend())
+    need(GluonTf32Backend())
     case = random_case("1:2", out, columns, batch, SINGLE, row_gap=3)
     rounded = Case(rounded_to_tf32(case.weight), "1:2", rounded_to_tf32(case.x), case.bias)
     assert_close_to_float64(_run(GluonTf32Backend(), case), rounded)
@@ -136,7 +131,7 @@ def test_gluon_tf32_matches_float64_of_tf32(out: int, columns: int, batch: int) 
 
 @pytest.mark.parametrize("config", (*CONFIGS, *SPLIT_CONFIGS), ids=str)
 def test_every_gluon_configuration_of_other_elements(config: Config) -> None:
-    _need(GluonBackend())
+    need(GluonBackend())
     from sparsecomp.kernels.quantize_rows import quantize_rows_slowly
     from sparsecomp.kernels.sparse_mma import sparse_mma_linear
 
@@ -149,6 +144,8 @@ def test_every_gluon_configuration_of_other_elements(config: Config) -> None:
     x, bias, out = case.x.cuda(), case.bias.cuda(), case.weight.shape[0]
     y = sparse_mma_linear(x, *to_fragments(packed), bias, out, "none", config, packed.scales)
     assert_close_to_integer_product(y, case, *quantize_rows_slowly(case.x), packed.to("cpu"))
+    if config not in (*configs(10 * major + minor, SINGLE.itemsize), *SPLIT_CONFIGS):
+        return
     case = random_case("1:2", config.out + 40, config.depth // 2 * (config.stages + 1) + 12, config.tokens + 5, SINGLE)
     assert case.bias is not None
     fragments, metadata = to_fragments(pack(case.weight.cuda(), "1:2"))
@@ -164,7 +161,7 @@ def test_other_elements_sanitized(config: Config) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 8, 16])
 def test_a_split_product_gives_the_same_bits_every_time(tokens: int) -> None:
-    _need(GluonBackend())
+    need(GluonBackend())
     from sparsecomp.kernels.sparse_mma import sparse_mma_linear
 
     case = random_case("2:4", 1024, 4096, tokens, BRAIN)
@@ -182,7 +179,7 @@ def test_a_split_product_gives_the_same_bits_every_time(tokens: int) -> None:
 )
 @pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (4096, 4096)])
 def test_packing_kernels_match_torch(out: int, columns: int, pattern: str, dtype: torch.dtype) -> None:
-    _need(GluonBackend())
+    need(GluonBackend())
     from sparsecomp.kernels.pack_fragments import pack_dense, pack_fragments
 
     weight = (random_case(pattern, out, columns, 1, SINGLE).weight * 10).to(dtype)
@@ -226,7 +223,7 @@ def test_packing_sanitized() -> None:
 
 
 def test_a_layer_moved_to_the_gpu_and_back_keeps_its_weight() -> None:
-    _need(GluonBackend())
+    need(GluonBackend())
     case = random_case("2:4", 200, 333, 4, BRAIN)
     layer = SparseLinear.from_packed(pack(case.weight, "2:4"), case.bias).cuda()
     assert layer.kernel.tensors[0].is_cuda and torch.equal(layer.weight.cpu(), case.weight)
@@ -235,7 +232,7 @@ def test_a_layer_moved_to_the_gpu_and_back_keeps_its_weight() -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_gluon_activations(activation: str) -> None:
-    _need(GluonBackend())
+    need(GluonBackend())
     from sparsecomp.kernels.sparse_mma import sparse_mma_linear
 
     case = random_case("2:4", 128, 256, 40, HALF)
@@ -248,33 +245,13 @@ def test_gluon_activations(activation: str) -> None:
     torch.testing.assert_close(y.cpu().double(), wanted, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("backend", [TritonBackend(), GluonBackend()], ids=["triton", "gluon"])
-def test_a_backend_replays_in_a_cuda_graph(backend: Backend) -> None:
-    _need(backend)
-    case = random_case("2:4", 256, 512, 4, HALF)
-    kernel = backend.prepare(pack(case.weight.cuda(), case.pattern))
-    assert case.bias is not None
-    x, bias = torch.zeros(4, 512, dtype=HALF, device="cuda"), case.bias.cuda()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        backend.run(kernel, x, bias)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        y = backend.run(kernel, x, bias)
-    x.copy_(case.x)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_close_to_float64(y, case)
-
-
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 @pytest.mark.parametrize(("out", "columns"), [(16, 16), (48, 2064), (512, 768)])
 @pytest.mark.parametrize("batch", [0, 1, 9, 64])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_cusparselt_matches_float64(dtype: torch.dtype, out: int, columns: int, batch: int, with_bias: bool) -> None:
     backend = CusparseltBackend()
-    _need(backend)
+    need(backend)
     request = Request(parse("2:4"), (out, columns), dtype, "cuda", batch)
     assert backend.supports(request) is None
     case = random_case("2:4", out, columns, batch, dtype, with_bias, row_gap=2)

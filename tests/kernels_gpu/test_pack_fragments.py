@@ -75,6 +75,7 @@ def test_a_dense_weight_is_compressed_as_torch_does_it(name: str, simulator: Sim
     assert not broken.any()
 
 
+@pytest.mark.every_triton
 def test_rows_of_a_dense_weight_may_lie_apart(simulator: Simulator) -> None:
     weight = _weight("2:4", 66, 100, HALF)
     wide = torch.full((66, 107), torch.nan, dtype=HALF)
@@ -85,6 +86,7 @@ def test_rows_of_a_dense_weight_may_lie_apart(simulator: Simulator) -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, BYTE, SINGLE], ids=str)
+@pytest.mark.every_triton
 def test_a_group_with_too_many_nonzeros_is_noticed(dtype: torch.dtype, simulator: Simulator) -> None:
     weight = _weight("1:2" if dtype == SINGLE else "2:4", 70, 300, dtype)
     weight[69, 296:300] = torch.tensor([1, 1, 1, 0])
@@ -113,6 +115,7 @@ def test_the_interpreter_agrees() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [BRAIN, BYTE, SINGLE], ids=str)
+@pytest.mark.every_triton
 def test_machine_code(dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
     size = dtype.itemsize
     integers = {1: "*i8", 2: "*i16", 4: "*i32"}[size]
@@ -140,6 +143,7 @@ def test_machine_code(dtype: torch.dtype, capability: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, BYTE], ids=str)
+@pytest.mark.every_triton
 def test_other_positions_give_another_layout(dtype: torch.dtype, simulator: Simulator) -> None:
     packed = pack(_weight("2:4", 64, 128, dtype), "2:4")
     nm = row_nm(packed.pattern)

@@ -64,6 +64,7 @@ RAGGED = {
 
 
 @pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.every_triton
 def test_any_shape(name: str, simulator: Simulator) -> None:
     assert_close_to_float64(_product(RAGGED[name], SMALL), RAGGED[name])
 
@@ -134,6 +135,7 @@ def test_a_broken_pipeline_is_noticed(
     assert any(race in found for found in races), races
 
 
+@pytest.mark.every_triton
 def test_the_other_selector_gives_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "launch", SpoilingSimulator(r"(mma\.sp.*), 0x1;", r"\1, 0x0;").launch)
     case = random_case("2:4", 64, 128, 8, HALF)

@@ -16,7 +16,7 @@ from ptxsim import SimulationError
 from sparsecomp.activations import activate
 from sparsecomp.kernels import launching, sparse_mma
 from sparsecomp.kernels.quantize_rows import quantize_rows, quantize_rows_slowly
-from sparsecomp.kernels.sparse_mma_config import CONFIGS, Config
+from sparsecomp.kernels.sparse_mma_config import CONFIGS, Config, configs
 from sparsecomp.pack.format import PackedWeight, pack
 from sparsecomp.pack.fragments import to_fragments
 from sparsecomp.pack.quantize import quantize
@@ -53,8 +53,11 @@ def _kinds_of_groups(weight: Tensor, group: int) -> int:
 
 
 # two blocks of outputs and two of tokens, the second ones nearly empty; more steps than stages, the last one partial
-@pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [(config, dtype) for dtype in (HALF, BRAIN, SINGLE) for config in configs(90, dtype.itemsize)],
+    ids=str,
+)
 def test_every_configuration_matches_the_integer_product(
     config: Config, dtype: torch.dtype, simulator: Simulator
 ) -> None:
@@ -67,7 +70,7 @@ def test_every_configuration_matches_the_integer_product(
     assert simulator.reports["sparse_mma_kernel"].executed["mma"] == products
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", configs(90, SINGLE.itemsize), ids=str)
 def test_every_configuration_matches_float64_of_tf32(config: Config, simulator: Simulator) -> None:
     columns = config.depth // 2 * (config.stages + 1) + 12
     case = random_case("1:2", config.out + 40, columns, config.tokens + 5, SINGLE)
@@ -96,6 +99,7 @@ def test_any_shape(name: str, simulator: Simulator) -> None:
     _check_tf32(random_case("1:2", dtype=SINGLE, **SHAPES[name]), SMALL)
 
 
+@pytest.mark.every_triton
 def test_rows_that_share_a_mask(simulator: Simulator) -> None:
     _check_int8(random_case("2:4@v4", 65, 96, 5, BRAIN), SMALL)
     _check_tf32(random_case("1:2@v4", 65, 96, 5, SINGLE), SMALL)
@@ -132,6 +136,7 @@ def test_a_token_with_infinity_or_nan_gives_nan_and_no_other_does(simulator: Sim
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
 @pytest.mark.parametrize(("rows", "columns", "gap"), [(3, 1, 0), (2, 1024, 0), (5, 1037, 0), (4, 2050, 6), (1, 16, 0)])
+@pytest.mark.every_triton
 def test_rows_are_quantised_as_torch_does_it(
     dtype: torch.dtype, rows: int, columns: int, gap: int, simulator: Simulator
 ) -> None:
@@ -154,6 +159,7 @@ def test_a_row_of_zeros_has_no_integers(simulator: Simulator) -> None:
 # --- faults that must be noticed ------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_triton
 def test_numbers_not_rounded_to_tf32_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     spoiled = SpoilingSimulator(r"cvt\.rna\.tf32\.f32", "mov.b32")
     monkeypatch.setattr(launching, "launch", spoiled.launch)

@@ -59,6 +59,7 @@ def test_every_configuration_matches_float64(config: Config, more: int, simulato
     ("out", "columns", "tokens", "with_bias"),
     [(1, 300, 1, True), (77, 1000, 2, True), (300, 257, 9, False), (64, 640, 0, True), (40, 4000, 16, True)],
 )
+@pytest.mark.every_triton
 def test_any_shape(out: int, columns: int, tokens: int, with_bias: bool, simulator: Simulator) -> None:
     case = random_case("2:4", out, columns, tokens, HALF, with_bias, row_gap=3)
     assert_close_to_float64(_product(case, pack(case.weight, "2:4"), SMALL), case)
@@ -94,6 +95,7 @@ def test_sums_are_added_in_order(activation: str, simulator: Simulator, monkeypa
 
 @pytest.mark.parametrize("dtype", [BRAIN, torch.int8, SINGLE], ids=str)
 @pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.every_triton
 def test_machine_code(capability: int, dtype: torch.dtype, tmp_path: Path) -> None:
     for config in {Config(*list(vars(config).values())[:-1]) for config in SPLIT_CONFIGS}:
         variant = sparse_mma.constants(config, dtype, False, "none", 8, split=True)
@@ -117,6 +119,7 @@ def test_splits_are_offered_when_decoding_only() -> None:
 # --- faults that must be noticed ------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_triton
 def test_shares_that_are_all_stored_in_one_place_are_races(monkeypatch: pytest.MonkeyPatch) -> None:
     spoiled = SpoilingSimulator(r"(mov\.u32\s+%r\d+), %ctaid\.y;", r"\1, 0;")
     monkeypatch.setattr(launching, "launch", spoiled.launch)

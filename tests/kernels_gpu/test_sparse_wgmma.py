@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ import ptxsim
 import ptxsim.warpgroup
 import triton
 from gluon_simulator import run
-from gpu_cases import Case, assert_close_to_float64, random_case
+from gpu_cases import UNIT_ROUNDOFF, Case, assert_close_to_float64, random_case
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton_compiler import machine_code
 
+from sparsecomp.activations import activate
 from sparsecomp.backends import gluon_wgmma
 from sparsecomp.backends.gluon_wgmma import FLAG, GluonWgmmaBackend
 from sparsecomp.backends.registry import Request
 from sparsecomp.errors import BackendError
 from sparsecomp.kernels import sparse_wgmma
+from sparsecomp.kernels.sparse_mma import ACTIVATIONS
 from sparsecomp.kernels.sparse_wgmma import constants
 from sparsecomp.kernels.sparse_wgmma_config import CONFIGS, DEPTH, WgmmaConfig
 from sparsecomp.pack.format import pack
@@ -65,16 +68,18 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[str], str]]:
     return changes
 
 
-def product(case: Case, config: WgmmaConfig) -> torch.Tensor:
+def product(case: Case, config: WgmmaConfig, activation: str = "none") -> torch.Tensor:
     fragments, metadata = to_fragments(pack(case.weight, "2:4"))
-    return sparse_wgmma.sparse_wgmma_linear(case.x, fragments, metadata, case.bias, case.weight.shape[0], config)
+    out = case.weight.shape[0]
+    return sparse_wgmma.sparse_wgmma_linear(case.x, fragments, metadata, case.bias, out, activation, config)
 
 
-@pytest.mark.parametrize("unit", [8, 1])
+@pytest.mark.parametrize(("activation", "unit"), [("gelu", 8), ("silu", 1)])
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_machine_code(config: WgmmaConfig, dtype: torch.dtype, unit: int, tmp_path: Path) -> None:
-    code = machine_code(compiled(constants(config, dtype, True, unit), config.warps), tmp_path)
+@pytest.mark.every_triton
+def test_machine_code(config: WgmmaConfig, dtype: torch.dtype, activation: str, unit: int, tmp_path: Path) -> None:
+    code = machine_code(compiled(constants(config, dtype, True, activation, unit), config.warps), tmp_path)
     assert code.instructions["HGMMA.SP"] == DEPTH // 32
     assert code.instructions["HGMMA"] == code.instructions["HMMA"] == code.instructions["HMMA.SP"] == 0
     assert not code.spills and code.registers * 32 * config.warps <= 65536
@@ -93,9 +98,34 @@ def test_every_configuration(simulated: list[Any], config: WgmmaConfig, dtype: t
 
 @pytest.mark.parametrize(("out", "columns"), [(1, 1), (16, 64), (65, 130), (333, 777)])
 @pytest.mark.parametrize("tokens", [0, 1, 33])
+@pytest.mark.every_triton
 def test_any_shape(simulated: list[Any], out: int, columns: int, tokens: int) -> None:
     case = random_case("2:4", out, columns, tokens, HALF, row_gap=3)
     assert_close_to_float64(product(case, CONFIGS[-1]), case)
+
+
+# two warpgroups and one, the widest tile among them
+@pytest.mark.parametrize("config", CONFIGS[1:3], ids=str)
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_fused(simulated: list[Any], activation: str, dtype: torch.dtype, config: WgmmaConfig) -> None:
+    case = random_case("2:4", 72, 64, 24, dtype)
+    # one weight a row: the product is exact, so that only the activation is judged
+    weight = torch.zeros(72, 64, dtype=dtype)
+    weight[:, 5] = torch.linspace(-14, 14, 72).to(dtype)
+    got = product(replace(case, weight=weight, bias=torch.zeros(72, dtype=dtype)), config, activation).double()
+    exact = activate(case.x.double()[:, 5:6] @ weight.double()[:, 5:6].T, activation)
+    allowed = UNIT_ROUNDOFF[dtype] * exact.abs() + 2e-6 + 1e-6 * exact.abs()
+    assert bool(((got - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+@pytest.mark.every_triton
+def test_the_bias_is_added_before_the_activation(simulated: list[Any], activation: str) -> None:
+    case = replace(random_case("2:4", 72, 64, 24, HALF), x=torch.zeros(24, 64, dtype=HALF))
+    assert case.bias is not None
+    wanted = activate(case.bias.double(), activation).expand(24, 72)
+    torch.testing.assert_close(product(case, CONFIGS[-1], activation).double(), wanted, rtol=2.0**-10, atol=3e-6)
 
 
 FAULTS = {
@@ -116,11 +146,12 @@ def test_faults_are_noticed(simulated: list[Any], fault: str) -> None:
         assert_close_to_float64(product(case, CONFIGS[-1]), case)
 
 
+@pytest.mark.every_triton
 def test_metadata_out_of_order_is_noticed(simulated: list[Any]) -> None:
     case = random_case("2:4", 64, 128, 8, HALF)
     fragments, metadata = to_fragments(pack(case.weight, "2:4"))
     with pytest.raises(ptxsim.SimulationError, match="metadata does not ascend"):
-        sparse_wgmma.sparse_wgmma_linear(case.x, fragments, ~metadata, case.bias, 64, CONFIGS[-1])
+        sparse_wgmma.sparse_wgmma_linear(case.x, fragments, ~metadata, case.bias, 64, "none", CONFIGS[-1])
 
 
 def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cuda") -> Request:
@@ -139,7 +170,7 @@ def test_the_backend_is_off_without_its_flag(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert backend.supports(_request(device="cpu")) == "runs on cuda, not on cpu"
     monkeypatch.setenv(FLAG, "something,gluon_wgmma")
-    for name in ("missing_cuda", "missing_hopper", "missing_triton"):
+    for name in ("missing_cuda", "missing_hopper", "missing_gluon"):
         monkeypatch.setattr(gluon_wgmma, name, lambda: None)
     monkeypatch.setattr(gluon_wgmma, "other_gpu", lambda device: "is another GPU")
     assert backend.missing() is None and backend.supports(_request()) == "is another GPU"
@@ -155,6 +186,7 @@ def test_the_backend_packs_runs_and_gives_back(simulated: list[Any], monkeypatch
     restored = backend.restore(kernel)
     assert torch.equal(restored.values, packed.values) and torch.equal(restored.metadata, packed.metadata)
     assert_close_to_float64(backend.run(kernel, case.x, case.bias), case)
+    assert backend.fuses_activations
     y = backend.run_activated(kernel, case.x, case.bias, "relu")
     assert torch.equal(y, torch.relu(backend.run(kernel, case.x, case.bias)))
     with pytest.raises(BackendError, match=r"the gluon_wgmma backend has no kernel for torch\.float32"):

@@ -33,7 +33,7 @@ def test_every_wgmma_configuration_sanitized(config: WgmmaConfig, dtype: torch.d
     case = random_case("2:4", 64 * config.groups + 40, columns, config.tokens + 5, dtype)
     assert case.bias is not None
     fragments, metadata = to_fragments(pack(case.weight.cuda(), "2:4"))
-    y = sparse_wgmma_linear(case.x.cuda(), fragments, metadata, case.bias.cuda(), case.weight.shape[0], config)
+    y = sparse_wgmma_linear(case.x.cuda(), fragments, metadata, case.bias.cuda(), case.weight.shape[0], "none", config)
     assert_close_to_float64(y, case)
 
 
