@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from triton_versions import VERSIONS, Evidence
+from triton_versions import EXPECTED, VERSIONS, Evidence
 
 from sparsecomp.backends.cuda import MINIMUM_TRITON
 
@@ -28,9 +28,9 @@ def test_the_evidence_holds(version: str, evidence: dict[str, Evidence]) -> None
 
 @pytest.mark.every_triton
 def test_it_is_this_triton() -> None:
-    expected = os.environ.get("TRITON_EXPECTED", triton.__version__)
+    expected = os.environ.get(EXPECTED, triton.__version__)
     assert triton.__version__ == expected
-    assert Path(triton.__file__).parents[1].name == expected or "TRITON_EXPECTED" not in os.environ
+    assert Path(triton.__file__).parents[1].name == expected or EXPECTED not in os.environ
 
 
 def test_another_triton_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

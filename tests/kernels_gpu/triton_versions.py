@@ -13,6 +13,9 @@ HERE = Path(__file__).resolve().parent
 VERSIONS = tuple((HERE / "tritons.txt").read_text().split())
 """The oldest and the newest Triton that are supported; ``make tritons`` installs them."""
 
+EXPECTED = "SPARSECOMP_TEST_TRITON"
+"""The environment variable that tells a run which Triton it is to find."""
+
 
 class Evidence:
     """One run. ``folder`` is where ``make tritons`` puts that version: nothing there, no run."""
@@ -25,13 +28,14 @@ class Evidence:
 
     def start(self, *arguments: str) -> None:
         """Begin, if the version is there; ``arguments`` are pytest's, by default all tests with the marker."""
-        if not (self.folder / "triton").is_dir():
+        # such a run must start no other
+        if EXPECTED in os.environ or not (self.folder / "triton").is_dir():
             return
         path = os.pathsep.join(filter(None, (str(self.folder), os.environ.get("PYTHONPATH"))))
         chosen = arguments or ("-m", "every_triton", str(HERE))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_EXPECTED": self.version},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", EXPECTED: self.version},
             cwd=HERE.parents[1],
             stdout=self._output,
             stderr=subprocess.STDOUT,
