@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from gluon_simulator import run
-from gpu_cases import assert_close_to_float64, quantized_case, random_case
+from gpu_cases import Case, assert_close_to_float64, quantized_case, random_case
+from ptxsim import SimulationError
 from triton_compiler import MachineCode, compile_kernel, machine_code
 
 from sparsecomp.backends.triton import TritonBackend
@@ -86,6 +90,10 @@ def test_spills_are_noticed(tmp_path: Path) -> None:
         ("1:4", 33, 128, 1, BRAIN),
         ("2:4@v4", 64, 64, 5, HALF),
         ("4:8", 40, 72, 9, SINGLE),
+        ("2:4", 70, 100, 33, SINGLE),
+        ("64:2:8", 70, 133, 40, BRAIN),
+        ("64:2:8", 130, 96, 1, HALF),
+        ("16:2:16", 33, 100, 20, HALF),
     ],
 )
 @pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
@@ -94,16 +102,65 @@ def test_compiled_code_matches_float64(
     pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype, quantized: bool
 ) -> None:
     case = (quantized_case if quantized else random_case)(pattern, out, columns, batch, dtype)
-    packed = pack(case.weight, pattern)
+    y, races = _executed(case)
+    assert races == ()
+    assert_close_to_float64(y, case)
+
+
+def _executed(
+    case: Case, change: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple, spoil: tuple[str, str] = ("", "")
+) -> tuple[Tensor, tuple[str, ...]]:
+    """y and the races, of a kernel whose weight tensors and PTX may be changed first."""
+    packed = pack(case.weight, case.pattern)
     nm = row_nm(packed.pattern)
     assert nm is not None and case.bias is not None
-    values, positions, *scales = TritonBackend().prepare(quantize(packed) if quantized else packed).tensors
-    tile = choose_tile(dtype, batch)
-    compiled = compile_kernel(80, nm, dtype, tile, out % 16 == 0 and columns % 16 == 0, quantized)
-    y = torch.empty(batch, out, dtype=dtype)
+    (batch, columns), out = case.x.shape, case.weight.shape[0]
+    kernel = TritonBackend().prepare(quantize(packed) if case.quantized else packed)
+    values, positions, *scales = change(kernel.tensors)
+    tile = choose_tile(case.x.dtype, batch)
+    compiled = compile_kernel(80, nm, case.x.dtype, tile, out % 16 == 0 and columns % 16 == 0, case.quantized)
+    y = torch.empty(batch, out, dtype=case.x.dtype)
     blocks = -(-out // tile.out) * -(-batch // tile.batch)
-    sizes = (batch, out, columns, values.shape[2] // GROUP_BLOCK, columns, out)
+    sizes = (batch, out, columns, kernel.tensors[0].shape[2] // GROUP_BLOCK, columns, out)
     arguments = (case.x, values, positions, scales[0] if scales else torch.empty(1), case.bias, y, *sizes)
-    report = run(compiled.asm["ptx"], arguments, blocks, tile.warps, compiled.metadata.shared)
-    assert report.races == ()
-    assert_close_to_float64(y, case)
+    ptx = compiled.asm["ptx"]
+    assert not spoil[0] or re.search(spoil[0], ptx), "there is nothing to spoil"
+    ptx = re.sub(spoil[0], spoil[1], ptx) if spoil[0] else ptx
+    report = run(ptx, arguments, blocks, tile.warps, compiled.metadata.shared)
+    return y, report.races
+
+
+def test_all_six_pairs_of_positions_occur() -> None:
+    used = (random_case("2:4", 96, 160, 16, BRAIN).weight != 0).view(-1, 4)
+    assert len(torch.unique(used[used.sum(1) == 2], dim=0)) == 6
+
+
+# --- faults that must be noticed ------------------------------------------------------------------------------------
+
+WRONG = {
+    "positions of other rows": lambda tensors: (tensors[0], tensors[1].flip(0), *tensors[2:]),
+    "planes in the other order": lambda tensors: (tensors[0].flip(1).contiguous(), *tensors[1:]),
+    "scales of other rows": lambda tensors: (*tensors[:2], tensors[2].flip(0)),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize("pattern", ["2:4", "64:2:8"])
+def test_wrong_weights_give_a_wrong_product(fault: str, pattern: str) -> None:
+    case = quantized_case(pattern, 128, 160, 5, HALF)
+    with pytest.raises(AssertionError, match="exceeds its bound"):
+        assert_close_to_float64(_executed(case, WRONG[fault])[0], case)
+
+
+def test_weights_cut_short_are_out_of_bounds() -> None:
+    case = random_case("2:4", 96, 160, 16, BRAIN)
+    for change in (lambda tensors: (tensors[0][:-1], tensors[1]), lambda tensors: (tensors[0], tensors[1][:-1])):
+        with pytest.raises(SimulationError, match="out of bounds"):
+            _executed(case, change)
+
+
+@pytest.mark.parametrize(
+    "spoil", [(r"bar\.sync\s+0;", ""), (r"cp\.async\.wait_group\s+\w+;", "")], ids=["barriers", "waits"]
+)
+def test_a_pipeline_without_them_has_races(spoil: tuple[str, str]) -> None:
+    assert _executed(random_case("2:4", 96, 512, 16, BRAIN), spoil=spoil)[1] != ()

@@ -113,7 +113,7 @@ def test_the_interpreter_agrees() -> None:
         assert _same(canonical, twin) and _same(dense, twin) and not broken
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
 @pytest.mark.parametrize("dtype", [BRAIN, BYTE, SINGLE], ids=str)
 @pytest.mark.every_triton
 def test_machine_code(dtype: torch.dtype, capability: int, tmp_path: Path) -> None:

@@ -8,17 +8,18 @@ import pytest
 import torch
 from gpu_cases import Case, assert_close_to_float64, assert_close_to_integer_product, random_case, rounded_to_tf32
 from torch import Tensor
+from torch.nn import functional
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from gluon_simulator import Simulator, SpoilingSimulator, compile_sparse_mma
+from gluon_simulator import Simulator, SpoilingSimulator, compile_kernel, compile_sparse_mma
 from ptxsim import SimulationError
 from triton_compiler import machine_code
 
 from sparsecomp.activations import activate
 from sparsecomp.kernels import launching, sparse_mma
-from sparsecomp.kernels.add_splits import add_splits
-from sparsecomp.kernels.quantize_rows import quantize_rows_slowly
+from sparsecomp.kernels.add_splits import add_splits, add_splits_kernel
+from sparsecomp.kernels.quantize_rows import quantize_rows_kernel, quantize_rows_slowly
 from sparsecomp.kernels.sparse_mma_config import SPLIT_CONFIGS, Config, candidates
 from sparsecomp.pack.format import PackedWeight, pack
 from sparsecomp.pack.fragments import to_fragments
@@ -45,6 +46,8 @@ def test_every_configuration_matches_float64(config: Config, more: int, simulato
     steps = config.splits + more
     out, tokens = config.out + 40, config.tokens + 3
     case = random_case("2:4", out, config.depth * steps - 40, tokens, BRAIN)
+    used = functional.pad(case.weight != 0, (0, -case.weight.shape[1] % 4)).view(-1, 4)
+    assert len(torch.unique(used[used.sum(1) == 2], dim=0)) == 6
     assert_close_to_float64(_product(case, pack(case.weight, "2:4"), config), case)
     case = random_case("2:4", out, 2 * config.depth * steps - 80, tokens, HALF)
     packed = quantize(pack(case.weight, "2:4"))
@@ -94,7 +97,7 @@ def test_sums_are_added_in_order(activation: str, simulator: Simulator, monkeypa
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, torch.int8, SINGLE], ids=str)
-@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
 @pytest.mark.every_triton
 def test_machine_code(capability: int, dtype: torch.dtype, tmp_path: Path) -> None:
     for config in {Config(*list(vars(config).values())[:-1]) for config in SPLIT_CONFIGS}:
@@ -105,6 +108,20 @@ def test_machine_code(capability: int, dtype: torch.dtype, tmp_path: Path) -> No
         assert not code.spills and code.shared == config.shared_bytes
         # four blocks or more at a time on one multiprocessor, so that copies of others run while one waits
         assert 4 * code.registers * 32 * config.warps <= 65536 and 4 * code.shared <= 166912
+
+
+@pytest.mark.every_triton
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+def test_machine_code_around_the_product(capability: int, tmp_path: Path) -> None:
+    constants = {"HAS_BIAS": True, "ACTIVATION": "gelu", "OUT_UNIT": 8, "BLOCK": 256}
+    for sums, out in (("*fp32", "*bf16"), ("*i32", "*fp16"), ("*fp32", "*fp32")):
+        types = (sums, out, "*fp32", "*fp32", out, "i32", "i32", "i32")
+        assert not machine_code(compile_kernel(add_splits_kernel, capability, types, constants, 2), tmp_path).spills
+    for x in ("*fp16", "*bf16", "*fp32"):
+        types = (x, "*i8", "*fp32", "i32", "i32", "i32")
+        for unit in (1, 8):
+            compiled = compile_kernel(quantize_rows_kernel, capability, types, {"UNIT": unit, "BLOCK": 1024}, 4)
+            assert not machine_code(compiled, tmp_path).spills
 
 
 def test_splits_are_offered_when_decoding_only() -> None:

@@ -93,6 +93,8 @@ def test_every_configuration(simulated: list[Any], config: WgmmaConfig, dtype: t
     # two ragged blocks each way, more steps than stages, a last step of half its columns
     shape = 64 * config.groups + 40, 128 * (config.stages + 1) + 24
     case = random_case("2:4", *shape, config.tokens + 5, dtype, with_bias, row_gap=8)
+    used = (case.weight != 0).view(-1, 4)
+    assert len(torch.unique(used[used.sum(1) == 2], dim=0)) == 6
     assert_close_to_float64(product(case, config), case)
 
 
