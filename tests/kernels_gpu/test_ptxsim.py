@@ -150,6 +150,17 @@ def test_matrices_are_loaded_and_transposed() -> None:
     assert np.array_equal(turned.view(np.uint16).reshape(8, 8), np.arange(64).reshape(8, 8).T)
 
 
+@pytest.mark.parametrize(("kind", "wanted"), [("s8", 2**32 - 7), ("u8", 249), ("b8", 249), ("s16", 2**32 - 7)])
+@pytest.mark.parametrize("space", ["global", "shared"])
+def test_a_wider_register_holds_the_sign_of_what_is_loaded(kind: str, wanted: int, space: str) -> None:
+    words = np.full(32, 2**32 - 7, np.uint32)
+    through = {
+        "global": f"ld.global.{kind} %r2, [%rd4];",
+        "shared": f"shl.b32 %r3, %r1, 2;\nld.global.b32 %r4, [%rd4];\nst.shared.b32 [%r3], %r4;\nld.shared.{kind} %r2, [%r3];",
+    }[space]
+    assert set(run_snippet(f"{through}\nst.global.b32 [%rd5], %r2;", words)[0].tolist()) == {wanted}
+
+
 def test_a_shuffle_moves_registers_between_lanes() -> None:
     body = "shfl.sync.bfly.b32 %r2, %r1, 5, 31, -1;\nst.global.b32 [%rd5], %r2;"
     assert run_snippet(body, _VALUES)[0].tolist() == [i ^ 5 for i in range(32)]

@@ -6,7 +6,7 @@ import numpy as np
 
 from ptxsim.machine import WARP, Machine, operation, vector
 from ptxsim.parser import WIDTHS, Address, Immediate, Instruction, SimulationError, Symbol
-from ptxsim.values import UNSIGNED, Array
+from ptxsim.values import UNSIGNED, Array, decode
 
 
 @operation("bra")
@@ -64,6 +64,9 @@ def load(machine: Machine, instruction: Instruction) -> None:
     else:
         values = machine.shared.load(running, addresses, width, len(targets), _place(instruction))
     for target, value in zip(targets, values, strict=True):
+        if instruction.type[0] == "s":
+            # a register wider than the type holds the sign on
+            value = decode(value, instruction.type).astype(np.int64).view(np.uint64)
         machine.write_bits(target, _spread(machine, running, value))
 
 
