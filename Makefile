@@ -18,6 +18,7 @@ help:
 	@echo 'make demo      the whole job on a real model: prune, pack, run, save, export, measure (under 5 minutes)'
 	@echo 'make test      lint, types and tests'
 	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound'
+	@echo 'make tritons   the oldest and the newest Triton, for the GPU tests; make test includes it'
 	@echo 'make lint      ruff, mypy --strict, clang-format'
 	@echo 'make sanitize  the kernel tests under AddressSanitizer and UBSan'
 	@echo 'make nightly   10^5 random products against float64 on every instruction set of this machine'

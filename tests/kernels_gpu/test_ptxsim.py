@@ -156,7 +156,8 @@ def test_a_wider_register_holds_the_sign_of_what_is_loaded(kind: str, wanted: in
     words = np.full(32, 2**32 - 7, np.uint32)
     through = {
         "global": f"ld.global.{kind} %r2, [%rd4];",
-        "shared": f"shl.b32 %r3, %r1, 2;\nld.global.b32 %r4, [%rd4];\nst.shared.b32 [%r3], %r4;\nld.shared.{kind} %r2, [%r3];",
+        "shared": "shl.b32 %r3, %r1, 2;\nld.global.b32 %r4, [%rd4];\nst.shared.b32 [%r3], %r4;\n"
+        f"ld.shared.{kind} %r2, [%r3];",
     }[space]
     assert set(run_snippet(f"{through}\nst.global.b32 [%rd5], %r2;", words)[0].tolist()) == {wanted}
 
