@@ -26,7 +26,8 @@ class Tile:
 def choose_tile(dtype: torch.dtype, rows: int, columns: int, tokens: int) -> Tile:
     """The tile for blocks of ``rows`` x ``columns``. Small enough that nothing spills on sm_80 to sm_90."""
     if dtype == torch.float32:
-        return Tile(16 if tokens <= 16 else 32, min(columns, 32), 4, 2)
+        # with 4 warps blocks of 128 rows spill on sm_86 and newer
+        return Tile(16 if tokens <= 16 else 32, min(columns, 32), 8 if rows == 128 else 4, 2)
     if tokens <= 16:
         return Tile(16, min(columns, 128), 4, 4)
     if tokens <= 64:

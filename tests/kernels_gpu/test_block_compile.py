@@ -30,8 +30,7 @@ SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 MATRIX = [
     *((capability, side, side, 128, BRAIN) for capability in SHARED for side in SIDES),
     *((capability, 128, 128, tokens, HALF) for capability in SHARED for tokens in (16, 64)),
-    *((capability, 128, 128, 16, SINGLE) for capability in SHARED),
-    (80, 128, 128, 64, SINGLE),
+    *((capability, 128, 128, tokens, SINGLE) for capability in SHARED for tokens in (16, 64)),
 ]
 
 
@@ -62,6 +61,7 @@ def test_machine_code(
         ("block128x128:0.5", 130, 300, 40, BRAIN),
         ("block16x64:0.5", 40, 150, 5, SINGLE),
         ("block64x16:0.5", 70, 50, 33, SINGLE),
+        ("block128x32:0.5", 130, 100, 20, SINGLE),
     ],
 )
 def test_compiled_code_matches_float64(pattern: str, out: int, columns: int, tokens: int, dtype: torch.dtype) -> None:
