@@ -1,4 +1,4 @@
-"""What GPU backends ask of the machine: a CUDA device and a Triton that are new enough. Knows no backend."""
+"""What GPU backends ask of the machine, a CUDA device and a Triton that are new enough, and of x. Knows no backend."""
 
 from __future__ import annotations
 
@@ -64,3 +64,9 @@ def missing_gluon() -> str | None:
         version = import_module("triton").__version__
         return f"the Gluon of Triton {version} is not one the kernels know ({error}); install Triton 3.6 to 3.9"
     return None
+
+
+def with_unit_columns(x: Tensor) -> Tensor:
+    """``x`` [batch, in] itself if neighbours in a row lie side by side, as the Triton kernels read it, else a copy."""
+    # the stride of a single column means nothing
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.backends import cuda
-from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old
+from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old, with_unit_columns
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import pack_positions, unpack_positions
@@ -89,7 +89,7 @@ class TritonBackend(Backend):
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out] on torch's current stream; the first call of a tile and a pattern compiles it (under 1 s)."""
         values, positions, *scales = kernel.tensors
-        arguments = x, values, positions, bias, _nm(kernel.pattern), kernel.shape[0]
+        arguments = with_unit_columns(x), values, positions, bias, _nm(kernel.pattern), kernel.shape[0]
         with torch.cuda.device(x.get_device()):
             y: Tensor = _kernels().nm_linear(*arguments, scales=scales[0] if scales else None)
         return y

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old
+from sparsecomp.backends.cuda import missing_cuda, missing_triton, too_old, with_unit_columns
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import pack_positions, unpack_positions
@@ -36,14 +36,14 @@ class TritonBlockBackend(Backend):
         """None if the kernel runs this request, else the reason why not. Every shape and batch size is fine."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        return _unfit(request.pattern, request.dtype) or self.missing() or too_old(request.device)
+        return _unfit(request.pattern, request.weight_dtype) or self.missing() or too_old(request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """Values [kept, rows, columns] as packed, starts int32 [block rows + 1] and block columns int32 [kept].
 
         Raises BackendError for a weight that ``supports`` refuses.
         """
-        reason = _unfit(packed.pattern, packed.dtype)
+        reason = _unfit(packed.pattern, packed.values.dtype)
         if reason is not None:
             raise BackendError(f"the triton_block backend {reason}")
         assert isinstance(packed.pattern, Block)
@@ -65,10 +65,8 @@ class TritonBlockBackend(Backend):
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out] on torch's current stream; the first call of a tile and a block size compiles it."""
-        if x.shape[1] > 1 and x.stride(1) != 1:
-            x = x.contiguous()
         with torch.cuda.device(x.get_device()):
-            y: Tensor = _kernels().block_linear(x, *kernel.tensors, bias, kernel.shape[0])
+            y: Tensor = _kernels().block_linear(with_unit_columns(x), *kernel.tensors, bias, kernel.shape[0])
         return y
 
 

@@ -62,6 +62,11 @@ def test_other_weights_are_refused(pattern: str, dtype: torch.dtype, reason: str
         TritonBlockBackend().prepare(pack(torch.zeros(64, 64, dtype=dtype), pattern))
 
 
+def test_int8_weights_with_scales_are_refused() -> None:
+    request = Request(parse("block16x16:0.5"), (64, 64), torch.float16, "cuda", 1, quantized=True)
+    assert str(TritonBlockBackend().supports(request)).startswith("has no kernel for torch.int8")
+
+
 def test_other_devices_are_named() -> None:
     request = Request(parse("block16x16:0.5"), (64, 64), torch.float16, "cpu", 1)
     assert dict(explain(request))["triton_block"] is not None

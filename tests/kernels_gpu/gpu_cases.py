@@ -79,6 +79,18 @@ def random_case(
     return Case(weight, pattern, x, bias)
 
 
+def strided_columns(case: Case) -> Case:
+    """The same case, with neighbours in a row of ``x`` apart, as they are in a transposed tensor; NaN between them."""
+    wide = torch.full((case.x.shape[1], case.x.shape[0] + 3), torch.nan, dtype=case.x.dtype)
+    return replace(case, x=wide.t()[: case.x.shape[0]].copy_(case.x))
+
+
+def moved(x: Tensor, device: str = "cuda") -> Tensor:
+    """``x`` with its strides and what lies between its elements; ``Tensor.to`` would close the gaps."""
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
+    return x.as_strided((span,), (1,)).to(device).as_strided(x.shape, x.stride())
+
+
 def quantized_case(pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype) -> Case:
     """A case whose weight int8 holds exactly: integers up to 127 in every row that has any, times powers of two."""
     case = random_case(pattern, out, columns, batch, dtype)

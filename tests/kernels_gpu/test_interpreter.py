@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import Case, assert_close_to_float64, quantized_case, random_case
+from gpu_cases import Case, assert_close_to_float64, moved, quantized_case, random_case, strided_columns
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -36,6 +36,9 @@ CASES = {
         f"{pattern}-int8-{dtype}".replace("torch.", ""): quantized_case(pattern, 40, 150, batch, dtype)
         for pattern, batch, dtype in (("2:4", 3, HALF), ("8:16", 20, BRAIN), ("4:8@v2", 70, HALF), ("1:4", 1, SINGLE))
     },
+    "columns of x apart": strided_columns(random_case("2:4", 32, 70, 6, HALF)),
+    "columns of x apart, int8": strided_columns(quantized_case("8:16", 33, 70, 5, BRAIN)),
+    "one column of x": strided_columns(random_case("2:4", 8, 1, 5, HALF)),
     "int8, batch 0": quantized_case("2:4", 8, 16, 0, HALF),
     **{
         f"{pattern}-{dtype}".replace("torch.", ""): random_case(pattern, 150, 170, 3, dtype)
@@ -46,6 +49,7 @@ CASES = {
     "block, whole tiles of 128 tokens": random_case("block64x32:0.5", 64, 64, 130, BRAIN),
     "block, nothing beside one": random_case("block16x16:0.1", 33, 40, 1, HALF),
     "block, rows of x apart, no bias": random_case("block16x32:0.5", 40, 70, 6, HALF, with_bias=False, row_gap=9),
+    "block, columns of x apart": strided_columns(random_case("block16x32:0.5", 40, 70, 6, BRAIN)),
     "block, batch 0": random_case("block16x16:0.5", 8, 16, 0, HALF),
     "block, fp32 in wide batches": random_case("block64x64:0.5", 70, 100, 33, SINGLE),
 }
@@ -74,3 +78,10 @@ def test_the_bound_notices_one_lost_weight(results: dict[str, torch.Tensor]) -> 
     weight[0, weight[0].abs().argmax()] = 0
     with pytest.raises(AssertionError, match="exceeds its bound"):
         assert_close_to_float64(results["2:4-float16"], Case(weight, case.pattern, case.x, case.bias))
+
+
+def test_cases_keep_their_strides_on_the_way_to_a_device() -> None:
+    for name in ("rows of x apart", "columns of x apart", "batch 0"):
+        x = CASES[name].x
+        elsewhere = moved(x, "cpu")
+        assert elsewhere.stride() == x.stride() and torch.equal(elsewhere, x)

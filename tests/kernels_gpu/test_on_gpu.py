@@ -8,17 +8,20 @@ from gpu_cases import (
     Case,
     assert_close_to_float64,
     assert_close_to_integer_product,
+    moved,
     need,
     quantized_case,
     random_case,
     rounded_to_tf32,
+    strided_columns,
 )
 from torch.nn import functional
 
 from sparsecomp import SparseLinear
 from sparsecomp.backends.cusparselt import CusparseltBackend
 from sparsecomp.backends.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
-from sparsecomp.backends.registry import Backend, Request
+from sparsecomp.backends.gluon_wgmma import FLAG
+from sparsecomp.backends.registry import Backend, Request, backends
 from sparsecomp.backends.triton import TritonBackend
 from sparsecomp.backends.triton_block import TritonBlockBackend
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, SPLIT_CONFIGS, Config, configs
@@ -38,7 +41,7 @@ def _run(backend: Backend, case: Case) -> torch.Tensor:
     kernel = backend.prepare(packed)
     restored = backend.restore(kernel)
     assert all(torch.equal(restored.parts[name], packed.parts[name]) for name in packed.parts)
-    return backend.run(kernel, case.x.cuda(), None if case.bias is None else case.bias.cuda())
+    return backend.run(kernel, moved(case.x), None if case.bias is None else case.bias.cuda())
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
@@ -84,6 +87,28 @@ def test_blocks_match_float64(pattern: str, dtype: torch.dtype, batch: int) -> N
     assert_close_to_float64(_run(TritonBlockBackend(), case), case)
 
 
+STRIDED = {
+    "triton": random_case("2:4", 96, 144, 7, BRAIN),
+    "triton_block": random_case("block32x32:0.5", 96, 144, 7, BRAIN),
+    "cusparselt": random_case("2:4", 96, 144, 7, BRAIN),
+    "gluon": random_case("2:4", 96, 144, 7, BRAIN),
+    "gluon_int8": quantized_case("2:4", 96, 144, 7, BRAIN),
+    "gluon_tf32": random_case("1:2", 96, 144, 7, SINGLE),
+    "gluon_wgmma": random_case("2:4", 96, 144, 7, BRAIN),
+    "cutlass": random_case("2:4", 96, 144, 7, BRAIN),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_columns_of_x_may_lie_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FLAG, "gluon_wgmma")
+    need(backends()[name])
+    case = STRIDED[name]
+    apart = strided_columns(case)
+    assert apart.x.stride(1) != 1
+    assert torch.equal(_run(backends()[name], apart), _run(backends()[name], case))
+
+
 @pytest.mark.parametrize("config", (*CONFIGS, *SPLIT_CONFIGS), ids=str)
 def test_every_gluon_configuration_sanitized(config: Config) -> None:
     need(GluonBackend())
@@ -113,9 +138,9 @@ def test_gluon_int8_matches_the_integer_product(out: int, columns: int, batch: i
     restored = GluonInt8Backend().restore(kernel)
     assert all(torch.equal(restored.parts[name], packed.parts[name]) for name in packed.parts)
     assert case.bias is not None
-    y = GluonInt8Backend().run(kernel, case.x.cuda(), case.bias.cuda())
+    y = GluonInt8Backend().run(kernel, moved(case.x), case.bias.cuda())
     integers, scales = quantize_rows_slowly(case.x)
-    found, found_scales = quantize_rows(case.x.cuda())
+    found, found_scales = quantize_rows(moved(case.x))
     assert torch.equal(found[:, :columns].cpu(), integers) and torch.equal(found_scales.cpu(), scales)
     assert_close_to_integer_product(y, case, integers, scales, packed.to("cpu"))
 
@@ -200,7 +225,7 @@ def test_packing_kernels_match_torch(out: int, columns: int, pattern: str, dtype
 )
 @pytest.mark.parametrize(("out", "columns"), [(1, 1), (333, 777), (4096, 4096)])
 def test_packing_of_planes_matches_torch(out: int, columns: int, pattern: str, dtype: torch.dtype) -> None:
-    _need(TritonBackend())
+    need(TritonBackend())
     from sparsecomp.kernels.pack_planes import pack_planes, pack_planes_dense, unpack
 
     weight = random_case(pattern, out, columns, 1, dtype).weight
