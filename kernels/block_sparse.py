@@ -1,4 +1,4 @@
-"""y = x W^T + bias for a weight of which whole blocks are kept: dense tensor-core products of those blocks only.
+"""y = act(x W^T + bias) for a weight of which whole blocks are kept: dense tensor-core products of those blocks only.
 
 Takes plain tensors in compressed block rows and launches on torch's current stream. Imports triton, so it is loaded on
 first use; knows nothing of packing, backends or layers.
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+from sparsecomp.kernels.activation import activate
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def block_linear_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
@@ -75,6 +78,7 @@ def block_linear_kernel(
         block += ROWS * COLUMNS
     if HAS_BIAS:
         accumulator += tl.load(bias + row, mask=row < out_features, other=0.0).to(tl.float32)[None, :]
+    accumulator = activate(accumulator, ACTIVATION)
     target = y + token[:, None] * stride_y + row[None, :]
     stored = (token[:, None] < tokens) & (row[None, :] < out_features)
     tl.store(target, accumulator.to(y.dtype.element_ty), mask=stored)
@@ -87,8 +91,9 @@ def block_linear(
     block_columns: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
+    activation: str = "none",
 ) -> torch.Tensor:
-    """y [tokens, out] = x W^T + bias, accumulated in fp32 and rounded once to the dtype of ``x``.
+    """y [tokens, out] = act(x W^T + bias), accumulated in fp32 and rounded once to the dtype of ``x``.
 
     ``x`` [tokens, in] with unit column stride; ``values`` [kept, rows, columns] of the dtype of ``x``, block row by
     block row, padded with zeros beyond the weight; ``block_columns`` int32 [kept], which block across each one is;
@@ -116,6 +121,7 @@ def block_linear(
         ROWS=rows,
         COLUMNS=columns,
         HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
         TILE_TOKENS=tile.tokens,
         TILE_COLUMNS=tile.columns,
         num_warps=tile.warps,

@@ -1,4 +1,4 @@
-"""y = x W^T + bias for an N:M weight that is decompressed in registers and multiplied by dense tensor-core products.
+"""y = act(x W^T + bias) for an N:M weight, decompressed in registers and multiplied by dense tensor-core products.
 
 Takes plain tensors in the slot-plane layout and launches on torch's current stream. Imports triton, so it is loaded on
 first use; knows nothing of packing, backends or layers.
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsecomp.kernels.activation import activate
 from sparsecomp.patterns import NM
 
 GROUP_BLOCK = 8
@@ -44,7 +45,7 @@ def choose_tile(dtype: torch.dtype, batch: int) -> Tile:
 
 
 @triton.jit
-def _expand(values, positions, START: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+def expand(values, positions, START: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
     # Columns START, START+STEP, ... of every group, [rows, groups * M / STEP]. Halving by parity lets interleave
     # restore the column order while each thread keeps whole groups: no data crosses threads.
     if STEP == M:
@@ -54,8 +55,8 @@ def _expand(values, positions, START: tl.constexpr, STEP: tl.constexpr, N: tl.co
             column = tl.where(positions[s] == START, values[s], column)
         return column
     else:  # noqa: RET505 - only a branch is left out when Triton compiles the other one
-        even = _expand(values, positions, START, STEP * 2, N, M)
-        odd = _expand(values, positions, START + STEP, STEP * 2, N, M)
+        even = expand(values, positions, START, STEP * 2, N, M)
+        odd = expand(values, positions, START + STEP, STEP * 2, N, M)
         return tl.interleave(even, odd)
 
 
@@ -79,6 +80,7 @@ def nm_linear_kernel(
     MASK_ROWS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TILE_OUT: tl.constexpr,
     TILE_BATCH: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
@@ -114,7 +116,7 @@ def nm_linear_kernel(
             position = (byte.to(tl.int32) >> shift) & ((1 << BITS) - 1)
             slot_values = slot_values + (value,)  # noqa: RUF005 - Triton has no unpacking
             slot_positions = slot_positions + (position,)  # noqa: RUF005
-        weight = _expand(slot_values, slot_positions, 0, 1, N, M)
+        weight = expand(slot_values, slot_positions, 0, 1, N, M)
         column = step * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
         x_tile = tl.load(x_rows + column[:, None], mask=item_in & (column[:, None] < in_features), other=0.0)
         accumulator = tl.dot(weight, x_tile, accumulator, input_precision="ieee")
@@ -122,6 +124,7 @@ def nm_linear_kernel(
         accumulator *= tl.load(scales + row, mask=row < out_features, other=0.0)[:, None]
     if HAS_BIAS:
         accumulator += tl.load(bias + row, mask=row < out_features, other=0.0).to(tl.float32)[:, None]
+    accumulator = activate(accumulator, ACTIVATION)
     tl.store(y + item[None, :] * stride_y + row[:, None], accumulator.to(y.dtype.element_ty), mask=row_in & item_in)
 
 
@@ -133,8 +136,9 @@ def nm_linear(
     nm: NM,
     out_features: int,
     scales: torch.Tensor | None = None,
+    activation: str = "none",
 ) -> torch.Tensor:
-    """y [batch, out] = scales * (x W^T) + bias, accumulated in fp32 and rounded once to the dtype of ``x``.
+    """y [batch, out] = act(scales * (x W^T) + bias), accumulated in fp32 and rounded once to the dtype of ``x``.
 
     ``x`` [batch, in] with unit column stride; ``values`` [out, N, groups] of the dtype of ``x``, or int8 with
     ``scales`` fp32 [out]: plane s holds the s-th kept weight of every group; ``positions`` uint8
@@ -166,6 +170,7 @@ def nm_linear(
         MASK_ROWS=nm.mask_rows,
         HAS_SCALES=scales is not None,
         HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
         TILE_OUT=tile.out,
         TILE_BATCH=tile.batch,
         TILE_COLUMNS=tile.columns,

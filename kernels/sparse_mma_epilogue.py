@@ -6,12 +6,11 @@ they would spill. Imports triton.
 
 from __future__ import annotations
 
-import math
 import struct
 
 from triton.experimental import gluon
 
-_TANH_SLOPE = 2 * math.sqrt(2 / math.pi) * math.log2(math.e)
+from sparsecomp.kernels.activation import ERFC_BEYOND, ERFC_SCALE, HALF_ERFC, LOG2_E, TANH_CUBIC, TANH_SLOPE
 
 
 def _hex(value: float) -> str:
@@ -19,27 +18,25 @@ def _hex(value: float) -> str:
     return "0f" + struct.pack(">f", value).hex().upper()
 
 
-# Of %v1 in place. ex2 and rcp are the hardware's, good to 2e-7 (PTX ISA 8.7, section 9.7.3).
+# Of %v1 in place, by the formulas of ``activation``. ex2 and rcp are the hardware's, good to 2e-7 (PTX ISA 8.7,
+# section 9.7.3).
 _LOGISTIC = "ex2.approx.ftz.f32 %e1, %e1; add.f32 %e1, %e1, 0f3F800000; rcp.approx.ftz.f32 %e1, %e1;"
 _ACTIVATE = {
     "none": "",
     # a NaN stays
     "relu": "setp.lt.f32 %c1, %v1, 0f00000000; selp.f32 %v1, 0f00000000, %v1, %c1;",
-    "silu": f"mul.f32 %e1, %v1, {_hex(-math.log2(math.e))}; {_LOGISTIC} mul.f32 %v1, %v1, %e1;",
-    # (1 + tanh u) / 2 is the logistic function of 2u
+    "silu": f"mul.f32 %e1, %v1, {_hex(-LOG2_E)}; {_LOGISTIC} mul.f32 %v1, %v1, %e1;",
     "gelu_tanh": (
-        f"mul.f32 %e2, %v1, %v1; fma.rn.f32 %e1, %e2, {_hex(-0.044715 * _TANH_SLOPE)}, {_hex(-_TANH_SLOPE)};"
+        f"mul.f32 %e2, %v1, %v1; fma.rn.f32 %e1, %e2, {_hex(-TANH_CUBIC)}, {_hex(-TANH_SLOPE)};"
         f"mul.f32 %e1, %e1, %v1; {_LOGISTIC} mul.f32 %v1, %v1, %e1;"
     ),
-    # x Phi(x) = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with erfc of Abramowitz and Stegun 7.1.26, to 1.5e-7.
-    # Beyond 64 the second term is 0, where infinity times 0 would not be.
     "gelu": (
-        "abs.f32 %e1, %v1; min.f32 %e1, %e1, 0f42800000;"
-        f"fma.rn.f32 %e2, %e1, {_hex(0.3275911 / math.sqrt(2))}, 0f3F800000; rcp.approx.ftz.f32 %e2, %e2;"
-        f"fma.rn.f32 %e3, %e2, {_hex(1.061405429 / 2)}, {_hex(-1.453152027 / 2)};"
-        f"fma.rn.f32 %e3, %e3, %e2, {_hex(1.421413741 / 2)}; fma.rn.f32 %e3, %e3, %e2, {_hex(-0.284496736 / 2)};"
-        f"fma.rn.f32 %e3, %e3, %e2, {_hex(0.254829592 / 2)}; mul.f32 %e3, %e3, %e2; mul.f32 %e3, %e3, %e1;"
-        f"mul.f32 %e2, %e1, {_hex(-math.log2(math.e) / 2)}; mul.f32 %e2, %e2, %e1; ex2.approx.ftz.f32 %e2, %e2;"
+        f"abs.f32 %e1, %v1; min.f32 %e1, %e1, {_hex(ERFC_BEYOND)};"
+        f"fma.rn.f32 %e2, %e1, {_hex(ERFC_SCALE)}, 0f3F800000; rcp.approx.ftz.f32 %e2, %e2;"
+        f"fma.rn.f32 %e3, %e2, {_hex(HALF_ERFC[4])}, {_hex(HALF_ERFC[3])};"
+        f"fma.rn.f32 %e3, %e3, %e2, {_hex(HALF_ERFC[2])}; fma.rn.f32 %e3, %e3, %e2, {_hex(HALF_ERFC[1])};"
+        f"fma.rn.f32 %e3, %e3, %e2, {_hex(HALF_ERFC[0])}; mul.f32 %e3, %e3, %e2; mul.f32 %e3, %e3, %e1;"
+        f"mul.f32 %e2, %e1, {_hex(-LOG2_E / 2)}; mul.f32 %e2, %e2, %e1; ex2.approx.ftz.f32 %e2, %e2;"
         "mul.f32 %e3, %e3, %e2; setp.lt.f32 %c1, %v1, 0f00000000; selp.f32 %e1, 0f00000000, %v1, %c1;"
         "sub.f32 %v1, %e1, %e3;"
     ),

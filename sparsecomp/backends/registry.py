@@ -24,6 +24,7 @@ from sparsecomp.patterns import Pattern
 # In the order in which they are preferred: sparse kernels, then a dense product of the unpacked weight, then the truth.
 _ADAPTERS = (
     ("sparsecomp.backends.cusparselt", "CusparseltBackend"),
+    ("sparsecomp.backends.triton_vnm", "TritonVnmBackend"),
     ("sparsecomp.backends.triton", "TritonBackend"),
     ("sparsecomp.backends.gluon", "GluonBackend"),
     ("sparsecomp.backends.gluon", "GluonTf32Backend"),

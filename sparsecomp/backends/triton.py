@@ -29,6 +29,7 @@ class TritonBackend(Backend):
     """One Triton kernel for every N:M and V:N:M pattern, any shape, with fp16, bf16, fp32 or int8 weights."""
 
     name = "triton"
+    fuses_activations = True
 
     def missing(self) -> str | None:
         """None if there is a GPU of compute capability 8.0 and Triton 3.6, or newer, else the reason why not."""
@@ -88,10 +89,14 @@ class TritonBackend(Backend):
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out] on torch's current stream; the first call of a tile and a pattern compiles it (under 1 s)."""
+        return self.run_activated(kernel, x, bias, "none")
+
+    def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """``run`` with the activation in fp32, before the rounding."""
         values, positions, *scales = kernel.tensors
         arguments = with_unit_columns(x), values, positions, bias, _nm(kernel.pattern), kernel.shape[0]
         with torch.cuda.device(x.get_device()):
-            y: Tensor = _kernels().nm_linear(*arguments, scales=scales[0] if scales else None)
+            y: Tensor = _kernels().nm_linear(*arguments, scales=scales[0] if scales else None, activation=activation)
         return y
 
 

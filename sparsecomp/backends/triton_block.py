@@ -27,6 +27,7 @@ class TritonBlockBackend(Backend):
     """One Triton kernel for blocks whose sides are 16, 32, 64 or 128, any shape, in fp16, bf16 or fp32."""
 
     name = "triton_block"
+    fuses_activations = True
 
     def missing(self) -> str | None:
         """None if there is a GPU of compute capability 8.0 and Triton 3.6, or newer, else the reason why not."""
@@ -39,7 +40,7 @@ class TritonBlockBackend(Backend):
         return _unfit(request.pattern, request.weight_dtype) or self.missing() or too_old(request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
-        """Values [kept, rows, columns] as packed, starts int32 [block rows + 1] and block columns int32 [kept].
+        """Values [kept, rows, columns] as packed, and int32: starts [block rows + 1], then block columns [kept].
 
         Raises BackendError for a weight that ``supports`` refuses.
         """
@@ -51,12 +52,12 @@ class TritonBlockBackend(Backend):
         starts = torch.zeros(kept.shape[0] + 1, dtype=torch.int32, device=packed.device)
         starts[1:] = kept.sum(dim=1).cumsum(0)
         columns = kept.nonzero()[:, 1].to(torch.int32)
-        tensors = (packed.values.contiguous(), starts, columns)
+        tensors = (packed.values.contiguous(), torch.cat([starts, columns]))
         return Kernel(self.name, tensors, packed.pattern, packed.shape, packed.dtype)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""
-        values, starts, columns = kernel.tensors
+        values, starts, columns = _parts(kernel)
         assert isinstance(kernel.pattern, Block)
         kept = torch.zeros(kernel.pattern.grid(*kernel.shape), dtype=torch.uint8, device=values.device)
         rows = torch.repeat_interleave(torch.arange(kept.shape[0], device=values.device), starts.diff())
@@ -65,9 +66,21 @@ class TritonBlockBackend(Backend):
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out] on torch's current stream; the first call of a tile and a block size compiles it."""
+        return self.run_activated(kernel, x, bias, "none")
+
+    def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """``run`` with the activation in fp32, before the rounding."""
+        arguments = with_unit_columns(x), *_parts(kernel), bias, kernel.shape[0]
         with torch.cuda.device(x.get_device()):
-            y: Tensor = _kernels().block_linear(with_unit_columns(x), *kernel.tensors, bias, kernel.shape[0])
+            y: Tensor = _kernels().block_linear(*arguments, activation)
         return y
+
+
+def _parts(kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, starts and block columns."""
+    values, index = kernel.tensors
+    starts, columns = index.tensor_split([index.numel() - values.shape[0]])
+    return values, starts, columns
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsecomp.activations import activate
 from sparsecomp.backends.registry import Backend
 from sparsecomp.patterns import VNM, VNM_KEPT_COLUMNS, Block, parse, row_nm
 
@@ -26,6 +27,7 @@ class Case:
     x: Tensor
     bias: Tensor | None
     quantized: bool = False  # int8 holds the weight exactly, and it is to be stored so
+    activation: str = "none"
 
 
 def need(backend: Backend) -> None:
@@ -102,7 +104,10 @@ def quantized_case(pattern: str, out: int, columns: int, batch: int, dtype: torc
 
 
 def assert_close_to_float64(y: Tensor, case: Case) -> None:
-    """|y - float64 product| is within one rounding to the dtype and the worst of an fp32 sum of that length."""
+    """|y - float64 product| is within one rounding to the dtype and the worst of an fp32 sum of that length.
+
+    Activations are no steeper than 1.13, and their approximations in fp32 are good to a few roundings of the sum.
+    """
     assert y.dtype == case.x.dtype
     weight, x = case.weight.double(), case.x.double()
     bias = torch.zeros(weight.shape[0]).double() if case.bias is None else case.bias.double()
@@ -110,6 +115,9 @@ def assert_close_to_float64(y: Tensor, case: Case) -> None:
     assert y.shape == exact.shape
     magnitude = functional.linear(x.abs(), weight.abs(), bias.abs())
     summed = (case.x.shape[1] + 1) * 2.0**-23 * magnitude
+    if case.activation != "none":
+        summed = 1.13 * summed + 8 * 2.0**-24 * exact.abs()
+        exact = activate(exact, case.activation)
     allowed = UNIT_ROUNDOFF[y.dtype] * (exact.abs() + summed) + summed + SMALLEST[y.dtype]
     error = (y.cpu().double() - exact).abs()
     # not "error > allowed": a NaN must fail

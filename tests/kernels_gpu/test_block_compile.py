@@ -17,6 +17,7 @@ from gpu_cases import Case, assert_close_to_float64, random_case
 from ptxsim import SimulationError
 from triton_compiler import compile_block_kernel, machine_code
 
+from sparsecomp.backends import triton_block
 from sparsecomp.backends.triton_block import SIDES, TritonBlockBackend
 from sparsecomp.kernels.block_sparse import choose_tile
 from sparsecomp.pack.format import pack
@@ -77,7 +78,8 @@ def _executed(
     """y and the races, of a kernel whose weight tensors may be changed and whose PTX may lack something."""
     assert case.bias is not None
     (tokens, columns), out = case.x.shape, case.weight.shape[0]
-    values, starts, block_columns = change(TritonBlockBackend().prepare(pack(case.weight, case.pattern)).tensors)
+    packed = pack(case.weight, case.pattern)
+    values, starts, block_columns = change(triton_block._parts(TritonBlockBackend().prepare(packed)))
     rows, across = values.shape[1:]
     tile = choose_tile(case.x.dtype, rows, across, tokens)
     compiled = compile_block_kernel(80, rows, across, case.x.dtype, tile, columns % 16 == 0 and out % 16 == 0)

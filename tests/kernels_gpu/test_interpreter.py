@@ -1,6 +1,8 @@
-"""The decompressing and the block-sparse kernel against float64, run by Triton's interpreter on the CPU."""
+"""The decompressing, the V:N:M and the block-sparse kernel against float64, run by Triton's interpreter on the CPU."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from gpu_cases import Case, assert_close_to_float64, moved, quantized_case, rand
 pytest.importorskip("triton", reason="triton is not installed")
 
 from triton_interpreter import interpret
+
+from sparsecomp.activations import ACTIVATIONS
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CASES = {
@@ -45,6 +49,25 @@ CASES = {
         for pattern in ("block16x16:0.5", "block32x64:0.3", "block128x128:0.5")
         for dtype in (HALF, BRAIN, SINGLE)
     },
+    **{
+        f"{pattern}-{dtype}".replace("torch.", ""): random_case(pattern, 150, 173, 3, dtype)
+        for pattern in ("16:2:8", "32:2:16", "48:2:8", "64:2:8", "64:2:16", "128:2:8", "256:2:8")
+        for dtype in (HALF, BRAIN)
+    },
+    "V:N:M in fp32, which triton runs": random_case("16:2:8", 40, 70, 3, SINGLE),
+    "V:N:M, batch 0": random_case("16:2:8", 20, 40, 0, HALF),
+    "V:N:M, one weight": random_case("16:2:8", 1, 1, 1, HALF),
+    "V:N:M, less than a group": random_case("16:2:16", 7, 5, 17, BRAIN),
+    "V:N:M, batch 17, a column over a step": random_case("32:2:8", 70, 129, 17, HALF),
+    "V:N:M, batch 70 fills two tiles": random_case("128:2:16", 130, 600, 70, BRAIN),
+    "V:N:M, rows of x apart, no bias": random_case("64:2:8", 70, 100, 20, HALF, with_bias=False, row_gap=90),
+    "V:N:M, columns of x apart": strided_columns(random_case("64:2:8", 70, 100, 5, BRAIN)),
+    **{
+        f"{pattern}-{activation}": replace(random_case(pattern, 70, 100, 20, dtype), activation=activation)
+        for pattern, dtype in (("2:4", SINGLE), ("8:16", BRAIN), ("block16x32:0.5", HALF), ("32:2:8", HALF))
+        for activation in ACTIVATIONS[1:]
+    },
+    "silu of int8 weights": replace(quantized_case("2:4", 40, 100, 5, HALF), activation="silu"),
     "block rows of 128, columns of 16": random_case("block128x16:0.4", 200, 50, 70, HALF),
     "block, whole tiles of 128 tokens": random_case("block64x32:0.5", 64, 64, 130, BRAIN),
     "block, nothing beside one": random_case("block16x16:0.1", 33, 40, 1, HALF),

@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsecomp.kernels import block_sparse, nm_decompress
-from sparsecomp.patterns import NM
+from sparsecomp.kernels import block_sparse, nm_decompress, vnm_gather
+from sparsecomp.patterns import NM, VNM
 
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -43,7 +43,13 @@ class MachineCode:
 
 
 def compile_kernel(
-    capability: int, nm: NM, dtype: torch.dtype, tile: nm_decompress.Tile, aligned: bool, quantized: bool = False
+    capability: int,
+    nm: NM,
+    dtype: torch.dtype,
+    tile: nm_decompress.Tile,
+    aligned: bool,
+    quantized: bool = False,
+    activation: str = "none",
 ) -> Any:
     """The kernel for ``sm_<capability>``; ``aligned`` is what a launch finds when every size is a multiple of 16."""
     kernel = nm_decompress.nm_linear_kernel
@@ -54,6 +60,7 @@ def compile_kernel(
         "MASK_ROWS": nm.mask_rows,
         "HAS_SCALES": quantized,
         "HAS_BIAS": True,
+        "ACTIVATION": activation,
         "TILE_OUT": tile.out,
         "TILE_BATCH": tile.batch,
         "TILE_COLUMNS": tile.columns,
@@ -63,18 +70,48 @@ def compile_kernel(
 
 
 def compile_block_kernel(
-    capability: int, rows: int, columns: int, dtype: torch.dtype, tile: block_sparse.Tile, aligned: bool
+    capability: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    tile: block_sparse.Tile,
+    aligned: bool,
+    activation: str = "none",
 ) -> Any:
     """The block-sparse kernel, compiled likewise."""
     constants = {
         "ROWS": rows,
         "COLUMNS": columns,
         "HAS_BIAS": True,
+        "ACTIVATION": activation,
         "TILE_TOKENS": tile.tokens,
         "TILE_COLUMNS": tile.columns,
     }
     types = {"starts": "*i32", "block_columns": "*i32"}
     kernel = block_sparse.block_linear_kernel
+    return _compile(kernel, capability, dtype, types, constants, aligned, tile.warps, tile.stages)
+
+
+def compile_vnm_kernel(
+    capability: int,
+    pattern: VNM,
+    dtype: torch.dtype,
+    tile: vnm_gather.Tile,
+    aligned: bool,
+    activation: str = "none",
+) -> Any:
+    """The V:N:M kernel, compiled likewise."""
+    constants = {
+        "V": pattern.v,
+        "M": pattern.m,
+        "HAS_BIAS": True,
+        "ACTIVATION": activation,
+        "TILE_OUT": tile.out,
+        "TILE_BATCH": tile.batch,
+        "TILE_COLUMNS": tile.columns,
+    }
+    types = {"positions": "*u8", "kept": "*u8"}
+    kernel = vnm_gather.vnm_linear_kernel
     return _compile(kernel, capability, dtype, types, constants, aligned, tile.warps, tile.stages)
 
 

@@ -10,8 +10,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_cases import Case
@@ -22,7 +24,9 @@ def interpret(cases: list[Case]) -> list[Tensor]:
     """y [batch, out] of the triton backends for every case."""
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder, "cases.pt"), Path(folder, "results.pt")
-        torch.save([(case.weight, case.pattern, case.x, case.bias, case.quantized) for case in cases], given)
+        torch.save(
+            [(case.weight, case.pattern, case.x, case.bias, case.quantized, case.activation) for case in cases], given
+        )
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, str(given), str(made)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -77,21 +81,29 @@ def fenced(tensor: Tensor) -> Tensor:
     return front.copy_(tensor)
 
 
+def _prepared(packed: Any) -> Any:
+    from sparsecomp.backends.registry import backends
+    from sparsecomp.errors import BackendError
+
+    for name in ("triton_vnm", "triton_block"):
+        with suppress(BackendError):
+            return backends()[name].prepare(packed)
+    return backends()["triton"].prepare(packed)
+
+
 def _main(given: str, made: str) -> None:
     repair_interpreter()
-    from sparsecomp.backends.triton import TritonBackend
-    from sparsecomp.backends.triton_block import TritonBlockBackend
+    from sparsecomp.backends.registry import backends
     from sparsecomp.pack.format import pack
     from sparsecomp.pack.quantize import quantize
-    from sparsecomp.patterns import Block, parse
 
     results = []
-    for weight, pattern, x, bias, quantized in torch.load(given):
-        backend = TritonBlockBackend() if isinstance(parse(pattern), Block) else TritonBackend()
+    for weight, pattern, x, bias, quantized, activation in torch.load(given):
         packed = pack(weight, pattern)
-        kernel = backend.prepare(quantize(packed) if quantized else packed)
+        kernel = _prepared(quantize(packed) if quantized else packed)
         kernel = replace(kernel, tensors=tuple(fenced(tensor) for tensor in kernel.tensors))
-        results.append(backend.run(kernel, x, bias))
+        backend = backends()[kernel.backend]
+        results.append(backend.run_activated(kernel, x, bias, activation))
     torch.save(results, made)
 
 
