@@ -92,18 +92,18 @@ def nm_linear_kernel(
     # 64-bit rows: a row index times a stride passes 2**31 in large layers
     row = (tile % tiles_out).to(tl.int64) * TILE_OUT + tl.arange(0, TILE_OUT)
     item = (tile // tiles_out).to(tl.int64) * TILE_BATCH + tl.arange(0, TILE_BATCH)
-    row_in = row[:, None] < out_features
-    item_in = item[None, :] < batch
-    x_rows = x + item[None, :] * stride_x
+    row_in = row < out_features
+    item_in = item[:, None] < batch
+    x_rows = x + item[:, None] * stride_x
     # planes are whole blocks of 8 groups, which the compiler sees here and turns into 16-byte loads
     groups = group_blocks * 8
     plane_bytes = group_blocks * BITS
     value_rows = values + row[:, None] * N * groups
     position_rows = positions + (row // MASK_ROWS)[:, None] * N * plane_bytes
-    accumulator = tl.zeros((TILE_OUT, TILE_BATCH), tl.float32)
+    accumulator = tl.zeros((TILE_BATCH, TILE_OUT), tl.float32)
     for step in range(tl.cdiv(in_features, TILE_COLUMNS)):
         group = step * GROUPS + tl.arange(0, GROUPS)[None, :]
-        inside = row_in & (group < groups)
+        inside = row_in[:, None] & (group < groups)
         slot_values = ()
         slot_positions = ()
         for s in tl.static_range(N):
@@ -118,14 +118,17 @@ def nm_linear_kernel(
             slot_positions = slot_positions + (position,)  # noqa: RUF005
         weight = expand(slot_values, slot_positions, 0, 1, N, M)
         column = step * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-        x_tile = tl.load(x_rows + column[:, None], mask=item_in & (column[:, None] < in_features), other=0.0)
-        accumulator = tl.dot(weight, x_tile, accumulator, input_precision="ieee")
+        x_tile = tl.load(x_rows + column[None, :], mask=item_in & (column[None, :] < in_features), other=0.0)
+        # the weight is the right operand: as the left one Triton hands it to wgmma in registers, and either leaves them
+        # to be overwritten while they are read or has ptxas put a wait after every product
+        accumulator = tl.dot(x_tile, tl.trans(weight), accumulator, input_precision="ieee")
     if HAS_SCALES:
-        accumulator *= tl.load(scales + row, mask=row < out_features, other=0.0)[:, None]
+        accumulator *= tl.load(scales + row, mask=row_in, other=0.0)[None, :]
     if HAS_BIAS:
-        accumulator += tl.load(bias + row, mask=row < out_features, other=0.0).to(tl.float32)[:, None]
+        accumulator += tl.load(bias + row, mask=row_in, other=0.0).to(tl.float32)[None, :]
     accumulator = activate(accumulator, ACTIVATION)
-    tl.store(y + item[None, :] * stride_y + row[:, None], accumulator.to(y.dtype.element_ty), mask=row_in & item_in)
+    target = y + item[:, None] * stride_y + row[None, :]
+    tl.store(target, accumulator.to(y.dtype.element_ty), mask=item_in & row_in[None, :])
 
 
 def nm_linear(

@@ -83,7 +83,7 @@ def vnm_linear_kernel(
     column = _columns(kept, 0, groups, M, TILE_COLUMNS)
     x_next = tl.load(x_rows + column[None, :], mask=item_in[:, None] & (column[None, :] < in_features), other=0.0)
     column = _columns(kept, 1, groups, M, TILE_COLUMNS)
-    accumulator = tl.zeros((TILE_OUT, TILE_BATCH), tl.float32)
+    accumulator = tl.zeros((TILE_BATCH, TILE_OUT), tl.float32)
     for step in range(tl.cdiv(groups, GROUPS)):
         x_tile = x_next
         x_next = tl.load(x_rows + column[None, :], mask=item_in[:, None] & (column[None, :] < in_features), other=0.0)
@@ -98,12 +98,12 @@ def vnm_linear_kernel(
             slot_values = slot_values + (value,)  # noqa: RUF005 - Triton has no unpacking
             slot_positions = slot_positions + ((byte.to(tl.int32) >> (group % 4 * 2)) & 3,)  # noqa: RUF005
         weight = expand(slot_values, slot_positions, 0, 1, 2, 4)
-        accumulator = tl.dot(weight, tl.trans(x_tile), accumulator, input_precision="ieee")
+        accumulator = tl.dot(x_tile, tl.trans(weight), accumulator, input_precision="ieee")
     if HAS_BIAS:
-        accumulator += tl.load(bias + row, mask=row_in, other=0.0).to(tl.float32)[:, None]
+        accumulator += tl.load(bias + row, mask=row_in, other=0.0).to(tl.float32)[None, :]
     accumulator = activate(accumulator, ACTIVATION)
-    target = y + item[None, :] * stride_y + row[:, None]
-    tl.store(target, accumulator.to(y.dtype.element_ty), mask=row_in[:, None] & item_in[None, :])
+    target = y + item[:, None] * stride_y + row[None, :]
+    tl.store(target, accumulator.to(y.dtype.element_ty), mask=item_in[:, None] & row_in[None, :])
 
 
 def vnm_linear(

@@ -87,7 +87,7 @@ def _parts(kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
     values, octets = kernel.tensors
     out, _, groups = values.shape
     tiles = -(-out // _vnm(kernel).v)
-    kept, positions = octets.split([tiles * VNM_KEPT_COLUMNS * groups, out * groups // 2])
+    kept, positions = octets.tensor_split([tiles * VNM_KEPT_COLUMNS * groups])
     return values, kept.view(tiles, VNM_KEPT_COLUMNS * groups), positions.view(out, 2, groups // 4)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from gluon_simulator import run
 from gpu_cases import Case, assert_close_to_float64, quantized_case, random_case
-from ptxsim import SimulationError
+from ptxsim import Report, SimulationError
 from triton_compiler import MachineCode, compile_kernel, machine_code
 
+from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends.triton import TritonBackend
 from sparsecomp.kernels.nm_decompress import GROUP_BLOCK, Tile, choose_tile
 from sparsecomp.pack.format import pack
@@ -59,7 +61,7 @@ def test_machine_code(capability: int, nm: NM, dtype: torch.dtype, batch: int, a
     if dtype == SINGLE:
         # tf32 would round the weights to 10 bits
         assert not tensor_core and code.instructions["FFMA"] > 0
-    elif capability == 90 and tile.out >= 64:
+    elif capability == 90 and tile.batch >= 64:
         assert tensor_core == {"HGMMA"}
     else:
         assert tensor_core == {"HMMA"}
@@ -86,6 +88,7 @@ def test_spills_are_noticed(tmp_path: Path) -> None:
         ("2:4", 96, 160, 16, BRAIN),
         ("2:4", 70, 133, 3, HALF),
         ("8:16", 80, 176, 70, BRAIN),
+        ("2:4", 70, 196, 33, HALF),
         ("5:16", 40, 70, 20, HALF),
         ("1:4", 33, 128, 1, BRAIN),
         ("2:4@v4", 64, 64, 5, HALF),
@@ -97,37 +100,55 @@ def test_spills_are_noticed(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.every_triton
 def test_compiled_code_matches_float64(
-    pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype, quantized: bool
+    capability: int, pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype, quantized: bool
 ) -> None:
     case = (quantized_case if quantized else random_case)(pattern, out, columns, batch, dtype)
-    y, races = _executed(case)
-    assert races == ()
+    y, report = _executed(case, capability)
+    assert report.races == ()
+    assert_close_to_float64(y, case)
+    warpgroups = capability == 90 and batch > 32 and dtype != SINGLE
+    assert (report.executed["wgmma"] > 0) == warpgroups and (report.executed["mma"] > 0) == (
+        dtype != SINGLE and not warpgroups
+    )
+
+
+@pytest.mark.parametrize(("capability", "batch"), [(80, 20), (90, 70)])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activations_in_compiled_code(activation: str, capability: int, batch: int) -> None:
+    case = replace(random_case("2:4", 70, 140, batch, HALF), activation=activation)
+    y, report = _executed(case, capability)
+    assert report.races == ()
     assert_close_to_float64(y, case)
 
 
 def _executed(
-    case: Case, change: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple, spoil: tuple[str, str] = ("", "")
-) -> tuple[Tensor, tuple[str, ...]]:
-    """y and the races, of a kernel whose weight tensors and PTX may be changed first."""
+    case: Case,
+    capability: int = 80,
+    change: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple,
+    spoil: tuple[str, str] = ("", ""),
+) -> tuple[Tensor, Report]:
+    """y and the simulator's report, of a kernel whose weight tensors and PTX may be changed first."""
     packed = pack(case.weight, case.pattern)
     nm = row_nm(packed.pattern)
     assert nm is not None and case.bias is not None
-    (batch, columns), out = case.x.shape, case.weight.shape[0]
+    dtype, (batch, columns), out = case.x.dtype, case.x.shape, case.weight.shape[0]
     kernel = TritonBackend().prepare(quantize(packed) if case.quantized else packed)
     values, positions, *scales = change(kernel.tensors)
-    tile = choose_tile(case.x.dtype, batch)
-    compiled = compile_kernel(80, nm, case.x.dtype, tile, out % 16 == 0 and columns % 16 == 0, case.quantized)
-    y = torch.empty(batch, out, dtype=case.x.dtype)
+    tile = choose_tile(dtype, batch)
+    aligned = out % 16 == 0 and columns % 16 == 0
+    compiled = compile_kernel(capability, nm, dtype, tile, aligned, case.quantized, case.activation)
+    y = torch.empty(batch, out, dtype=dtype)
     blocks = -(-out // tile.out) * -(-batch // tile.batch)
     sizes = (batch, out, columns, kernel.tensors[0].shape[2] // GROUP_BLOCK, columns, out)
     arguments = (case.x, values, positions, scales[0] if scales else torch.empty(1), case.bias, y, *sizes)
+    before, after = spoil
     ptx = compiled.asm["ptx"]
-    assert not spoil[0] or re.search(spoil[0], ptx), "there is nothing to spoil"
-    ptx = re.sub(spoil[0], spoil[1], ptx) if spoil[0] else ptx
-    report = run(ptx, arguments, blocks, tile.warps, compiled.metadata.shared)
-    return y, report.races
+    assert not before or re.search(before, ptx), "there is nothing to spoil"
+    ptx = re.sub(before, after, ptx) if before else ptx
+    return y, run(ptx, arguments, blocks, tile.warps, compiled.metadata.shared)
 
 
 def test_all_six_pairs_of_positions_occur() -> None:
@@ -149,18 +170,41 @@ WRONG = {
 def test_wrong_weights_give_a_wrong_product(fault: str, pattern: str) -> None:
     case = quantized_case(pattern, 128, 160, 5, HALF)
     with pytest.raises(AssertionError, match="exceeds its bound"):
-        assert_close_to_float64(_executed(case, WRONG[fault])[0], case)
+        assert_close_to_float64(_executed(case, change=WRONG[fault])[0], case)
 
 
 def test_weights_cut_short_are_out_of_bounds() -> None:
     case = random_case("2:4", 96, 160, 16, BRAIN)
     for change in (lambda tensors: (tensors[0][:-1], tensors[1]), lambda tensors: (tensors[0], tensors[1][:-1])):
         with pytest.raises(SimulationError, match="out of bounds"):
-            _executed(case, change)
+            _executed(case, change=change)
 
 
-@pytest.mark.parametrize(
-    "spoil", [(r"bar\.sync\s+0;", ""), (r"cp\.async\.wait_group\s+\w+;", "")], ids=["barriers", "waits"]
-)
-def test_a_pipeline_without_them_has_races(spoil: tuple[str, str]) -> None:
-    assert _executed(random_case("2:4", 96, 512, 16, BRAIN), spoil=spoil)[1] != ()
+@pytest.mark.parametrize("spoil", [r"bar\.sync\s+0;", r"cp\.async\.wait_group\s+\w+;"], ids=["barriers", "waits"])
+def test_a_pipeline_without_them_has_races(spoil: str) -> None:
+    assert _executed(random_case("2:4", 96, 512, 16, BRAIN), spoil=(spoil, ""))[1].races != ()
+
+
+FAULTLESS = random_case("2:4", 64, 512, 64, BRAIN)
+FAULTS = {
+    "no barriers": (r"bar\.sync", "// bar.sync"),
+    "too weak a wait for copies": (r"cp\.async\.wait_group", "cp.async.wait_group 9; //"),
+    "no wait for products": (r"wgmma\.wait_group", "// wgmma.wait_group"),
+    "no fence of memory": (r"fence\.proxy\.async", "// fence.proxy.async"),
+    "no fence of registers": (r"wgmma\.fence", "// wgmma.fence"),
+    "the next columns": (", 4611686293305294850;", ", 4611686293305294852;"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_in_code_for_hopper_are_noticed(fault: str) -> None:
+    with pytest.raises((AssertionError, SimulationError), match="^(?!there is nothing)"):
+        y, report = _executed(FAULTLESS, 90, spoil=FAULTS[fault])
+        assert report.races == ()
+        assert_close_to_float64(y, FAULTLESS)
+
+
+def test_without_a_fault_that_code_passes() -> None:
+    y, report = _executed(FAULTLESS, 90)
+    assert report.executed["wgmma"] > 0 and report.races == ()
+    assert_close_to_float64(y, FAULTLESS)

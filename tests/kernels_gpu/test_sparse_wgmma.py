@@ -13,7 +13,6 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import ptxsim
-import ptxsim.warpgroup
 import triton
 from gluon_simulator import run
 from gpu_cases import UNIT_ROUNDOFF, Case, assert_close_to_float64, random_case

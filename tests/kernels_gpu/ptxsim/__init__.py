@@ -7,7 +7,8 @@ again.
 
 What it proves: indexing, layouts, predicates, tails, metadata, the order of a pipeline. What it checks beyond the
 result: bounds and alignment of each access, shared memory races between warps, copies read while in flight, bytes of
-global memory that two threads store, barriers that not every thread reaches, metadata that does not ascend.
+global memory that two threads store, barriers that not every thread reaches, metadata that does not ascend, registers
+and shared memory that an asynchronous product still uses or that no fence has passed on to it.
 
 What it knows nothing of: time, caches, bank conflicts, races between threads of one warp, TMA, mbarriers, clusters and
 weak memory order. Tensor-core products are summed exactly and rounded once to fp32, which no hardware promises; a test
@@ -15,7 +16,7 @@ must allow the error of an fp32 sum. An instruction it does not know is an error
 
 Modules: ``parser`` (text to instructions), ``values`` (bits to numbers), ``memory`` (global and shared), ``machine``
 (threads, registers, order of execution), and one for each family of instructions: ``arithmetic``, ``movement``,
-``tensor_core``.
+``tensor_core``, ``warpgroup``.
 """
 
 from ptxsim.launch import Report, simulate

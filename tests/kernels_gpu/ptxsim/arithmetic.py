@@ -9,7 +9,7 @@ import numpy as np
 
 from ptxsim.machine import Machine, operation
 from ptxsim.parser import WIDTHS, Instruction, SimulationError, Vector
-from ptxsim.values import SIGNED, UNSIGNED, Array, decode, encode
+from ptxsim.values import SIGNED, UNSIGNED, Array, decode, elements, encode
 
 _FLOATS = ("f16", "bf16", "f32", "tf32", "f64", "f16x2", "bf16x2")
 _COMPARE: dict[str, Callable[[Array, Array], Array]] = {
@@ -23,6 +23,13 @@ _COMPARE: dict[str, Callable[[Array, Array], Array]] = {
     "ls": np.less_equal,
     "hi": np.greater,
     "hs": np.greater_equal,
+}
+_FLOAT_OPERATIONS: dict[str, Callable[..., Array]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "fma": lambda a, b, c: a * b + c,
+    "mad": lambda a, b, c: a * b + c,
 }
 _LOGIC: dict[str, Callable[[Array, Array], Array]] = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 
@@ -44,19 +51,21 @@ def arithmetic(machine: Machine, instruction: Instruction) -> None:
 def _float_arithmetic(machine: Machine, instruction: Instruction) -> None:
     kind = instruction.type
     if kind.endswith("x2"):
-        if instruction.opcode not in ("abs", "neg"):
-            raise SimulationError("of packed halves only abs and neg are known to the simulator")
-        bits, signs = machine.bits(instruction.operands[1], 4), np.uint32(0x80008000)
-        machine.write_bits(instruction.operands[0], bits & ~signs if instruction.opcode == "abs" else bits ^ signs)
+        if instruction.opcode in ("abs", "neg"):
+            bits, signs = machine.bits(instruction.operands[1], 4), np.uint32(0x80008000)
+            machine.write_bits(instruction.operands[0], bits & ~signs if instruction.opcode == "abs" else bits ^ signs)
+            return
+        words = (machine.bits(operand, 4) for operand in instruction.operands[1:])
+        pairs = [elements(each, kind[:-2]).astype(np.float64) for each in words]
+        if instruction.opcode not in _FLOAT_OPERATIONS:
+            raise SimulationError("of packed halves no such operation is known to the simulator")
+        both = encode(_FLOAT_OPERATIONS[instruction.opcode](*pairs), kind[:-2]).astype(np.uint32)
+        machine.write_bits(instruction.operands[0], both[..., 1] << 16 | both[..., 0])
         return
     a, *rest = (number.astype(np.float64) for number in _inputs(machine, instruction, kind))
     compute: dict[str, Callable[..., Array]] = {
-        "add": np.add,
-        "sub": np.subtract,
-        "mul": np.multiply,
+        **_FLOAT_OPERATIONS,
         "div": np.divide,
-        "fma": lambda a, b, c: a * b + c,
-        "mad": lambda a, b, c: a * b + c,
         "neg": np.negative,
         "abs": np.abs,
         # one NaN is passed over unless the instruction asks for it

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # imported for their registrations
-from ptxsim import arithmetic, movement, tensor_core  # noqa: F401
+from ptxsim import arithmetic, movement, tensor_core, warpgroup  # noqa: F401
 from ptxsim.machine import WARP, Machine
 from ptxsim.memory import GlobalMemory
 from ptxsim.parser import Program, SimulationError

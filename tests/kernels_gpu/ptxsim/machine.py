@@ -6,7 +6,9 @@ Knows no instruction: families register theirs with ``operation``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,6 +45,22 @@ def operation(*opcodes: str) -> Callable[[Handler], Handler]:
     return register
 
 
+@dataclass
+class Flight:
+    """An asynchronous product that some threads have not waited for: registers it uses, shared memory it reads.
+
+    ``threads`` are bools, ``groups`` the number of the group that each thread has put it in; ``readers`` and
+    ``addresses`` are pairs of a thread and 16 bytes of its block's shared memory.
+    """
+
+    threads: Array
+    groups: Array
+    registers: frozenset[str]
+    readers: Array
+    addresses: Array
+    what: str
+
+
 class Machine:
     """State of a launch of ``grid`` blocks of ``threads`` threads, a multiple of 32."""
 
@@ -74,12 +92,17 @@ class Machine:
         self._alive = np.ones(self.total, bool)
         self._waiting = np.zeros(self.total, bool)
         self._block = np.arange(self.total) // threads
+        self.flights: list[Flight] = []
+        self._asynchronous = False
+        self._committed = np.zeros(self.total, np.int64)
+        self._unfenced: dict[str, Array] = {}
 
     # --- operands ---------------------------------------------------------------------------------------------------
 
     def bits(self, operand: Operand, width: int) -> Array:
         """The bits of a scalar operand for every thread."""
         if isinstance(operand, Register):
+            self._check_flights(operand.name, "read")
             if operand.name not in self._registers:
                 if operand.name in self._targets:
                     raise SimulationError(f"register {operand.name} is read before it is written")
@@ -113,6 +136,9 @@ class Machine:
         name = operand.name
         if name == "_":
             return
+        self._check_flights(name, "written")
+        if not self._asynchronous and name in self.program.asynchronous:
+            self._unfenced[name] = self._unfenced.get(name, False) | self.active
         if bits.dtype != bool:
             bits = resize(bits, self.program.widths[name.rstrip("0123456789")])
         if self.all_active:
@@ -137,6 +163,54 @@ class Machine:
             raise SimulationError(f"only a part of a warp reaches: {what}")
         return whole
 
+    # --- asynchronous products --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def asynchronous(self) -> Iterator[None]:
+        """While a product is issued: such products keep their own order, and need no wait between them."""
+        self._asynchronous = True
+        try:
+            yield
+        finally:
+            self._asynchronous = False
+
+    def issue(self, registers: frozenset[str], readers: Array, addresses: Array, what: str) -> None:
+        """Note a product of the active threads, in the open group of each of them."""
+        for name in registers:
+            if name in self._unfenced and (self._unfenced[name] & self.active).any():
+                raise SimulationError(f"{name} was written after the last wgmma.fence")
+        self.shared.begin_reading(readers, addresses, what)
+        self.flights.append(Flight(self.active.copy(), self._committed.copy(), registers, readers, addresses, what))
+
+    def fence_registers(self) -> None:
+        """What the active threads have written to registers is there for asynchronous products."""
+        self._unfenced = {name: left for name, mask in self._unfenced.items() if (left := mask & ~self.active).any()}
+
+    def commit(self) -> None:
+        """Close the group of the active threads."""
+        self._committed[self.active] += 1
+
+    def wait(self, outstanding: int) -> None:
+        """End the products of the active threads, but for their latest ``outstanding`` closed groups."""
+        kept = []
+        for flight in self.flights:
+            due = flight.threads & self.active & (flight.groups < self._committed - outstanding)
+            chosen = due[flight.readers]
+            if chosen.any():
+                self.shared.end_reading(flight.readers[chosen], flight.addresses[chosen], flight.what)
+            flight.threads = flight.threads & ~due
+            flight.readers, flight.addresses = flight.readers[~chosen], flight.addresses[~chosen]
+            if flight.threads.any():
+                kept.append(flight)
+        self.flights = kept
+
+    def _check_flights(self, name: str, verb: str) -> None:
+        if self._asynchronous:
+            return
+        for flight in self.flights:
+            if name in flight.registers and (flight.threads & self.active).any():
+                raise SimulationError(f"{name} is {verb} before the product that uses it was waited for")
+
     @property
     def running(self) -> Array:
         """Indices of the active threads."""
@@ -152,6 +226,8 @@ class Machine:
             if not ready.any():
                 if not self._alive.any():
                     self.shared.finish()
+                    if self.flights:
+                        raise SimulationError("a wgmma was never waited for")
                     return
                 self._release()
                 continue

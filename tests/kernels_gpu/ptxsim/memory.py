@@ -101,9 +101,12 @@ class _Copies:
 class SharedMemory:
     """``size`` bytes for each block. An epoch of a block ends with each of its barriers.
 
+    Products read it by a path of their own (the async proxy), from their issue to the wait for them: what was written
+    since the last fence.proxy.async is not there for them.
+
     A race is two warps that touch the same granule in one epoch, one of them writing, unless both write the same value:
-    compilers let warps that hold the same data store it. So is any touch of a granule that a cp.async still writes. A
-    copy lands as late as it may: when its thread waits for its group.
+    compilers let warps that hold the same data store it. So is any touch of a granule that a cp.async still writes, and
+    a write to one that a product still reads. A copy lands as late as it may: when its thread waits for its group.
     """
 
     def __init__(self, blocks: int, size: int, threads_per_block: int) -> None:
@@ -120,6 +123,8 @@ class SharedMemory:
         self._writer, self._reader = (np.full(granules, _NOBODY, np.int64) for _ in range(2))
         self._write_epoch, self._read_epoch = (np.full(granules, _NOBODY, np.int64) for _ in range(2))
         self._in_flight = np.zeros(granules, bool)
+        self._being_read = np.zeros(granules, np.int32)
+        self._unfenced = np.zeros(granules, bool)
         self.races: list[str] = []
 
     def barrier(self, blocks: Array) -> None:
@@ -148,8 +153,12 @@ class SharedMemory:
 
     def rows(self, threads: Array, addresses: Array, what: str) -> Array:
         """[addresses, 8] 16-bit values: the rows of 16 bytes that ldmatrix reads."""
+        self._read(threads, self._offsets(threads, addresses, 16), 16, what)
+        return self.peek(threads, addresses)
+
+    def peek(self, threads: Array, addresses: Array) -> Array:
+        """What ``rows`` gives, for a product whose reading was noted."""
         offsets = self._offsets(threads, addresses, 16)
-        self._read(threads, offsets, 16, what)
         return self._bytes.view(np.uint16)[offsets[:, None] // 2 + np.arange(8)]
 
     def copy(self, threads: Array, addresses: Array, sources: Array, bytes_read: Array, count: int, what: str) -> None:
@@ -177,6 +186,25 @@ class SharedMemory:
             if not due.all():
                 kept.append(copies.part(~due))
         self._pending = kept
+
+    def begin_reading(self, threads: Array, addresses: Array, what: str) -> None:
+        """A product of these threads, which reads 16 bytes at each address until ``end_reading``."""
+        offsets = self._offsets(threads, addresses, 16)
+        self._read(threads, offsets, 16, what)
+        at = _granules(offsets, 16)
+        if self._unfenced[at].any():
+            self._note("a product reads what no fence.proxy.async has passed on", what)
+        np.add.at(self._being_read, at, 1)
+
+    def end_reading(self, threads: Array, addresses: Array, what: str) -> None:
+        """The threads have waited for it, in this epoch."""
+        offsets = self._offsets(threads, addresses, 16)
+        np.add.at(self._being_read, _granules(offsets, 16), -1)
+        self._read(threads, offsets, 16, what)
+
+    def fence(self, threads: Array) -> None:
+        """What was written to the blocks of these threads is there for products."""
+        self._unfenced.reshape(-1, self.size // GRANULE)[np.unique(self._block[threads])] = False
 
     def finish(self) -> None:
         """Note copies that nobody waited for."""
@@ -230,6 +258,9 @@ class SharedMemory:
         repeated, agreed = (np.repeat(none if each is None else each, per_thread) for each in (repeated, agreed))
         if self._in_flight[at].any():
             self._note("a write meets a copy in flight", what)
+        if self._being_read[at].any():
+            self._note("a write meets a product that still reads", what)
+        self._unfenced[at] = True
         if ((self._write_epoch[at] == epoch) & (self._writer[at] != warp) & ~repeated).any():
             self._note("a write meets another warp's write", what)
         if ((self._read_epoch[at] == epoch) & (self._reader[at] != warp)).any():

@@ -35,7 +35,9 @@ def barrier(machine: Machine, instruction: Instruction) -> None:
 
 @operation("membar", "fence")
 def fence(machine: Machine, instruction: Instruction) -> None:
-    """Every store is visible at once here."""
+    """Every store is visible at once here, but to asynchronous products, which a proxy fence passes it on to."""
+    if instruction.has("proxy") and instruction.has("async"):
+        machine.shared.fence(machine.running)
 
 
 def _space(instruction: Instruction) -> str:

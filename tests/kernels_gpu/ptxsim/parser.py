@@ -99,6 +99,20 @@ class Program:
     labels: dict[str, int]
     threads: int
 
+    def __post_init__(self) -> None:
+        """Find the registers of asynchronous products once: each write asks for them."""
+        vectors = [
+            operand.parts
+            for instruction in self.instructions
+            if instruction.opcode == "wgmma"
+            for operand in instruction.operands
+            if isinstance(operand, Vector)
+        ]
+        names = {part.name for parts in vectors for part in parts if isinstance(part, Register)}
+        object.__setattr__(self, "asynchronous", frozenset(names))
+
+    asynchronous: frozenset[str] = frozenset()
+
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((?P<parameters>.*?)\)(?P<directives>[^{]*)\{(?P<body>.*)", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+\.(\w+)(?:\s+\.ptr(?:\s+\.\w+)?\s+\.align\s+\d+)?\s+(\w+)")
