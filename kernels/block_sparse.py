@@ -25,15 +25,18 @@ class Tile:
     stages: int
 
 
-def choose_tile(dtype: torch.dtype, rows: int, columns: int, tokens: int) -> Tile:
-    """The tile for blocks of ``rows`` x ``columns``. Small enough that nothing spills on sm_80 to sm_90."""
+def choose_tile(dtype: torch.dtype, rows: int, columns: int, tokens: int, aligned: bool) -> Tile:
+    """The tile for blocks of ``rows`` x ``columns``. Small enough that nothing spills on sm_80 to sm_90.
+
+    ``aligned`` tells whether rows of x are read 16 bytes at a time; element by element takes more registers.
+    """
     if dtype == torch.float32:
         # with 4 warps blocks of 128 rows spill on sm_86 and newer
         return Tile(16 if tokens <= 16 else 32, min(columns, 32), 8 if rows == 128 else 4, 2)
     if tokens <= 16:
-        return Tile(16, min(columns, 128), 4, 4)
-    if tokens <= 64:
-        return Tile(64, min(columns, 64), 4, 3)
+        return Tile(16, min(columns, 128 if aligned else 64), 4, 4)
+    if tokens <= 64 or not aligned:
+        return Tile(64, min(columns, 64), 4 if aligned else 8, 3)
     return Tile(128, min(columns, 64), 8 if rows == 128 else 4, 3)
 
 
@@ -104,7 +107,9 @@ def block_linear(
     if y.numel() == 0:
         return y
     rows, columns = values.shape[1:]
-    tile = choose_tile(x.dtype, rows, columns, tokens)
+    # what Triton specialises on, and what vectors take
+    aligned = all(size % 16 == 0 for size in (in_features, x.stride(0), out_features, x.data_ptr()))
+    tile = choose_tile(x.dtype, rows, columns, tokens, aligned)
     grid = ((starts.shape[0] - 1) * triton.cdiv(tokens, tile.tokens),)
     block_linear_kernel[grid](
         x,

@@ -38,7 +38,7 @@ def plane_bits(nm: NM) -> int:
 def choose_tile(dtype: torch.dtype, batch: int) -> Tile:
     """The tile for a batch. Small enough that no weight dtype or N:M pattern spills registers on sm_80 to sm_90."""
     if dtype == torch.float32:
-        return Tile(32, 16, 64, 4, 2) if batch <= 16 else Tile(64, 32, 32, 4, 2)
+        return Tile(32, 16, 32, 4, 2) if batch <= 16 else Tile(64, 32, 16, 4, 2)
     if batch <= 16:
         return Tile(32, 16, 64, 4, 4)
     return Tile(64, 32, 64, 4, 3) if batch <= 32 else Tile(64, 64, 64, 4, 3)

@@ -36,7 +36,8 @@ MATRIX = [
     *((NM(n, m), BRAIN, 1, True) for n, m in ((1, 4), (4, 8), (5, 16))),
     *((NM(2, 4), HALF, batch, False) for batch in (1, 128)),
     *((NM(2, 4), SINGLE, batch, True) for batch in (1, 32)),
-    (NM(8, 16), SINGLE, 1, False),
+    *((NM(8, 16), SINGLE, batch, False) for batch in (1, 32)),
+    (NM(8, 16), BRAIN, 128, False),
 ]
 
 
@@ -76,6 +77,15 @@ def test_machine_code_of_int8_weights(capability: int, nm: NM, dtype: torch.dtyp
     code = _compile(capability, nm, dtype, choose_tile(dtype, batch), True, tmp_path, quantized=True)
     assert not code.spills and code.shared <= SHARED[capability]
     assert code.instructions["HMMA"] + code.instructions["HGMMA"] > 0
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("dtype", [BRAIN, SINGLE], ids=str)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_machine_code_of_activations(capability: int, dtype: torch.dtype, aligned: bool, tmp_path: Path) -> None:
+    # the pattern and the activation with the most registers
+    compiled = compile_kernel(capability, NM(8, 16), dtype, choose_tile(dtype, 128), aligned, False, "gelu")
+    assert not machine_code(compiled, tmp_path).spills
 
 
 def test_spills_are_noticed(tmp_path: Path) -> None:
@@ -198,7 +208,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_in_code_for_hopper_are_noticed(fault: str) -> None:
-    with pytest.raises((AssertionError, SimulationError), match="^(?!there is nothing)"):
+    with pytest.raises((AssertionError, SimulationError), match=r"^(?!there is nothing)"):
         y, report = _executed(FAULTLESS, 90, spoil=FAULTS[fault])
         assert report.races == ()
         assert_close_to_float64(y, FAULTLESS)

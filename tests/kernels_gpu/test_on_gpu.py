@@ -18,12 +18,14 @@ from gpu_cases import (
 from torch.nn import functional
 
 from sparsecomp import SparseLinear
+from sparsecomp.activations import activate
 from sparsecomp.backends.cusparselt import CusparseltBackend
 from sparsecomp.backends.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
 from sparsecomp.backends.gluon_wgmma import FLAG
 from sparsecomp.backends.registry import Backend, Request, backends
 from sparsecomp.backends.triton import TritonBackend
 from sparsecomp.backends.triton_block import TritonBlockBackend
+from sparsecomp.backends.triton_vnm import TritonVnmBackend
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, SPLIT_CONFIGS, Config, configs
 from sparsecomp.pack.format import pack
 from sparsecomp.pack.fragments import to_fragments
@@ -51,6 +53,32 @@ def test_triton_matches_float64(pattern: str, dtype: torch.dtype, batch: int) ->
     need(TritonBackend())
     case = random_case(pattern, 333, 777, batch, dtype, row_gap=3)
     assert_close_to_float64(_run(TritonBackend(), case), case)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize("pattern", ["16:2:8", "32:2:16", "64:2:8", "64:2:16", "128:2:8", "256:2:8"])
+@pytest.mark.parametrize("batch", [0, 1, 17, 32, 129])
+def test_vnm_matches_float64(pattern: str, dtype: torch.dtype, batch: int) -> None:
+    _need(TritonVnmBackend())
+    case = random_case(pattern, 333, 777, batch, dtype, row_gap=3)
+    assert_close_to_float64(_run(TritonVnmBackend(), case), case)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("triton", "2:4"), ("triton_vnm", "64:2:8"), ("triton_block", "block32x32:0.5")]
+)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("batch", [3, 70])
+def test_activations_of_triton_kernels(name: str, pattern: str, activation: str, batch: int) -> None:
+    backend = backends()[name]
+    _need(backend)
+    case = random_case(pattern, 128, 256, batch, HALF)
+    assert case.bias is not None
+    kernel = backend.prepare(pack(case.weight.cuda(), pattern))
+    y = backend.run_activated(kernel, case.x.cuda(), case.bias.cuda(), activation)
+    exact = functional.linear(case.x.double(), case.weight.double(), case.bias.double())
+    # exp2 and the division are approximations of the hardware
+    torch.testing.assert_close(y.cpu().double(), activate(exact, activation), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
@@ -89,6 +117,7 @@ def test_blocks_match_float64(pattern: str, dtype: torch.dtype, batch: int) -> N
 
 STRIDED = {
     "triton": random_case("2:4", 96, 144, 7, BRAIN),
+    "triton_vnm": random_case("32:2:8", 96, 144, 7, BRAIN),
     "triton_block": random_case("block32x32:0.5", 96, 144, 7, BRAIN),
     "cusparselt": random_case("2:4", 96, 144, 7, BRAIN),
     "gluon": random_case("2:4", 96, 144, 7, BRAIN),
