@@ -59,7 +59,7 @@ def test_triton_matches_float64(pattern: str, dtype: torch.dtype, batch: int) ->
 @pytest.mark.parametrize("pattern", ["16:2:8", "32:2:16", "64:2:8", "64:2:16", "128:2:8", "256:2:8"])
 @pytest.mark.parametrize("batch", [0, 1, 17, 32, 129])
 def test_vnm_matches_float64(pattern: str, dtype: torch.dtype, batch: int) -> None:
-    _need(TritonVnmBackend())
+    need(TritonVnmBackend())
     case = random_case(pattern, 333, 777, batch, dtype, row_gap=3)
     assert_close_to_float64(_run(TritonVnmBackend(), case), case)
 
@@ -71,7 +71,7 @@ def test_vnm_matches_float64(pattern: str, dtype: torch.dtype, batch: int) -> No
 @pytest.mark.parametrize("batch", [3, 70])
 def test_activations_of_triton_kernels(name: str, pattern: str, activation: str, batch: int) -> None:
     backend = backends()[name]
-    _need(backend)
+    need(backend)
     case = random_case(pattern, 128, 256, batch, HALF)
     assert case.bias is not None
     kernel = backend.prepare(pack(case.weight.cuda(), pattern))

@@ -306,3 +306,16 @@ def test_a_launch_of_other_threads_or_too_many_arguments_is_refused() -> None:
         ptxsim.simulate(program, (1, 1, 1), 32, [], GlobalMemory(), 0)
     with pytest.raises(SimulationError, match="takes 3 arguments, got 4"):
         ptxsim.simulate(program, (1, 1, 1), 64, [0, 0, 0, 0], GlobalMemory(), 0)
+
+
+@pytest.mark.parametrize("opcode", ["add", "sub", "mul"])
+def test_packed_halves_are_rounded_each(opcode: str) -> None:
+    numbers = torch.tensor([[1.0, -3.5], [2.0**-9, 257.0], [torch.inf, 0.1]] * 11)[:32].to(torch.bfloat16)
+    other = torch.tensor([1.5, 3.0]).to(torch.bfloat16)
+    word = int(other.view(torch.int32)[0])
+    body = (
+        f"ld.global.b32 %r2, [%rd4];\nmov.b32 %r3, {word};\n{opcode}.bf16x2 %r4, %r2, %r3;\nst.global.b32 [%rd5], %r4;"
+    )
+    got, _ = run_snippet(body, numbers.view(torch.int32).flatten().numpy().view(np.uint32))
+    wanted = getattr(torch, opcode)(numbers, other)
+    assert torch.equal(torch.from_numpy(got.view(np.int32).copy()).view(torch.bfloat16).view(32, 2), wanted)
