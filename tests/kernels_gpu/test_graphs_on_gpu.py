@@ -22,6 +22,7 @@ from sparsecomp.backends.gluon_wgmma import FLAG, GluonWgmmaBackend
 from sparsecomp.backends.registry import Backend
 from sparsecomp.backends.triton import TritonBackend
 from sparsecomp.backends.triton_block import TritonBlockBackend
+from sparsecomp.backends.triton_vnm import TritonVnmBackend
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, SPLIT_CONFIGS, Config
 from sparsecomp.pack.format import PackedWeight, pack
 from sparsecomp.pack.fragments import to_fragments
@@ -64,6 +65,7 @@ def _other(case: Case) -> Case:
     [
         (TritonBackend(), "2:4"),
         (TritonBackend(), "64:2:8"),
+        (TritonVnmBackend(), "64:2:8"),
         (TritonBlockBackend(), "block32x32:0.5"),
         (GluonBackend(), "2:4"),
     ],
