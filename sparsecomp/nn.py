@@ -290,10 +290,12 @@ class SparseLinear(nn.Module):
                 f"input has shape {tuple(x.shape)}; this layer takes [..., {self.in_features}], "
                 f"so reshape it or check the layer before"
             )
-        device, dtype = x.device.type, self.kernel.dtype
-        if device != self._tensors()[0].device.type:
+        device, dtype, place = x.device.type, self.kernel.dtype, self._tensors()[0].device
+        if x.device != place:
+            # "cuda:1" is not "cuda:0": a kernel would follow the pointer of one on the other
             raise ModelError(
-                f"input is on {x.device} and the layer on {self._tensors()[0].device}; move one of them with .to()"
+                f"input is on {x.device} and the layer on {place}; both must be on one device, "
+                f"so move one of them with .to()"
             )
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         target = torch.get_autocast_dtype(device) if autocast else None

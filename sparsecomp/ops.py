@@ -138,6 +138,11 @@ def _linear(
             f"sparsecomp::linear got x {tuple(x.shape)} of {x.dtype}; this weight takes [..., {in_features}] of {dtype}"
         )
     require_activation(activation)
+    if x.device != weight[0].device:
+        raise ModelError(
+            f"sparsecomp::linear got x on {x.device} and a weight on {weight[0].device}; both must be on one device, "
+            f"so move one of them with .to()"
+        )
     kernel = _adopt(weight, backend, pattern, (out_features, in_features), dtype)
     if bias is not None:
         if bias.dtype != dtype or tuple(bias.shape) != (out_features,) or bias.device != x.device:

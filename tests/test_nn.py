@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparse_layers import PATTERNS, TOLERANCE, assert_right, expected, make
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsecomp.backends.registry import backends
 from sparsecomp.errors import ModelError, PatternError
@@ -83,6 +84,15 @@ def test_wrong_input_is_named() -> None:
         layer(torch.randn(3, 40, device="meta"))
     with pytest.raises(ModelError, match=r"input is a ndarray; this layer takes a tensor \[\.\.\., 40\]"):
         layer(torch.randn(3, 40).numpy())
+
+
+def test_another_gpu_than_the_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make()
+    with FakeTensorMode():
+        x, there = torch.empty(3, 40, device="cuda:1"), torch.empty(24, 20, device="cuda:0")
+    monkeypatch.setattr(layer, "_tensors", lambda: [there])
+    with pytest.raises(ModelError, match=r"input is on cuda:1 and the layer on cuda:0; both must be on one device"):
+        layer(x)
 
 
 def test_replaced_bias_of_another_kind_is_named() -> None:

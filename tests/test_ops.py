@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecomp import ops
@@ -85,6 +86,10 @@ def test_operator_refuses_what_does_not_belong_together() -> None:
         ops.linear(x.double(), tensors, None, *facts(layer), None)
     with pytest.raises(ModelError, match="bias"):
         ops.linear(x, tensors, torch.zeros(23), *facts(layer), None)
+    with FakeTensorMode():
+        elsewhere, there = torch.empty(2, 40, device="cuda:1"), torch.empty(24, 20, device="cuda:0")
+    with pytest.raises(ModelError, match=r"got x on cuda:1 and a weight on cuda:0; both must be on one device"):
+        ops._linear(elsewhere, [there], None, *facts(layer), None, "none")
     if layer.kernel.backend == "cpu":
         with pytest.raises(BackendError, match="bytes"):
             ops.linear(x, [tensors[0][:-1], tensors[1]], None, *facts(layer), None)
