@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import sparsecomp as sc
+from sparsecomp import interchange
 from sparsecomp.errors import ModelError, PatternError
 from sparsecomp.interchange import as_tensor, like
 
@@ -117,6 +121,115 @@ def test_the_library_of_an_array_is_asked_for_its_own(monkeypatch: pytest.Monkey
     assert like(y, array) == ("its own", y)
     array = type("Array", (OnlyDLPack,), {"__array_namespace__": lambda self: module})(torch.randn(2, IN))
     assert like(y, array) == ("its own", y)
+
+
+def test_a_gradient_that_the_array_cannot_carry_is_named() -> None:
+    kernel, x = sc.prepare(_weight()), np.ones((2, IN), dtype=np.float32)
+    bias = torch.ones(OUT, requires_grad=True)
+    with pytest.raises(ModelError, match=r"bias requires a gradient, which a ndarray like x cannot carry; .*detach"):
+        sc.linear(x, kernel, bias)
+    assert type(sc.linear(x, kernel, bias.detach())) is np.ndarray
+    with torch.no_grad():
+        assert type(sc.linear(x, kernel, bias)) is np.ndarray
+    assert sc.linear(OnlyDLPack(torch.ones(2, IN)), kernel, bias).requires_grad  # y stays a tensor
+
+
+class Stream:
+    """A CUDA stream that notes what is asked of it."""
+
+    def __init__(self, pointer: int, device: Any = None) -> None:
+        self.cuda_stream = self.ptr = pointer
+        self.device, self.awaited, self.synchronized = device, [], 0
+
+    def wait_stream(self, other: Stream) -> None:
+        self.awaited.append(other.cuda_stream)
+
+    def synchronize(self) -> None:
+        self.synchronized += 1
+
+
+class CupyDevice:
+    """A GPU of CuPy's, current while it is entered."""
+
+    current = 0
+
+    def __init__(self, index: int) -> None:
+        self.id = index
+
+    def __enter__(self) -> None:
+        self.before, CupyDevice.current = CupyDevice.current, self.id
+
+    def __exit__(self, *_: object) -> None:
+        CupyDevice.current = self.before
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    """torch's current stream, number 7; streams of others are of this module's class."""
+    stream = Stream(7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
+    return stream
+
+
+@pytest.mark.parametrize(("pointers", "taken"), [((11, 22), 22), ((11, 0), "default of 1")])
+def test_cupys_stream_is_that_of_the_arrays_gpu(
+    pointers: tuple[int, int], taken: object, current: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cupy = ModuleType("cupy")
+    cupy.cuda = ModuleType("cupy.cuda")  # type: ignore[attr-defined]
+    cupy.cuda.get_current_stream = lambda: Stream(pointers[CupyDevice.current])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream(0, f"default of {device}"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    array = type("ndarray", (), {"__module__": "cupy", "device": CupyDevice(1)})()
+    chosen: Any = interchange._stream(array)
+    assert taken == (chosen.ptr or chosen.device) and CupyDevice.current == 0
+
+
+@pytest.mark.parametrize(
+    ("entry", "awaited"),
+    [({}, []), ({"stream": None}, []), ({"stream": 7}, []), ({"stream": 1}, [1]), ({"stream": 99}, [99])],
+)
+def test_the_stream_an_interface_names_is_awaited(
+    entry: dict[str, Any], awaited: list[int], current: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = torch.ones(3, IN)
+    monkeypatch.setattr(torch, "as_tensor", lambda array, device: memory)
+    interface = {"data": (memory.data_ptr(), False), "version": 3, **entry}
+    array = type("Array", (), {"__cuda_array_interface__": interface})()
+    assert as_tensor(array, "x") is memory and current.awaited == awaited
+
+
+def test_the_memory_of_another_gpu_is_not_copied(current: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "as_tensor", lambda array, device: torch.ones(3, IN))
+    array = type("Array", (), {"__cuda_array_interface__": {"data": (1 << 20, False), "version": 3}})()
+    with pytest.raises(ModelError, match=r"x is not in the memory of cpu; .* torch\.cuda\.device"):
+        as_tensor(array, "x")
+
+
+def test_a_weight_is_prepared_on_its_arrays_stream_and_then_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[str] = []
+
+    @contextmanager
+    def stream(array: Any) -> Iterator[None]:
+        noted.append("entered")
+        yield
+        noted.append("left")
+
+    monkeypatch.setattr(interchange, "_stream", stream)
+    monkeypatch.setattr(interchange, "pack", lambda *given: noted.append("packed") or sc.pack(*given))
+    monkeypatch.setattr(interchange, "_finish", lambda tensor: noted.append("finished"))
+    sc.prepare(_weight())
+    assert noted == ["entered", "packed", "finished", "left"]
+
+
+def test_finishing_waits_for_the_gpu_alone(current: Stream) -> None:
+    interchange._finish(torch.ones(1))
+    assert current.synchronized == 0
+    with FakeTensorMode():
+        interchange._finish(torch.ones(1, device="cuda:0"))
+    assert current.synchronized == 1
 
 
 def test_packed_weights_bf16_and_other_patterns() -> None:

@@ -44,11 +44,11 @@ def test_cupy_in_and_cupy_out(cupy: Any, batch: tuple[int, ...]) -> None:
 
 def test_work_is_queued_on_cupys_stream(cupy: Any) -> None:
     dense = random_weight("2:4", OUT, IN, torch.float16, seed=2).numpy()
-    kernel = sc.prepare(cupy.asarray(dense))
+    weight = cupy.asarray(dense)
     filled = cupy.random.standard_normal((64, IN)).astype(cupy.float16)
-    sc.linear(filled, kernel)
     large = cupy.ones((4096, 4096), dtype=cupy.float32)
-    cupy.cuda.Device().synchronize()
+    cupy.cuda.Stream.null.synchronize()  # another stream reads these; what prepare makes must need no waiting
+    kernel = sc.prepare(weight)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         for _ in range(4):
@@ -62,6 +62,39 @@ def test_work_is_queued_on_cupys_stream(cupy: Any) -> None:
     assert torch.cuda.current_stream().cuda_stream != stream.ptr, "torch's stream is its own again"
 
 
+def test_a_weight_prepared_on_one_stream_is_used_on_another(cupy: Any) -> None:
+    dense = random_weight("2:4", OUT, IN, torch.float16, seed=5).numpy()
+    x = cupy.random.standard_normal((64, IN)).astype(cupy.float16)
+    large = cupy.ones((4096, 4096), dtype=cupy.float32)
+    cupy.cuda.Stream.null.synchronize()  # x and large are made on the default stream
+    first, second = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    with first:
+        for _ in range(4):
+            large = large @ large * 1e-4  # the weight arrives late
+        kernel = sc.prepare(cupy.asarray(dense))
+    with second:
+        y = sc.linear(x, kernel)
+    second.synchronize()
+    _close(y, x, dense, cupy)
+
+
+def test_the_stream_that_an_interface_names_is_awaited(cupy: Any) -> None:
+    dense = random_weight("2:4", OUT, IN, torch.float16, seed=6).numpy()
+    kernel = sc.prepare(cupy.asarray(dense))
+    filled = cupy.random.standard_normal((64, IN)).astype(cupy.float16)
+    large = cupy.ones((4096, 4096), dtype=cupy.float32)
+    cupy.cuda.Stream.null.synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        for _ in range(4):
+            large = large @ large * 1e-4
+        x = cupy.zeros((64, IN), dtype=cupy.float16)
+        x += filled
+    interface = {**x.__cuda_array_interface__, "version": 3, "stream": stream.ptr}
+    y = sc.linear(type("Late", (), {"__cuda_array_interface__": interface})(), kernel)
+    _close(cupy.from_dlpack(y), filled, dense, cupy)
+
+
 def test_arrays_that_speak_the_cuda_array_interface_alone(cupy: Any) -> None:
     class OnlyInterface:
         def __init__(self, array: Any) -> None:
@@ -70,7 +103,6 @@ def test_arrays_that_speak_the_cuda_array_interface_alone(cupy: Any) -> None:
 
     dense = random_weight("2:4", OUT, IN, torch.float16, seed=3).numpy()
     x = cupy.random.standard_normal((3, IN)).astype(cupy.float16)
-    cupy.cuda.Device().synchronize()
     assert as_tensor(OnlyInterface(x), "x").data_ptr() == x.data.ptr
     y = sc.linear(OnlyInterface(x), sc.prepare(cupy.asarray(dense)))
     assert isinstance(y, torch.Tensor)
