@@ -91,15 +91,15 @@ def summary(model: nn.Module, batch: Sequence[int] = (1, 32)) -> Summary:
 
 def _choices(
     decided: Plan | None, pattern: Plan | str | Pattern | Sequence[str | Pattern], found: LayerTable
-) -> dict[str, tuple[Pattern, int | None]]:
-    """Pattern and ``dense_above`` of each layer to be packed."""
+) -> dict[str, tuple[Pattern, int | None, str | None]]:
+    """Pattern, ``dense_above`` and the fastest backend of each layer to be packed."""
     if decided is None:
         if isinstance(pattern, Plan) or (isinstance(pattern, Sequence) and not isinstance(pattern, str)):
             raise ModelError('where="everywhere" packs every layer in one pattern; give one, or use where="faster"')
         if pattern == "auto":
             raise ModelError('where="everywhere" takes a named pattern; pattern "auto" needs where="faster"')
-        return {name: (parse(pattern), None) for name in found}
-    choices: dict[str, tuple[Pattern, int | None]] = {}
+        return {name: (parse(pattern), None, None) for name in found}
+    choices: dict[str, tuple[Pattern, int | None, str | None]] = {}
     for name, layer in decided.sparse.items():
         if name in found.skipped:
             continue
@@ -108,7 +108,7 @@ def _choices(
                 f'the plan has a layer "{name}" of shape {layer.shape}, which this model lacks; plan this model'
             )
         assert layer.pattern is not None
-        choices[name] = (layer.pattern, layer.dense_above)
+        choices[name] = (layer.pattern, layer.dense_above, layer.backend)
     return choices
 
 
@@ -134,6 +134,7 @@ def _sparse(
     name: str,
     pattern: Pattern,
     dense_above: int | None,
+    backend: str | None,
     method: str | None,
     calibration: Calibration | None,
 ) -> SparseLinear:
@@ -141,7 +142,7 @@ def _sparse(
         raise CalibrationError(f'calibration has no layer "{name}"; calibrate this model or use skip')
     gram = None if calibration is None or method is None else calibration[name].gram
     with _naming(name), torch.no_grad():
-        layer = SparseLinear.from_linear(found[name].as_linear(), pattern, method, gram)
+        layer = SparseLinear.from_linear(found[name].as_linear(), pattern, method, gram, preferred=backend)
     layer.dense_above = dense_above
     return layer
 

@@ -5,6 +5,7 @@ Takes a Request and measured peaks, gives a Bound. Knows no kernel, so no kernel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,3 +78,17 @@ def bound(request: Request, device: Device, threads: int | None = None, warm: bo
     if sparse == 0.0:
         return Bound(1.0, "compute", dense, sparse)
     return Bound(dense / sparse, "memory" if sparse_memory > sparse_compute else "compute", dense, sparse)
+
+
+def known_bound(request: Request, device: Device, warm: bool = True) -> Bound | None:
+    """``bound``, or None on a device that lacks the memory for measuring its peaks."""
+    try:
+        return bound(request, device, warm=warm)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def known_bounds(requests: Mapping[int, Request], device: Device, warm: Mapping[int, bool]) -> dict[int, Bound]:
+    """The bounds of requests by batch, those of batches that are ``warm``; what is unknown is left out."""
+    found = {size: known_bound(request, device, warm[size]) for size, request in requests.items()}
+    return {size: limit for size, limit in found.items() if limit is not None}

@@ -33,6 +33,7 @@ class Device:
 
     ``isa`` is the instruction set in use ("avx512_bf16", "avx2", ...) or the compute capability ("sm_90").
     ``cores`` are CPU cores this process may use, or multiprocessors. Cache sizes are in bytes, None if unknown.
+    ``index`` is torch's number of a GPU.
     """
 
     kind: str
@@ -42,6 +43,12 @@ class Device:
     l1_bytes: int | None
     l2_bytes: int | None
     l3_bytes: int | None
+    index: int = 0
+
+    @property
+    def place(self) -> str:
+        """torch's name of the device: "cpu", "cuda:0", ..."""
+        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
     @property
     def fingerprint(self) -> str:
@@ -75,12 +82,12 @@ class Device:
     def flops(self, dtype: torch.dtype, threads: int | None = None) -> float:
         """Measured peak of multiply-adds in ``dtype``, each counted as two operations, per second."""
         threads = threads or self.threads
-        return self._peak(f"flops {dtype} {threads}", lambda: _measure_flops(self.kind, dtype, threads))
+        return self._peak(f"flops {dtype} {threads}", lambda: _measure_flops(self.place, dtype, threads))
 
     def bandwidth(self, threads: int | None = None) -> float:
         """Measured rate of reading memory beyond the caches, bytes per second."""
         threads = threads or self.threads
-        return self._peak(f"bandwidth {threads}", lambda: _measure_bandwidth(self.kind, threads))
+        return self._peak(f"bandwidth {threads}", lambda: _measure_bandwidth(self.place, threads))
 
     def _peak(self, what: str, measure: Callable[[], float]) -> float:
         key = f"{self.fingerprint} {what}"
@@ -106,17 +113,17 @@ _peaks: dict[str, float] = {}
 
 
 def detect(kind: str = "auto") -> Device:
-    """This machine's "cpu" or its current "cuda" device; "auto" is cuda where there is one.
+    """This machine's "cpu", its current "cuda" device or that of "cuda:1"; "auto" is cuda where there is one.
 
-    Raises BackendError for another name, and for cuda where torch sees none.
+    Raises BackendError for another name, and for a cuda device that torch does not see.
     """
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         return _cpu()
-    if kind == "cuda":
-        return _cuda()
-    raise BackendError(f'device "{kind}" is not known; use "auto", "cpu" or "cuda"')
+    if re.fullmatch(r"cuda(:\d+)?", kind):
+        return _cuda(torch.device(kind).index)
+    raise BackendError(f'device "{kind}" is not known; use "auto", "cpu", "cuda" or "cuda:1"')
 
 
 def _cpu() -> Device:
@@ -128,12 +135,15 @@ def _cpu() -> Device:
     return Device("cpu", _cpu_name(), isa, len(os.sched_getaffinity(0)), sizes.get(1), sizes.get(2), sizes.get(3))
 
 
-def _cuda() -> Device:
+def _cuda(index: int | None) -> Device:
     if not torch.cuda.is_available():
         raise BackendError('device "cuda" was asked for but torch sees no CUDA GPU; use device="cpu"')
-    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    index = torch.cuda.current_device() if index is None else index
+    if index >= torch.cuda.device_count():
+        raise BackendError(f'device "cuda:{index}" is not there; torch sees {torch.cuda.device_count()} CUDA devices')
+    facts = torch.cuda.get_device_properties(index)
     isa = f"sm_{facts.major}{facts.minor}"
-    return Device("cuda", facts.name, isa, facts.multi_processor_count, None, facts.L2_cache_size, None)
+    return Device("cuda", facts.name, isa, facts.multi_processor_count, None, facts.L2_cache_size, None, index)
 
 
 def _cpu_name() -> str:
@@ -162,30 +172,30 @@ def _size(count: int) -> str:
     return f"{count / (1 << 20):g} MB" if count >= 1 << 20 else f"{count / (1 << 10):g} KB"
 
 
-def _measure_flops(kind: str, dtype: torch.dtype, threads: int) -> float:
+def _measure_flops(place: str, dtype: torch.dtype, threads: int) -> float:
     module = native()
-    if kind == "cpu" and isinstance(module, ModuleType) and dtype in DTYPE_CODES:
+    if place == "cpu" and isinstance(module, ModuleType) and dtype in DTYPE_CODES:
         return float(module.measure_flops(DTYPE_CODES[dtype], threads))
-    side = 8192 if kind == "cuda" else 1024
-    a, b = (torch.ones(side, side, device=kind, dtype=dtype) for _ in range(2))
-    return 2.0 * side**3 / _best_seconds(lambda: a @ b, kind)
+    side = 1024 if place == "cpu" else 8192
+    a, b = (torch.ones(side, side, device=place, dtype=dtype) for _ in range(2))
+    return 2.0 * side**3 / _best_seconds(lambda: a @ b, place)
 
 
-def _measure_bandwidth(kind: str, threads: int) -> float:
+def _measure_bandwidth(place: str, threads: int) -> float:
     module = native()
-    if kind == "cpu" and isinstance(module, ModuleType):
+    if place == "cpu" and isinstance(module, ModuleType):
         return float(module.measure_read_bandwidth(threads))
-    data = torch.ones((1 << 30 if kind == "cuda" else 1 << 28) // 4, device=kind)
-    return data.nbytes / _best_seconds(data.sum, kind)
+    data = torch.ones((1 << 28 if place == "cpu" else 1 << 30) // 4, device=place)
+    return data.nbytes / _best_seconds(data.sum, place)
 
 
-def _best_seconds(call: Callable[[], object], kind: str, repeats: int = 8) -> float:
+def _best_seconds(call: Callable[[], object], place: str, repeats: int = 8) -> float:
     """Shortest time of one call; the shortest, because a peak is asked for."""
     best = float("inf")
     for _ in range(repeats):
         begin = time.perf_counter()
         call()
-        if kind == "cuda":
-            torch.cuda.synchronize()
+        if place != "cpu":
+            torch.cuda.synchronize(place)
         best = min(best, time.perf_counter() - begin)
     return best

@@ -41,7 +41,8 @@ class SparseLinear(nn.Module):
     A new layer is all zeros, ready for ``load_state_dict``. ``state_dict`` holds ``values`` and ``metadata`` of the
     canonical format, and ``bias``. The pattern and shape are facts of the constructor. ``dense_above`` is the batch
     from which a dense product of the unpacked weight was measured to be faster on this machine, or None; it is not
-    part of the state_dict. ``backend`` pins one backend by name.
+    part of the state_dict. ``backend`` pins one backend by name. A layer that ``compile`` made prefers the backend that
+    was the fastest when it was planned, wherever that one runs its weight.
 
     ``activation`` is "none", "relu", "gelu" (exact), "gelu_tanh" or "silu", as torch.nn.functional defines them; the
     CPU kernels apply it before they round and store y. Like the pattern it is no part of the weights; it can be set.
@@ -54,6 +55,7 @@ class SparseLinear(nn.Module):
 
     _version = STATE_VERSION
     dense_above: int | None
+    _preferred: str | None = None
     bias: nn.Parameter | None
 
     def __init__(  # noqa: D107  (the class says it)
@@ -77,11 +79,17 @@ class SparseLinear(nn.Module):
         self._build(packed, packed.pattern, parameter, backend, activation)
 
     def _build(
-        self, weight: Weight, pattern: Pattern, bias: nn.Parameter | None, backend: str | None, activation: str
+        self,
+        weight: Weight,
+        pattern: Pattern,
+        bias: nn.Parameter | None,
+        backend: str | None,
+        activation: str,
+        preferred: str | None = None,
     ) -> None:
         self.out_features, self.in_features = weight.shape
         self.pattern = pattern
-        self._wanted = backend
+        self._wanted, self._preferred = backend, preferred
         self._activation = require_activation(activation)
         self._layout: tuple[str, ...] = ()
         self.register_parameter("bias", bias)
@@ -104,7 +112,13 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def _of(
-        cls, weight: Weight, pattern: Pattern, bias: Tensor | None, backend: str | None, activation: str
+        cls,
+        weight: Weight,
+        pattern: Pattern,
+        bias: Tensor | None,
+        backend: str | None,
+        activation: str,
+        preferred: str | None = None,
     ) -> SparseLinear:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -114,7 +128,7 @@ class SparseLinear(nn.Module):
                 raise ModelError(f"bias has shape {tuple(bias.shape)}; this weight takes ({weight.shape[0]},)")
             copy = bias.detach().to(weight.device, weight.dtype, copy=True).contiguous()
             parameter = nn.Parameter(copy, requires_grad=bias.requires_grad or not isinstance(bias, nn.Parameter))
-        layer._build(weight, pattern, parameter, backend, activation)
+        layer._build(weight, pattern, parameter, backend, activation, preferred)
         return layer
 
     @classmethod
@@ -128,13 +142,15 @@ class SparseLinear(nn.Module):
         backend: str | None = None,
         activation: str = "none",
         quantized: bool = False,
+        preferred: str | None = None,
     ) -> SparseLinear:
         """A packed copy of ``linear``, which stays as it is.
 
         Without ``method`` the weight must fit ``pattern`` already (PatternError names the first group that does not).
         With one it is pruned first; ``gram`` [in, in] is X^T X of the layer's inputs for methods that need it.
         ``activation`` is what the layer applies after the product; the model must then no longer apply it.
-        ``quantized`` rounds the packed weight to int8 with row scales.
+        ``quantized`` rounds the packed weight to int8 with row scales. ``backend`` pins one backend by name, also when
+        the layer is moved; ``preferred`` is taken wherever it runs the weight, and others elsewhere.
         Raises ModelError for another module, whose weight may be [in, out].
         """
         if not isinstance(linear, nn.Linear):
@@ -151,7 +167,7 @@ class SparseLinear(nn.Module):
         source: Weight = weight
         if quantized or not weight.is_cuda:
             source = quantize(pack(weight, pattern)) if quantized else pack(weight, pattern)
-        return cls._of(source, parse(pattern), linear.bias, backend, activation).train(linear.training)
+        return cls._of(source, parse(pattern), linear.bias, backend, activation, preferred).train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """The same layer as nn.Linear, zeros in place, exactly (int8 times scale rounded); the way back for training.
@@ -220,7 +236,7 @@ class SparseLinear(nn.Module):
     def _prepared(self, weight: Weight) -> Kernel:
         """The layout of ``weight``, packed or dense, for its device and dtype; nothing of the layer changes."""
         pattern = self.pattern if isinstance(weight, Tensor) else weight.pattern
-        return registry.prepared(weight, pattern, self._wanted)
+        return registry.prepared(weight, pattern, self._wanted, self._preferred)
 
     def _hold(self, kernel: Kernel, shared: bool = False) -> None:
         """Make ``kernel`` the layer's only weight."""
@@ -408,7 +424,9 @@ class SparseLinear(nn.Module):
         """Which kernel runs a batch of that many rows, why, its bound, and what was rejected; printable."""
         from sparsecomp.report import explain_kernel
 
-        return explain_kernel(self.kernel, batch, self.dense_above, self._wanted, self._activation)
+        return explain_kernel(
+            self.kernel, batch, self.dense_above, self._wanted, self._activation, preferred=self._preferred
+        )
 
     def extra_repr(self) -> str:
         """Sizes, pattern, dtype, kernel, and bytes beside those of the dense weight."""

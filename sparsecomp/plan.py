@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,16 @@ from sparsecomp.display import progress, table
 from sparsecomp.errors import BackendError, ModelError, PatternError
 from sparsecomp.layers import Globs, LinearRef, find_linears, require_layers
 from sparsecomp.patterns import Pattern, Unstructured, parse
-from sparsecomp.report import microseconds, taken_seconds, why_no_kernel
+from sparsecomp.report import forced, microseconds, taken_seconds, why_no_kernel
 from sparsecomp.tune import DENSE, SPARSE, UNPACKED, Measurement
 
 # a ratio this close to 1 is within what two measurements of the same code differ by
 NOISE = 0.97
+# a layer that is slower than this, dense being 1, stays dense
+TOLERATED = 0.98
+# ratios around TOLERATED that noise alone may have put on their side of it are measured again, for longer
+_DOUBTFUL = (0.96, 1.0)
+_LONGER = 0.16
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class LayerPlan:
 
     Times in seconds by batch, dense and with ``tried``, the pattern of the decision; empty where nothing was measured.
     ``dense_above`` is the batch from which the sparse layer unpacks its weight for a dense product, or None. ``error``
-    is the relative layer error of a plain pruning to ``tried``, where ``max_error`` asked for it.
+    is the relative layer error of a plain pruning to ``tried``, where ``max_error`` asked for it. ``backend`` is the
+    fastest of those that run it, None where there is none; ``others`` are the sparse seconds of the rest by batch.
     """
 
     name: str
@@ -49,6 +55,8 @@ class LayerPlan:
     bound: Mapping[int, Bound]
     dense_above: int | None = None
     error: float | None = None
+    backend: str | None = None
+    others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     @property
     def speedup(self) -> Mapping[int, float]:
@@ -101,9 +109,14 @@ class Plan:
                     "name": layer.name,
                     "shape": list(layer.shape),
                     "pattern": None if layer.pattern is None else str(layer.pattern),
+                    "backend": layer.backend,
                     "reason": layer.reason,
                     "dense_seconds": {str(batch): value for batch, value in layer.dense.items()},
                     "sparse_seconds": {str(batch): value for batch, value in layer.sparse.items()},
+                    "other_backends": {
+                        name: {str(batch): value for batch, value in seconds.items()}
+                        for name, seconds in layer.others.items()
+                    },
                     "bound": {str(batch): value.value for batch, value in layer.bound.items()},
                     "dense_above": layer.dense_above,
                     "error": layer.error,
@@ -114,7 +127,7 @@ class Plan:
 
     def __str__(self) -> str:
         """A table, one row a layer, then the layers that were left out."""
-        columns = ["layer", ">out x in", "runs"]
+        columns = ["layer", ">out x in", "runs", "kernel"]
         for batch in self.batches:
             columns += [f">dense b{batch}", ">sparse", ">speedup", ">bound"]
         with_error = any(layer.error is not None for layer in self.layers)
@@ -123,7 +136,8 @@ class Plan:
         return "\n".join([drawn, *(f"skipped: {name}: {reason}" for name, reason in self.skipped.items())])
 
     def _cells(self, layer: LayerPlan, with_error: bool) -> list[object]:
-        cells: list[object] = [layer.name, f"{layer.shape[0]}x{layer.shape[1]}", str(layer.pattern or "dense")]
+        shape, kernel = f"{layer.shape[0]}x{layer.shape[1]}", layer.backend or ""
+        cells: list[object] = [layer.name, shape, str(layer.pattern or "dense"), kernel]
         for batch in self.batches:
             if batch in layer.sparse:
                 dense, sparse = layer.dense[batch], layer.sparse[batch]
@@ -138,15 +152,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Trial:
-    """One pattern tried on one shape."""
+    """One pattern tried on one shape, with the fastest backend."""
 
     pattern: Pattern
+    backend: str
     dense: Mapping[int, float]
     sparse: Mapping[int, float]
     bound: Mapping[int, Bound]
     dense_above: int | None
     mean: float
     refusal: str | None
+    others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 def plan(
@@ -169,17 +185,18 @@ def plan(
     matrices of ``calibration`` if given, else magnitude's on the weight. ``batch`` counts rows (tokens) of x.
     ``device`` is "auto" (where the model is), "cpu" or "cuda".
 
-    A layer goes sparse if at no batch it is slower than dense beyond measurement noise, and if the geometric mean of
-    its speedups exceeds ``min_speedup``; otherwise it stays dense, and the plan holds both times. With
-    ``measure=False`` the bound stands in for the measured speedup, and the reason says so.
+    A layer goes sparse if at no batch it is slower than 0.98 of dense, and if the geometric mean of its speedups
+    exceeds ``min_speedup``; otherwise it stays dense, and the plan holds both times. Nothing is promised of batches
+    that are not named. Where several backends run it, as on a GPU, each is measured, and the layer gets the fastest;
+    those that round activations are left out. With ``measure=False`` the bound stands in for the measured speedup, and
+    the reason says so.
 
     Raises PatternError for a pattern that cannot be packed, ModelError for a model without linear layers and for
     batches that are no sizes, BackendError for a device that is not there.
     """
     batches = _batches(batch)
     found = require_layers(find_linears(model, only, skip))
-    kind = next(iter(found.values())).device.type if device == "auto" else device
-    where = detect(kind)
+    where = detect(str(next(iter(found.values())).device) if device == "auto" else device)
     patterns = _candidates(pattern, where)
     tried: dict[tuple[Pattern, tuple[int, int], torch.dtype], _Trial | str] = {}
     layers = []
@@ -223,34 +240,72 @@ def _try(
     pattern: Pattern, ref: LinearRef, device: Device, batches: tuple[int, ...], min_speedup: float, measure: bool
 ) -> _Trial | str:
     """One pattern on one shape: its times and whether it is fast enough, or why it cannot run at all."""
-    requests = {size: Request(pattern, ref.shape, ref.dtype, device.kind, size) for size in batches}
+    requests = {size: Request(pattern, ref.shape, ref.dtype, device.place, size) for size in batches}
     if 0 in ref.shape:
         return "the layer has no weights"
-    try:
-        kernel = registry.choose(requests[batches[0]])
-    except BackendError:
-        return f"{str(ref.dtype).removeprefix('torch.')} has no sparse kernel; convert the model to float32 or bfloat16"
-    if kernel == "dense":
-        return f"no sparse kernel for {pattern} here ({why_no_kernel(requests[batches[0]])})"
+    first = requests[batches[0]]
+    names = registry.sparse_backends(first)
+    if not names:
+        try:
+            registry.choose(first)
+        except BackendError:
+            dtype = str(ref.dtype).removeprefix("torch.")
+            return f"{dtype} has no sparse kernel; convert the model to float32 or bfloat16"
+        return f"no sparse kernel for {pattern} here ({why_no_kernel(first)})"
     if not measure:
-        bounds = {size: cost.bound(request, device) for size, request in requests.items()}
+        bounds = cost.known_bounds(requests, device, dict.fromkeys(batches, True))
+        if len(bounds) < len(batches):
+            return "the bound is unknown: measuring the peaks of the device needs more memory than is free"
         mean = _geometric_mean([each.value for each in bounds.values()])
         refusal = None if mean > min_speedup else f"even the bound is only {mean:.2f}x"
-        return _Trial(pattern, {}, {}, bounds, None, mean, refusal)
-    measured = {size: tune.measure(request) for size, request in requests.items()}
+        return _Trial(pattern, names[0], {}, {}, bounds, None, mean, refusal)
+    trials: list[_Trial] = []
+    failures: list[str] = []
+    for name in names:
+        try:
+            trials.append(_measured(name, pattern, requests, device, min_speedup))
+        except Exception as error:
+            # what cannot be measured on this machine is no candidate; with one backend the error is the caller's
+            if len(names) == 1 or not registry.of_a_library(error):
+                raise
+            failures.append(f"{name} could not be measured: {registry.first_line(error)}")
+    if not trials:
+        return "; ".join(failures)
+    best = max(trials, key=lambda trial: (trial.refusal is None, trial.mean))
+    return replace(best, others={trial.backend: trial.sparse for trial in trials if trial is not best})
+
+
+def _measured(
+    name: str, pattern: Pattern, requests: Mapping[int, Request], device: Device, min_speedup: float
+) -> _Trial:
+    """The times of one backend. Raises BackendError if it cannot prepare a weight, and what its library raises."""
+    new = [size for size, request in requests.items() if tune.lookup(request, device, forced(request, name)) is None]
+    measured = {size: _measure(request, name) for size, request in requests.items()}
     above = _dense_above(measured)
-    bounds = {size: cost.bound(request, device, warm=not measured[size].cold) for size, request in requests.items()}
+    for size in new:
+        ratio = measured[size].seconds[DENSE] / taken_seconds(measured[size], size, above)
+        if _DOUBTFUL[0] <= ratio < _DOUBTFUL[1]:
+            measured[size] = _measure(requests[size], name, again=True, budget=_LONGER)
+    above = _dense_above(measured)
+    bounds = cost.known_bounds(requests, device, {size: not value.cold for size, value in measured.items()})
     dense = {size: value.seconds[DENSE] for size, value in measured.items()}
     sparse = {size: taken_seconds(value, size, above) for size, value in measured.items()}
-    ratios = {size: dense[size] / sparse[size] for size in batches}
+    ratios = {size: dense[size] / sparse[size] for size in measured}
     mean = _geometric_mean(list(ratios.values()))
     worst = min(ratios, key=lambda size: ratios[size])
     refusal = None
-    if ratios[worst] < NOISE:
+    if ratios[worst] < TOLERATED:
         refusal = f"dense is faster at batch {worst}: {pattern} reaches {ratios[worst]:.2f}x"
     elif mean <= min_speedup:
         refusal = f"{pattern} reaches {mean:.2f}x in the mean, not above {min_speedup:g}x"
-    return _Trial(pattern, dense, sparse, bounds, above, mean, refusal)
+    return _Trial(pattern, name, dense, sparse, bounds, above, mean, refusal)
+
+
+def _measure(request: Request, name: str, **longer: Any) -> Measurement:
+    measured = tune.measure(request, backend=forced(request, name), **longer)
+    if measured.kernel != name:
+        raise BackendError(f"the {name} backend could not prepare a weight, {measured.kernel} took its place")
+    return measured
 
 
 def _dense_above(measured: Mapping[int, Measurement]) -> int | None:
@@ -293,9 +348,8 @@ def _layer_plan(
     name: str, ref: LinearRef, trial: _Trial, pattern: Pattern | None, reason: str, error: float | None
 ) -> LayerPlan:
     above = trial.dense_above if pattern is not None else None
-    return LayerPlan(
-        name, ref.shape, pattern, reason, trial.pattern, trial.dense, trial.sparse, trial.bound, above, error
-    )
+    times = trial.dense, trial.sparse, trial.bound
+    return LayerPlan(name, ref.shape, pattern, reason, trial.pattern, *times, above, error, trial.backend, trial.others)
 
 
 def _error(ref: LinearRef, pattern: Pattern, gram: Tensor | None) -> float:

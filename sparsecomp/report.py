@@ -14,6 +14,7 @@ from torch import nn
 
 from sparsecomp import cost, tune
 from sparsecomp.backends import registry
+from sparsecomp.backends.cuda import uncertified
 from sparsecomp.backends.registry import Kernel, Request
 from sparsecomp.cost import Bound
 from sparsecomp.device import Device, detect
@@ -24,6 +25,7 @@ from sparsecomp.patterns import Block
 from sparsecomp.tune import DENSE, SPARSE, UNPACKED, Measurement
 
 _BY_NAME = "asked for by name"
+_FASTEST = "the fastest of the backends that run it, measured when the model was planned"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Explanation:
     """Which kernel runs a request, and why; ``str()`` is for people.
 
     ``seconds`` holds what was measured on this machine before, by candidate, or None. ``rejected`` names every other
-    backend with the reason. ``epilogue`` says how an activation is applied, if the layer has one.
+    backend with the reason. ``epilogue`` says how an activation is applied, if the layer has one; ``notes`` are what
+    else should be known. ``bound`` is None where the peaks of the device could not be measured.
     """
 
     request: Request
@@ -41,6 +44,7 @@ class Explanation:
     seconds: Mapping[str, float] | None
     rejected: tuple[tuple[str, str], ...]
     epilogue: str = ""
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Some lines: the request, the kernel, the bound, the times, the rejected."""
@@ -60,40 +64,60 @@ class Explanation:
         else:
             times = ", ".join(f"{name} {microseconds(value)}" for name, value in self.seconds.items())
             lines.append(f"  measured  {times}")
+        lines += [f"  note      {note}" for note in self.notes]
         lines += [f"  rejected  {name}: {reason}" for name, reason in self.rejected]
         return "\n".join(lines)
 
 
 def explain_kernel(
-    kernel: Kernel, batch: int, dense_above: int | None, wanted: str | None, activation: str = "none"
+    kernel: Kernel,
+    batch: int,
+    dense_above: int | None,
+    wanted: str | None,
+    activation: str = "none",
+    *,
+    preferred: str | None = None,
 ) -> Explanation:
-    """Why ``kernel`` runs a batch of that many rows. ``wanted`` is the backend a user pinned, if any."""
+    """Why ``kernel`` runs a batch of that many rows.
+
+    ``wanted`` is the backend a user pinned, ``preferred`` the one that a plan found the fastest, if any.
+    """
     if not isinstance(batch, int) or batch < 0:
         raise ModelError(f"batch={batch!r} is not a number of rows; use 0 or more")
-    device = kernel.tensors[0].device.type
+    device = str(kernel.tensors[0].device)
     request = Request(kernel.pattern, kernel.shape, kernel.dtype, device, batch, kernel.quantized)
     if device == "meta":
         return Explanation(request, "none", "the layer is on the meta device and has no values", None, None, ())
-    answers = dict(registry.explain(request))
+    answers = {**dict(registry.explain(request)), **dict(kernel.refused)}
     chosen = kernel.backend
     if wanted is not None:
         reason = _BY_NAME
     elif dense_above is not None and batch >= dense_above:
         reason = f"from {dense_above} rows on, unpacking the weight and a dense product was measured to be faster"
+    elif chosen == preferred:
+        reason = _FASTEST
     else:
         reason = "the first backend, in order of preference, that runs this request"
-    runs = "runs it too" if wanted is not None else f"runs it too, comes after {chosen} in the order of preference"
+    runs = "runs it too"
+    if wanted is None:
+        after = f"comes after {chosen} in the order of preference"
+        runs += f", {'was not the fastest' if chosen == preferred else after}"
     rejected = tuple((name, why or runs) for name, why in answers.items() if name != chosen)
     where = detect(device)
-    known = tune.lookup(request, where, _forced(request, chosen))
-    limit = cost.bound(request, where, warm=known is None or not known.cold)
+    known = tune.lookup(request, where, forced(request, chosen))
+    limit = cost.known_bound(request, where, warm=known is None or not known.cold)
     epilogue = ""
     if activation != "none":
         unpacks = dense_above is not None and batch >= dense_above
         fused = registry.backends()[chosen].fuses_activations and not unpacks
         epilogue = f"{activation}, {'inside the kernel' if fused else 'by torch, after the product'}"
     seconds = None if known is None else dict(known.seconds)
-    return Explanation(request, chosen, reason, limit, seconds, rejected, epilogue)
+    notes: list[str] = []
+    if where.kind == "cuda" and not registry.backends()[chosen].of_a_vendor:
+        notes += filter(None, [uncertified(device)])
+    if limit is None:
+        notes.append("the bound is unknown: measuring the peaks of the device needs more memory than is free")
+    return Explanation(request, chosen, reason, limit, seconds, rejected, epilogue, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -187,7 +211,8 @@ class Summary:
         cells += [megabytes(row.dense_bytes), megabytes(row.bytes), row.kernel]
         for batch in self.batches:
             dense, sparse = row.dense[batch], row.sparse[batch]
-            cells += [microseconds(dense), microseconds(sparse), f"{dense / sparse:.2f}x", str(row.bound[batch])]
+            limit = str(row.bound.get(batch, ""))
+            cells += [microseconds(dense), microseconds(sparse), f"{dense / sparse:.2f}x", limit]
         return [*cells, row.why]
 
 
@@ -202,17 +227,17 @@ def summarise(model: nn.Module, batch: Sequence[int], stayed_dense: Mapping[str,
     kinds = {layer.device.type for layer in layers.values()}
     if kinds - {"cpu", "cuda"} or len(kinds) > 1:
         raise ModelError(f"sparse layers are on {', '.join(sorted(kinds))}; move the model to one cpu or cuda device")
-    device = detect(kinds.pop())
-    rows = tuple(_row(name, layer, tuple(batch), device) for name, layer in layers.items())
-    return Summary(device, tuple(batch), rows, dict(stayed_dense))
+    devices = {str(layer.device): detect(str(layer.device)) for layer in layers.values()}
+    rows = tuple(_row(name, layer, tuple(batch), devices[str(layer.device)]) for name, layer in layers.items())
+    return Summary(next(iter(devices.values())), tuple(batch), rows, dict(stayed_dense))
 
 
 def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Device) -> SummaryRow:
     shape = (layer.out_features, layer.in_features)
-    facts = layer.pattern, shape, layer.dtype, device.kind
+    facts = layer.pattern, shape, layer.dtype, str(layer.device)
     requests = {batch: Request(*facts, batch, layer.quantized) for batch in batches}
     backend = layer.kernel.backend
-    measured = {batch: tune.measure(each, backend=_forced(each, backend)) for batch, each in requests.items()}
+    measured = {batch: tune.measure(each, backend=forced(each, backend)) for batch, each in requests.items()}
     return SummaryRow(
         name=name or "the model",
         shape=shape,
@@ -224,9 +249,7 @@ def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Devic
         why=_why(layer),
         dense={batch: value.seconds[DENSE] for batch, value in measured.items()},
         sparse={batch: taken_seconds(value, batch, layer.dense_above) for batch, value in measured.items()},
-        bound={
-            batch: cost.bound(request, device, warm=not measured[batch].cold) for batch, request in requests.items()
-        },
+        bound=cost.known_bounds(requests, device, {batch: not value.cold for batch, value in measured.items()}),
     )
 
 
@@ -234,14 +257,14 @@ def _why(layer: SparseLinear) -> str:
     explanation = layer.explain()
     if layer.dense_above is not None:
         return f"dense product from {layer.dense_above} rows on"
-    if explanation.reason == _BY_NAME:
-        return _BY_NAME
+    if explanation.reason in (_BY_NAME, _FASTEST):
+        return explanation.reason
     if explanation.kernel != "dense":
         return "sparse kernel runs it"
     return f"no sparse kernel ({why_no_kernel(explanation.request)})"
 
 
-def _forced(request: Request, backend: str) -> str | None:
+def forced(request: Request, backend: str) -> str | None:
     """That backend where it is another than the one that would be chosen, so that its own times are looked at."""
     return None if registry.choose(request) == backend else backend
 

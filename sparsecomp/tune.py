@@ -71,7 +71,7 @@ def measure(
     called as a model calls them, so that the cost of a call counts. Raises BackendError where no backend runs the
     request, ModelError where the named one does not.
     """
-    device = detect(torch.device(request.device).type)
+    device = detect(request.device)
     if not again and (known := lookup(request, device, backend)) is not None:
         return known
     copies, cold = _copies(request, device)
@@ -106,7 +106,7 @@ def measure(
 
 def lookup(request: Request, device: Device | None = None, backend: str | None = None) -> Measurement | None:
     """What is already known of a request on this machine, without measuring."""
-    device = device or detect(torch.device(request.device).type)
+    device = device or detect(request.device)
     key = _key(request, device, backend)
     if key not in _known:
         found = _from_json(cache.read("tune").get(key))
@@ -169,7 +169,7 @@ def _timed(copies: Sequence[Callable[[torch.Tensor], object]], x: torch.Tensor, 
     for index in range(offset, offset + repeats):
         copies[index % count](x)
     if x.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(x.device)
     return (time.perf_counter() - begin) / repeats
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsecomp import compiler, tune
 from sparsecomp.backends.cpu import native
+from sparsecomp.backends.reference import ReferenceBackend
 from sparsecomp.backends.registry import Request
 from sparsecomp.calibration import calibrate
 from sparsecomp.compiler import compile, report, summary
@@ -230,3 +231,25 @@ def test_the_reason_is_of_the_backend_that_comes_nearest(pattern: str, backend: 
 
 def _request(layer: SparseLinear) -> Request:
     return Request(layer.pattern, (layer.out_features, layer.in_features), layer.dtype, "cpu", 2)
+
+
+def test_the_backend_of_the_plan_is_taken_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = nn.Sequential(nn.Linear(32, 48)), torch.randn(5, 32)
+    prune(net, "2:4")
+    with torch.no_grad():
+        want = net(x)
+    decided = plan(net, "2:4", batch=1, measure=False)
+    (layer,) = decided
+    fastest = replace(decided, layers=(replace(layer, pattern=parse("2:4"), backend="reference"),))
+    fast = compile(net, fastest)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), want)
+    for each in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), fast.to(torch.bfloat16)):
+        assert isinstance(each, SparseLinear) and each.kernel.backend == "reference"
+        explanation = each.explain()
+        assert explanation.reason.startswith("the fastest of the backends that run it")
+        assert dict(explanation.rejected)["dense"] == "runs it too, was not the fastest"
+    assert "fastest of the backends" in str(summary(net, batch=(1,)))
+    # where it cannot run, another one is taken: a preference is no pin
+    monkeypatch.setattr(ReferenceBackend, "supports", lambda self, request: "cannot")
+    assert copy.deepcopy(fast).kernel.backend != "reference"

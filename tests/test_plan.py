@@ -37,13 +37,14 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seconds], list[Request]]
     asked: list[Request] = []
 
     def use(seconds: Seconds) -> list[Request]:
-        def measure(request: Request) -> Measurement:
+        def measure(request: Request, backend: None = None, **longer: object) -> Measurement:
             asked.append(request)
             times = seconds(request)
             return Measurement("cpu", times, dict.fromkeys(times, 0.0), False)
 
         monkeypatch.setattr(tune, "measure", measure)
         monkeypatch.setattr("sparsecomp.backends.registry.choose", lambda request: "cpu")
+        monkeypatch.setattr("sparsecomp.backends.registry.sparse_backends", lambda request: ["cpu"])
         return asked
 
     return use
@@ -90,6 +91,84 @@ def test_unpacking_is_used_from_the_batch_where_it_wins(timed: Callable[[Seconds
     assert made["0"].sparse == {1: 0.5e-5, 4: 0.5e-5, 8: 1.01e-5, 64: 1.01e-5}
     timed(lambda request: {**seconds(request), UNPACKED: 0.4e-5 if request.batch == 4 else 3e-5})
     assert plan(model(), "2:4", batch=(1, 4, 8))["0"].dense_above is None  # not at every batch above
+
+
+def test_ties_are_measured_twice_and_a_layer_under_098_stays_dense(timed: Callable[[Seconds], list[Request]]) -> None:
+    asked = timed(lambda request: {DENSE: 0.975e-5 if request.batch == 8 else 3e-5, SPARSE: 1e-5})
+    made = plan(model(), "2:4", batch=(1, 8), only="0")["0"]
+    assert made.pattern is None and made.reason == "dense is faster at batch 8: 2:4 reaches 0.97x"
+    assert [request.batch for request in asked] == [1, 8, 8]
+    seen = iter([0.975e-5, 0.985e-5])
+    timed(lambda request: {DENSE: next(seen) if request.batch == 8 else 3e-5, SPARSE: 1e-5})
+    made = plan(model(), "2:4", batch=(1, 8), only="0")["0"]
+    assert made.pattern is not None and made.dense[8] == 0.985e-5
+
+
+class Several:
+    """Three sparse backends whose seconds are given by name and batch; what is no number is raised."""
+
+    def __init__(self, seconds: dict[str, dict[int, float | Exception]]) -> None:
+        self.seconds = seconds
+        self.asked: list[tuple[str, int]] = []
+
+    def measure(self, request: Request, backend: str | None = None, **longer: object) -> Measurement:
+        name = backend or next(iter(self.seconds))
+        self.asked.append((name, request.batch))
+        taken = self.seconds[name][request.batch]
+        if isinstance(taken, Exception):
+            raise taken
+        return Measurement(name, {DENSE: 1e-5, SPARSE: taken}, {DENSE: 0.0, SPARSE: 0.0}, False)
+
+
+def _use(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list(several.seconds)
+    monkeypatch.setattr(tune, "measure", several.measure)
+    monkeypatch.setattr("sparsecomp.backends.registry.choose", lambda request: names[0])
+    monkeypatch.setattr("sparsecomp.backends.registry.sparse_backends", lambda request: names)
+
+
+def test_every_backend_is_measured_and_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = Several(
+        {"cpu": {1: 0.9e-5, 8: 0.9e-5}, "dense": {1: 2e-5, 8: 0.1e-5}, "reference": {1: 0.6e-5, 8: 0.7e-5}}
+    )
+    _use(several, monkeypatch)
+    made = plan(model(), "2:4", batch=(1, 8), only="0")
+    layer = made["0"]
+    assert sorted(several.asked) == [(name, size) for name in sorted(several.seconds) for size in (1, 8)]
+    # "dense" has the best mean, and would be slower than dense at batch 1
+    assert layer.backend == "reference" and layer.sparse == {1: 0.6e-5, 8: 0.7e-5}
+    assert layer.others == {"cpu": {1: 0.9e-5, 8: 0.9e-5}, "dense": {1: 2e-5, 8: 0.1e-5}}
+    assert "reference" in str(made)
+    (row,) = json.loads(json.dumps(made.to_dict()))["layers"]
+    assert row["backend"] == "reference" and row["other_backends"]["cpu"] == {"1": 0.9e-5, "8": 0.9e-5}
+
+
+def test_a_backend_that_cannot_be_measured_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = RuntimeError("out of memory\nand more")
+    several = Several({"cpu": {1: broken}, "reference": {1: 0.5e-5}})
+    _use(several, monkeypatch)
+    assert plan(model(), "2:4", batch=1, only="0")["0"].backend == "reference"
+    _use(Several({"cpu": {1: broken}, "reference": {1: broken}}), monkeypatch)
+    layer = plan(model(), "2:4", batch=1, only="0")["0"]
+    assert layer.pattern is None and layer.backend is None
+    assert layer.reason == "; ".join(f"{name} could not be measured: out of memory" for name in ("cpu", "reference"))
+    _use(Several({"cpu": {1: TypeError("a bug")}, "reference": {1: 0.5e-5}}), monkeypatch)
+    with pytest.raises(TypeError, match="a bug"):
+        plan(model(), "2:4", batch=1, only="0")
+    _use(Several({"cpu": {1: broken}}), monkeypatch)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        plan(model(), "2:4", batch=1, only="0")
+
+
+def test_another_backend_than_the_one_asked_for_is_no_measurement_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = Several({"cpu": {1: 0.2e-5}, "reference": {1: 0.5e-5}})
+    _use(several, monkeypatch)
+    took_its_place = Measurement("reference", {DENSE: 1e-5, SPARSE: 0.2e-5}, {}, False)
+    monkeypatch.setattr(
+        tune, "measure", lambda request, backend: several.measure(request, backend) if backend else took_its_place
+    )
+    layer = plan(model(), "2:4", batch=1, only="0")["0"]
+    assert layer.backend == "reference" and layer.sparse == {1: 0.5e-5}
 
 
 def test_the_fastest_pattern_within_the_error_is_taken(timed: Callable[[Seconds], list[Request]]) -> None:

@@ -29,6 +29,7 @@ class CusparseltBackend(Backend):
     """torch's binding of cuSPARSELt, for 2:4 with fp16 or bf16 weights whose sides are multiples of 16."""
 
     name = "cusparselt"
+    of_a_vendor = True
 
     def missing(self) -> str | None:
         """None if there is a GPU of compute capability 8.0 or newer and torch has cuSPARSELt, else the reason."""

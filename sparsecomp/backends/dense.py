@@ -16,6 +16,7 @@ class DenseBackend(Backend):
     """torch's own linear on a dense temporary."""
 
     name = "dense"
+    of_a_vendor = True
 
     def missing(self) -> str | None:
         """None: torch is always there."""

@@ -16,6 +16,7 @@ class ReferenceBackend(DenseBackend):
     """The truth that kernels are compared with; it holds and refuses what ``dense`` does."""
 
     name = "reference"
+    of_a_vendor = True
 
     fuses_activations = True
 

@@ -5,9 +5,10 @@ Takes a ``PackedWeight``, gives a ``Kernel`` (the weight in one backend's layout
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from types import MappingProxyType
@@ -69,6 +70,7 @@ class Kernel:
 
     ``dtype`` is that of x and y. Int8 weights have a third tensor, their row scales.
     ``arguments`` are constants the backend derived from the other fields, so that no call derives them again.
+    ``refused`` names backends that were tried before this one and could not prepare the weight, each with the reason.
     """
 
     backend: str
@@ -77,6 +79,7 @@ class Kernel:
     shape: tuple[int, int]
     dtype: torch.dtype
     arguments: tuple[int, ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
 
     @property
     def quantized(self) -> bool:
@@ -93,11 +96,13 @@ class Backend(ABC):
     """A family of kernels. Stateless; one instance is registered under its name.
 
     ``by_name_only`` is why nobody gets it without asking for it by name: it computes less exactly than others do.
+    ``of_a_vendor``: the kernels are torch's or the GPU vendor's, who answer for the architectures they run on.
     """
 
     name: ClassVar[str]
     fuses_activations: ClassVar[bool] = False
     by_name_only: ClassVar[str | None] = None
+    of_a_vendor: ClassVar[bool] = False
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -153,6 +158,16 @@ def explain(request: Request) -> list[tuple[str, str | None]]:
     ]
 
 
+def sparse_backends(request: Request) -> list[str]:
+    """Names of the sparse kernels that run a request, in order of preference: all that are worth measuring.
+
+    Those that compute less exactly than the dtype allows are not among them.
+    """
+    answers = explain(request)
+    fallback = [name for name, _ in answers].index("dense")
+    return [name for name, reason in answers[:fallback] if reason is None]
+
+
 def choose(request: Request) -> str:
     """Name of the first backend that runs a request.
 
@@ -169,21 +184,55 @@ def choose(request: Request) -> str:
     )
 
 
-def prepared(weight: Weight, pattern: Pattern, wanted: str | None) -> Kernel:
+def prepared(weight: Weight, pattern: Pattern, wanted: str | None, preferred: str | None = None) -> Kernel:
     """The layout of a weight, packed or dense [out, in] and fitting ``pattern``, for its device and dtype.
 
-    By the backend ``wanted``, or the first that runs it. Raises ModelError if the one wanted is unknown or does not.
+    By the backend ``wanted``, whose errors are the caller's. With none wanted, by ``preferred`` if it runs the weight,
+    else by the first that does; one that cannot prepare it after all is named in a warning, and the next is tried.
+    Raises ModelError if the one wanted is unknown or does not run the weight, BackendError if none could prepare it.
     """
     if weight.device.type == "meta":
-        name = "dense"
-    else:
-        quantized = not isinstance(weight, Tensor) and weight.scales is not None
-        shape = (weight.shape[0], weight.shape[1])
-        request = Request(pattern, shape, weight.dtype, weight.device.type, batch=1, quantized=quantized)
-        name = wanted or choose(request)
-        if name not in backends():
-            raise ModelError(f'backend "{name}" is not known; use one of {", ".join(backends())}')
-        if reason := backends()[name].missing() or backends()[name].supports(request):
-            raise ModelError(f'backend "{name}" {reason}; leave backend=None to have one chosen')
+        return _prepare("dense", weight, pattern)
+    quantized = not isinstance(weight, Tensor) and weight.scales is not None
+    shape = (weight.shape[0], weight.shape[1])
+    request = Request(pattern, shape, weight.dtype, str(weight.device), batch=1, quantized=quantized)
+    if wanted is not None:
+        if wanted not in backends():
+            raise ModelError(f'backend "{wanted}" is not known; use one of {", ".join(backends())}')
+        if reason := backends()[wanted].missing() or backends()[wanted].supports(request):
+            raise ModelError(f'backend "{wanted}" {reason}; leave backend=None to have one chosen')
+        return _prepare(wanted, weight, pattern)
+    able = [name for name, reason in explain(request) if reason is None] or [choose(request)]
+    refused: list[tuple[str, str]] = []
+    for name in sorted(able, key=lambda name: name != preferred):
+        try:
+            kernel = _prepare(name, weight, pattern)
+        except Exception as error:
+            if not of_a_library(error):
+                raise
+            refused.append((name, f"could not prepare this weight ({first_line(error)})"))
+            _warn_once(f"the {name} backend could not prepare a {pattern} weight {shape}: {first_line(error)}")
+        else:
+            return replace(kernel, refused=tuple(refused)) if refused else kernel
+    reasons = "; ".join(f"{name} {reason}" for name, reason in refused)
+    raise BackendError(f"no backend could prepare a {pattern} weight of shape {shape} ({reasons}); keep it dense")
+
+
+def _prepare(name: str, weight: Weight, pattern: Pattern) -> Kernel:
     backend = backends()[name]
     return backend.prepare_dense(weight, pattern) if isinstance(weight, Tensor) else backend.prepare(weight)
+
+
+def of_a_library(error: Exception) -> bool:
+    """Whether an error says that a library or this machine gave up, rather than that a weight or our code is wrong."""
+    return isinstance(error, RuntimeError | ImportError | OSError) or type(error).__module__.startswith("triton")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, shortened to its first line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    warnings.warn(f"{message}; the next one is taken, see layer.explain()", stacklevel=4)
