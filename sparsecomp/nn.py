@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from sparsecomp.report import Explanation
 
 
+Wish = tuple[str | None, str | None]  # the backend that is pinned, and the one that is preferred
+
+
 class SparseLinear(nn.Module):
     """y = activation(x W^T + b) with W [out_features, in_features] packed in ``pattern``.
 
@@ -41,8 +44,7 @@ class SparseLinear(nn.Module):
     A new layer is all zeros, ready for ``load_state_dict``. ``state_dict`` holds ``values`` and ``metadata`` of the
     canonical format, and ``bias``. The pattern and shape are facts of the constructor. ``dense_above`` is the batch
     from which a dense product of the unpacked weight was measured to be faster on this machine, or None; it is not
-    part of the state_dict. ``backend`` pins one backend by name. A layer that ``compile`` made prefers the backend that
-    was the fastest when it was planned, wherever that one runs its weight.
+    part of the state_dict. ``backend`` pins one by name; a layer made by ``compile`` prefers the fastest of its plan.
 
     ``activation`` is "none", "relu", "gelu" (exact), "gelu_tanh" or "silu", as torch.nn.functional defines them; the
     CPU kernels apply it before they round and store y. Like the pattern it is no part of the weights; it can be set.
@@ -76,20 +78,12 @@ class SparseLinear(nn.Module):
         place = torch.device(device) if device is not None else torch.get_default_device()
         packed = zero_weight(parse(pattern), (out_features, in_features), place, dtype, quantized)
         parameter = nn.Parameter(torch.zeros(out_features, device=place, dtype=dtype)) if bias else None
-        self._build(packed, packed.pattern, parameter, backend, activation)
+        self._build(packed, packed.pattern, parameter, (backend, None), activation)
 
-    def _build(
-        self,
-        weight: Weight,
-        pattern: Pattern,
-        bias: nn.Parameter | None,
-        backend: str | None,
-        activation: str,
-        preferred: str | None = None,
-    ) -> None:
+    def _build(self, weight: Weight, pattern: Pattern, bias: nn.Parameter | None, wish: Wish, activation: str) -> None:
         self.out_features, self.in_features = weight.shape
         self.pattern = pattern
-        self._wanted, self._preferred = backend, preferred
+        self._wanted, self._preferred = wish
         self._activation = require_activation(activation)
         self._layout: tuple[str, ...] = ()
         self.register_parameter("bias", bias)
@@ -108,18 +102,10 @@ class SparseLinear(nn.Module):
 
         ``backend`` pins one backend by name; otherwise the first one that runs the weight on its device is taken.
         """
-        return cls._of(packed, packed.pattern, bias, backend, activation)
+        return cls._of(packed, packed.pattern, bias, (backend, None), activation)
 
     @classmethod
-    def _of(
-        cls,
-        weight: Weight,
-        pattern: Pattern,
-        bias: Tensor | None,
-        backend: str | None,
-        activation: str,
-        preferred: str | None = None,
-    ) -> SparseLinear:
+    def _of(cls, weight: Weight, pattern: Pattern, bias: Tensor | None, wish: Wish, activation: str) -> SparseLinear:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         parameter = None
@@ -128,7 +114,7 @@ class SparseLinear(nn.Module):
                 raise ModelError(f"bias has shape {tuple(bias.shape)}; this weight takes ({weight.shape[0]},)")
             copy = bias.detach().to(weight.device, weight.dtype, copy=True).contiguous()
             parameter = nn.Parameter(copy, requires_grad=bias.requires_grad or not isinstance(bias, nn.Parameter))
-        layer._build(weight, pattern, parameter, backend, activation, preferred)
+        layer._build(weight, pattern, parameter, wish, activation)
         return layer
 
     @classmethod
@@ -167,7 +153,7 @@ class SparseLinear(nn.Module):
         source: Weight = weight
         if quantized or not weight.is_cuda:
             source = quantize(pack(weight, pattern)) if quantized else pack(weight, pattern)
-        return cls._of(source, parse(pattern), linear.bias, backend, activation, preferred).train(linear.training)
+        return cls._of(source, parse(pattern), linear.bias, (backend, preferred), activation).train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """The same layer as nn.Linear, zeros in place, exactly (int8 times scale rounded); the way back for training.
@@ -307,12 +293,8 @@ class SparseLinear(nn.Module):
                 f"so reshape it or check the layer before"
             )
         device, dtype, place = x.device.type, self.kernel.dtype, self._tensors()[0].device
-        if x.device != place:
-            # "cuda:1" is not "cuda:0": a kernel would follow the pointer of one on the other
-            raise ModelError(
-                f"input is on {x.device} and the layer on {place}; both must be on one device, "
-                f"so move one of them with .to()"
-            )
+        if x.device != place:  # a kernel on cuda:0 would follow a pointer into the memory of cuda:1
+            raise ModelError(f"input is on {x.device} and the layer on {place}; move one of them with .to()")
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         target = torch.get_autocast_dtype(device) if autocast else None
         if not torch.compiler.is_compiling() and ops.transformed():
@@ -424,9 +406,7 @@ class SparseLinear(nn.Module):
         """Which kernel runs a batch of that many rows, why, its bound, and what was rejected; printable."""
         from sparsecomp.report import explain_kernel
 
-        return explain_kernel(
-            self.kernel, batch, self.dense_above, self._wanted, self._activation, preferred=self._preferred
-        )
+        return explain_kernel(self.kernel, batch, self.dense_above, self._wanted, self._activation, self._preferred)
 
     def extra_repr(self) -> str:
         """Sizes, pattern, dtype, kernel, and bytes beside those of the dense weight."""

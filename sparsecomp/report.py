@@ -75,7 +75,6 @@ def explain_kernel(
     dense_above: int | None,
     wanted: str | None,
     activation: str = "none",
-    *,
     preferred: str | None = None,
 ) -> Explanation:
     """Why ``kernel`` runs a batch of that many rows.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from sparsecomp import cache
-from sparsecomp.backends import registry
+from sparsecomp.backends import cutlass_build, registry
 from sparsecomp.backends.cpu import native
 from sparsecomp.backends.registry import Backend, Kernel, Request
 from sparsecomp.device import Device, detect
@@ -39,6 +40,8 @@ _COPIES_BYTES = 128 << 20  # dense bytes of weights to rotate over, at most
 _MOST_COPIES = 64
 _HOPELESS = 3.0  # a candidate this many times slower than another is not measured further
 _DISTINCT_ROWS = 256
+_GPU_SOURCES = ("sparsecomp.kernels", "sparsecomp.backends")
+_GPU_SUFFIXES = (".py", ".cu", ".cuh", ".h")
 _STEADY = 0.25  # spread up to which a measurement is kept for other processes; a busy machine shows more
 
 
@@ -194,6 +197,26 @@ def _versions() -> str:
     return f"{own} kernels {kernels} torch {torch.__version__}"
 
 
+@lru_cache(maxsize=1)
+def _gpu_versions() -> str:
+    """What the kernels of a GPU are made of besides: Triton, which compiles them, and their sources."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    sources = hashlib.sha256()
+    for path in _gpu_sources():
+        sources.update(path.name.encode() + path.read_bytes())
+    return f"triton {triton} sources {sources.hexdigest()[:12]}"
+
+
+def _gpu_sources() -> list[Path]:
+    specs = [find_spec(name) for name in _GPU_SOURCES]
+    folders = [Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or []]
+    folders.append(cutlass_build.source_folder())
+    return [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in _GPU_SUFFIXES]
+
+
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
@@ -202,7 +225,8 @@ def _key(request: Request, device: Device, backend: str | None) -> str:
     out, columns = request.shape
     dtype = f"{request.dtype} of int8 weights" if request.quantized else request.dtype
     what = f"{request.pattern} {out}x{columns} {dtype} batch {request.batch} threads {device.threads}"
-    return f"{device.fingerprint} {_versions()} {what}" + (f" by {backend}" if backend else "")
+    versions = _versions() if device.kind == "cpu" else f"{_versions()} {_gpu_versions()}"
+    return f"{device.fingerprint} {versions} {what}" + (f" by {backend}" if backend else "")
 
 
 def _as_json(measurement: Measurement) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_another_gpu_than_the_weights_is_named(monkeypatch: pytest.MonkeyPatch) 
     with FakeTensorMode():
         x, there = torch.empty(3, 40, device="cuda:1"), torch.empty(24, 20, device="cuda:0")
     monkeypatch.setattr(layer, "_tensors", lambda: [there])
-    with pytest.raises(ModelError, match=r"input is on cuda:1 and the layer on cuda:0; both must be on one device"):
+    with pytest.raises(ModelError, match=r"input is on cuda:1 and the layer on cuda:0; move one of them"):
         layer(x)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,33 @@ def test_other_kernels_are_other_measurements(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
     assert tune._digest(tmp_path / "a") != tune._digest(tmp_path / "b")
+
+
+def test_on_a_gpu_triton_and_the_sources_belong_to_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = replace(detect("cpu"), kind="cuda", isa="sm_90")
+    request = replace(REQUEST, device="cuda:0")
+    keys = [tune._key(request, gpu, None)]
+    for folder, text in (("a", "1"), ("b", "2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "kernel.py").write_text(text)
+        spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / folder)])
+        monkeypatch.setattr(tune, "find_spec", lambda name, spec=spec: spec)
+        tune._gpu_versions.cache_clear()
+        keys.append(tune._key(request, gpu, None))
+    before = tune._key(REQUEST, detect("cpu"), None)
+    monkeypatch.setattr(tune, "version", lambda package: "99.0")
+    tune._gpu_versions.cache_clear()
+    keys.append(tune._key(request, gpu, None))
+    assert len(set(keys)) == 4
+    assert tune._key(REQUEST, detect("cpu"), None) == before  # a CPU's times do not age with Triton
+    monkeypatch.undo()
+    tune._gpu_versions.cache_clear()
+    assert tune._key(request, gpu, None) == keys[0]
+
+
+def test_the_sources_of_the_gpu_kernels_are_found() -> None:
+    names = {path.name for path in tune._gpu_sources()}
+    assert {"sparse_mma_kernel.py", "nm_decompress.py", "wgmma_sp.cu", "cutlass_config.py"} <= names
 
 
 def test_other_thread_counts_are_other_measurements() -> None:

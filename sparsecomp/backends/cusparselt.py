@@ -23,6 +23,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 WEIGHT_MULTIPLE = 16
 BATCH_MULTIPLE = 8
 _RESTORE_COLUMNS = 4096
+_ALIGNMENT = 16  # bytes
 
 
 class CusparseltBackend(Backend):
@@ -70,12 +71,18 @@ class CusparseltBackend(Backend):
         return pack(self._dense(kernel), kernel.pattern)
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
-        """y [batch, out] on torch's current stream; the batch is padded to a multiple of 8, which copies ``x``."""
+        """y [batch, out] on torch's current stream.
+
+        ``x`` is copied once if its batch is no multiple of 8, its rows have gaps or it starts between 16-byte words.
+        """
         batch = x.shape[0]
         if batch == 0:
             return x.new_empty(0, kernel.shape[0])
         # the library is told of no stride: it takes a transposed operand to be a contiguous [batch, in]
-        rows = functional.pad(x, (0, 0, 0, -batch % BATCH_MULTIPLE)).contiguous()
+        missing = -batch % BATCH_MULTIPLE
+        rows = functional.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+        if rows.data_ptr() % _ALIGNMENT:
+            rows = rows.clone()
         bias = None if bias is None else bias.contiguous()
         with torch.cuda.device(x.get_device()):
             y = torch._cslt_sparse_mm(kernel.tensors[0], rows.t(), bias=bias, transpose_result=True)

@@ -102,6 +102,27 @@ def test_run_pads_the_batch_and_takes_any_row_stride(batch: int, with_bias: bool
     torch.testing.assert_close(y, functional.linear(x, packed.unpack(), bias), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.usefixtures("library")
+def test_x_is_copied_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = CusparseltBackend().prepare(_packed(16, 32, torch.float16))
+    seen: list[int] = []
+
+    def multiply(compressed: Tensor, dense_b: Tensor, **rest: object) -> Tensor:
+        seen.append(dense_b.data_ptr())
+        return _multiply(compressed, dense_b, None, True)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    memory = torch.randn(40 * 32 + 64).to(torch.float16)
+    start = -memory.data_ptr() % 16 // 2
+    aligned = memory[start : start + 16 * 32].view(16, 32)
+    shifted = memory[start + 1 : start + 1 + 16 * 32].view(16, 32)
+    wide = memory[start : start + 16 * 64].view(16, 64)[:, :32]
+    for x, kept in ((aligned, True), (aligned[:8], True), (aligned[:7], False), (shifted, False), (wide, False)):
+        y = CusparseltBackend().run(kernel, x, None)
+        assert (seen[-1] == x.data_ptr()) == kept and seen[-1] % 16 == 0
+        torch.testing.assert_close(y, functional.linear(x, kernel.tensors[0]), rtol=2e-3, atol=2e-3)
+
+
 def test_a_library_that_loses_bits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense * (1 - 2**-7))
     monkeypatch.setattr(torch, "_cslt_sparse_mm", _multiply)
