@@ -79,10 +79,7 @@ class CusparseltBackend(Backend):
         if batch == 0:
             return x.new_empty(0, kernel.shape[0])
         # the library is told of no stride: it takes a transposed operand to be a contiguous [batch, in]
-        missing = -batch % BATCH_MULTIPLE
-        rows = functional.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
-        if rows.data_ptr() % _ALIGNMENT:
-            rows = rows.clone()
+        rows = whole_rows(x)
         bias = None if bias is None else bias.contiguous()
         with torch.cuda.device(x.get_device()):
             y = torch._cslt_sparse_mm(kernel.tensors[0], rows.t(), bias=bias, transpose_result=True)
@@ -107,6 +104,16 @@ def _unpacked(packed: PackedWeight) -> Tensor:
     unpack = import_module("sparsecomp.kernels.pack_planes").unpack
     dense: Tensor = unpack(packed.values, packed.metadata, nm, packed.shape[1])
     return dense
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """``x`` [batch, in] contiguous, at a multiple of 16 bytes, its batch padded with zeros to a multiple of 8.
+
+    A copy if any of these was not so, else ``x`` itself.
+    """
+    missing = -x.shape[0] % BATCH_MULTIPLE
+    rows = functional.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+    return rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
 
 
 def _unfit(pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:

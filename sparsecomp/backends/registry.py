@@ -25,12 +25,15 @@ from sparsecomp.patterns import Pattern
 # In the order in which they are preferred: sparse kernels, then a dense product of the unpacked weight, then the truth.
 _ADAPTERS = (
     ("sparsecomp.backends.cusparselt", "CusparseltBackend"),
+    ("sparsecomp.backends.semi_structured", "SemiStructuredBackend"),
     ("sparsecomp.backends.triton_vnm", "TritonVnmBackend"),
     ("sparsecomp.backends.triton", "TritonBackend"),
     ("sparsecomp.backends.gluon", "GluonBackend"),
     ("sparsecomp.backends.gluon", "GluonTf32Backend"),
     ("sparsecomp.backends.gluon", "GluonInt8Backend"),
     ("sparsecomp.backends.cutlass", "CutlassBackend"),
+    ("sparsecomp.backends.cutlass_e4m3", "CutlassFp8Backend"),
+    ("sparsecomp.backends.cutlass_e4m3", "CutlassFp8TensorBackend"),
     ("sparsecomp.backends.gluon_wgmma", "GluonWgmmaBackend"),
     ("sparsecomp.backends.triton_block", "TritonBlockBackend"),
     ("sparsecomp.backends.cpu", "CpuBackend"),
@@ -84,7 +87,8 @@ class Kernel:
     @property
     def quantized(self) -> bool:
         """Whether the weights are int8 with row scales."""
-        return len(self.tensors) == QUANTIZED_TENSORS
+        # an fp8 layout has scales too, and stands for a floating weight
+        return len(self.tensors) == QUANTIZED_TENSORS and self.tensors[0].dtype != torch.float8_e4m3fn
 
     @property
     def nbytes(self) -> int:
