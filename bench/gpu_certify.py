@@ -133,6 +133,7 @@ def phases(cores: int, capability: str | None) -> list[list[Stage]]:
         ],
         [_stage("cutlass install", ("bash", "-c", copy), 10, 5, ("build",), hopper, _judge_cutlass)],
         [tested("tests cutlass", 60, f"{folder}/test_cutlass_on_gpu.py", needs="cutlass install", skip=hopper)],
+        [tested("tests choice", 60, f"{folder}/test_choice_on_gpu.py")],
         [swept("bf16", 420, 150)],
         [swept("fp8", 45, 30, "--dtype", "fp8", "--models", "Llama-3-8B", "--tokens", "4096", "2048", "8192", "16")],
         [swept("compiled", 50, 30)],
