@@ -127,6 +127,7 @@ def phases(cores: int, capability: str | None) -> list[list[Stage]]:
             tested("tests triton", 150, on_gpu, "-k", f"not ({_GLUON})"),
             tested("tests gluon", 150, on_gpu, "-k", _GLUON),
             tested("tests wgmma", 150, f"{folder}/test_wgmma_on_gpu.py", skip=hopper),
+            tested("tests graphs", 150, f"{folder}/test_graphs_on_gpu.py"),
             tested("tests cupy", 60, f"{folder}/test_cupy_on_gpu.py"),
             sanitized("memcheck"),
             sanitized("racecheck"),

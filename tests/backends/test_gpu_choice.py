@@ -163,7 +163,7 @@ def test_a_gpu_without_memory_for_measuring_has_no_bound(pretend: Pretend, monke
     ("version", "reason"),
     [
         ("3.5.1", "Triton 3.5.1 is too old; install 3.6 or newer"),
-        ("main", "Triton main has no version number; install a release, 3.6 or newer"),
+        ("main", 'Triton\'s version "main" cannot be read; install 3.6 or newer'),
         ("3.6.0+git12ab", None),
         ("4.0.0", None),
     ],

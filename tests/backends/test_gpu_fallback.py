@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +56,9 @@ def test_a_gpu_without_triton_multiplies_dense(capability: tuple[int, int], monk
     _machine(monkeypatch, capability)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setenv("PATH", "")  # nor a compiler for cutlass
-    monkeypatch.setattr("sparsecomp.backends.cutlass.CutlassBackend.missing", lambda self: "has no library here")
+    # what needs no Triton
+    for backend in ("cutlass.CutlassBackend", "semi_structured.SemiStructuredBackend"):
+        monkeypatch.setattr(f"sparsecomp.backends.{backend}.missing", lambda self: "has no library here")
     assert choose(_request()) == "dense"
     reasons = dict(explain(_request()))
     for name in OURS:
@@ -77,9 +79,9 @@ def test_a_layer_explains_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = tuple(tensor.as_subclass(_OnGpu) for tensor in kernel.tensors)  # type: ignore[no-untyped-call]
     _machine(monkeypatch, (7, 5))
     _triton(monkeypatch, "3.7.1")
-    monkeypatch.setattr(report.cost, "bound", lambda *arguments, **others: None)
+    monkeypatch.setattr(report.cost, "known_bound", lambda *arguments, **others: None)
     monkeypatch.setattr(report.tune, "lookup", lambda *arguments, **others: None)
-    monkeypatch.setattr(report, "detect", lambda device: None)
+    monkeypatch.setattr(report, "detect", lambda device: SimpleNamespace(kind="cuda"))
     moved = Kernel("dense", tensors, kernel.pattern, kernel.shape, kernel.dtype)
     text = str(report.explain_kernel(moved, 8, None, None))
     assert "on cuda" in text and "kernel    dense" in text
@@ -121,9 +123,9 @@ def test_another_gluon_is_named(backend: GluonBackend, monkeypatch: pytest.Monke
     _machine(monkeypatch, (8, 9))
     _triton(monkeypatch, "3.12.0")
     monkeypatch.delitem(sys.modules, "sparsecomp.kernels.gluon_compat", raising=False)
-    reason = str(backend.missing())
-    assert reason.startswith("the Gluon of Triton 3.12.0 is not one the kernels know (")
-    assert reason.endswith("); install Triton 3.6 to 3.9")
+    assert backend.missing() == (
+        "Gluon of Triton 3.12.0 is newer than the kernels, which compile with 3.6 to 3.9; install 3.9"
+    )
     # what needs no Gluon goes on
     assert TritonBackend().missing() is None
 
@@ -137,6 +139,6 @@ def test_a_name_that_gluon_lost_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delitem(sys.modules, "sparsecomp.kernels.gluon_compat", raising=False)
     monkeypatch.delattr(language, "inline_asm_elementwise")
     assert cuda.missing_gluon() == (
-        f"the Gluon of Triton {triton.__version__} is not one the kernels know (Gluon has no inline_asm_elementwise); "
-        "install Triton 3.6 to 3.9"
+        f"Gluon of Triton {triton.__version__} lacks what the kernels need (Gluon has no inline_asm_elementwise); "
+        "install 3.9"
     )

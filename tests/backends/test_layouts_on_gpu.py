@@ -120,11 +120,11 @@ def test_the_vendor_library_is_given_a_dense_weight_that_a_kernel_unpacked(
 def test_no_layout_leaves_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor would go to the host by one of these; a single number, read to refuse a weight, does not."""
     pytest.importorskip("triton", reason="triton is not installed")
-    pattern = "block16x16:0.5" if name == "triton_block" else "1:2" if name == "gluon_tf32" else "2:4"
+    pattern = {"triton_block": "block16x16:0.5", "triton_vnm": "16:2:8", "gluon_tf32": "1:2"}.get(name, "2:4")
     dtype = torch.float32 if name == "gluon_tf32" else HALF
-    weight = torch.zeros(16, 80, dtype=dtype)
-    if name != "triton_block":
-        weight = torch.cat([_weight(pattern, dtype)] * 3)[:16]
+    weight = torch.zeros(32, 64, dtype=dtype)
+    if name not in ("triton_block", "triton_vnm"):
+        weight = torch.cat([_weight(pattern, dtype)] * 6)[:32, :64]
     packed = pack(weight, pattern)
     packed = quantize(packed) if name == "gluon_int8" else packed
     monkeypatch.setattr(torch, "_cslt_compress", torch.clone)
