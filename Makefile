@@ -21,7 +21,7 @@ help:
 	@echo 'make tritons   the oldest and the newest Triton, for the GPU tests; make test includes it'
 	@echo 'make lint      ruff, mypy --strict, clang-format'
 	@echo 'make sanitize  the kernel tests under AddressSanitizer and UBSan'
-	@echo 'make nightly   10^5 random products against float64 on every instruction set of this machine'
+	@echo 'make nightly   10^5 random products against float64 on every instruction set of this machine; every Triton'
 	@echo 'make .cutlass  the headers of CUTLASS, to be carried along to a GPU machine without a network (docs/gpu.md)'
 	@echo 'make clean     remove everything the other targets made'
 
@@ -60,7 +60,7 @@ demo: $(READY)
 	$(BIN)/python -m sparsecomp.bench.demo
 
 test: lint tritons
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -83,11 +83,16 @@ sanitize: $(READY)
 NIGHTLY_COUNT ?= 100000
 NIGHTLY_SEED ?= $(shell date +%Y%m%d)
 NIGHTLY_OFF := -DSPARSECOMP_PYTHON=OFF -DSPARSECOMP_ORT=OFF
-nightly: $(READY)
+nightly: tritons
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/nightly -G Ninja $(NIGHTLY_OFF) -DSPARSECOMP_TESTS=ON
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/nightly
 	printf '%s\n' avx512_bf16 avx512 avx2 neon reference | xargs -P2 -I @ sh -c \
 	  'SPARSECOMP_ISA=@ build/nightly/random_test --count $(NIGHTLY_COUNT) --seed $(NIGHTLY_SEED) || [ $$? -eq 77 ]'
+	@# the whole compile matrix with every Triton; make test takes a part of it for the others
+	for version in $(TRITONS); do \
+	  PYTHONPATH=$(VENV)/tritons/$$version SPARSECOMP_TEST_TRITON=$$version \
+	  $(BIN)/python -m pytest -q -n auto tests/kernels_gpu -k machine_code || exit 1; \
+	done
 
 # bench/gpu.sh takes them from here: 26 MB, ignored by git
 CUTLASS_WHEEL := nvidia-cutlass==4.2.0.0

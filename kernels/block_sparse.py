@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from sparsecomp.kernels.activation import activate
+from sparsecomp.kernels.triton_compat import WARPGROUPS
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,16 @@ def choose_tile(dtype: torch.dtype, rows: int, columns: int, tokens: int, aligne
     ``aligned`` tells whether rows of x are read 16 bytes at a time; element by element takes more registers.
     """
     if dtype == torch.float32:
-        # with 4 warps blocks of 128 rows spill on sm_86 and newer
-        return Tile(16 if tokens <= 16 else 32, min(columns, 32), 8 if rows == 128 else 4, 2)
+        # blocks of 128 rows spill with 4 warps on sm_86 and newer, with 32 columns a step on sm_86 and 89 (Triton 3.9)
+        return Tile(16 if tokens <= 16 else 32, 16 if rows == 128 else min(columns, 32), 8 if rows == 128 else 4, 2)
     if tokens <= 16:
         return Tile(16, min(columns, 128 if aligned else 64), 4, 4)
+    if not WARPGROUPS:
+        return Tile(32, min(columns, 64 if aligned else 32), 8 if rows == 128 else 4, 3)
     if tokens <= 64 or not aligned:
         return Tile(64, min(columns, 64), 4 if aligned else 8, 3)
-    return Tile(128, min(columns, 64), 8 if rows == 128 else 4, 3)
+    # 64 rows in 4 warps spill on sm_86 and 89 (Triton 3.9)
+    return Tile(128, min(columns, 64), 8 if rows >= 64 else 4, 3)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from sparsecomp.kernels.activation import activate
+from sparsecomp.kernels.triton_compat import WARPGROUPS
 from sparsecomp.patterns import NM
 
 GROUP_BLOCK = 8
@@ -41,7 +42,7 @@ def choose_tile(dtype: torch.dtype, batch: int) -> Tile:
         return Tile(32, 16, 32, 4, 2) if batch <= 16 else Tile(64, 32, 16, 4, 2)
     if batch <= 16:
         return Tile(32, 16, 64, 4, 4)
-    return Tile(64, 32, 64, 4, 3) if batch <= 32 else Tile(64, 64, 64, 4, 3)
+    return Tile(64, 32, 64, 4, 3) if batch <= 32 or not WARPGROUPS else Tile(64, 64, 64, 4, 3)
 
 
 @triton.jit

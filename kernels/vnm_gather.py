@@ -14,6 +14,7 @@ import triton.language as tl
 
 from sparsecomp.kernels.activation import activate
 from sparsecomp.kernels.nm_decompress import GROUP_BLOCK, expand
+from sparsecomp.kernels.triton_compat import WARPGROUPS
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def choose_tile(v: int, batch: int) -> Tile:
     rows = v & -v  # the largest power of two that divides V
     if batch <= 16:
         return Tile(min(rows, 32), 16, 64, 4, 4)
-    if batch <= 32:
+    if batch <= 32 or not WARPGROUPS:
         return Tile(min(rows, 64), 32, 64, 4, 3)
     return Tile(rows, 64, 32, 4, 3) if rows < 64 else Tile(min(rows, 128), 64, 64, 8, 3)
 

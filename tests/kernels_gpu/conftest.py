@@ -8,11 +8,10 @@ import pytest
 from triton_versions import VERSIONS, Evidence
 
 
-@pytest.fixture(scope="session", autouse=True)
-def evidence(request: pytest.FixtureRequest) -> Iterator[dict[str, Evidence]]:
-    """The runs with other Tritons by version, started with the first test here, to go on beside all the others."""
-    wanted = any(item.name.startswith("test_the_evidence_holds") for item in request.session.items)
-    runs = {version: Evidence(version) for version in VERSIONS if wanted}
+@pytest.fixture(scope="module")
+def evidence() -> Iterator[dict[str, Evidence]]:
+    """The runs with other Tritons by version, all started at once."""
+    runs = {version: Evidence(version) for version in VERSIONS}
     for run in runs.values():
         run.start()
     yield runs

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,6 +30,11 @@ class Case:
     bias: Tensor | None
     quantized: bool = False  # int8 holds the weight exactly, and it is to be stored so
     activation: str = "none"
+
+
+def with_every_triton(cases: Iterable[tuple[Any, ...]], chosen: Callable[..., bool]) -> list[ParameterSet]:
+    """The cases of a compile matrix, ``chosen(*case)`` of them marked ``every_triton``; ``make nightly`` runs all."""
+    return [pytest.param(*case, marks=pytest.mark.every_triton if chosen(*case) else ()) for case in cases]
 
 
 def need(backend: Backend) -> None:

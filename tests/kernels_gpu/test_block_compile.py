@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from gluon_simulator import run
-from gpu_cases import Case, assert_close_to_float64, random_case
+from gpu_cases import Case, assert_close_to_float64, random_case, with_every_triton
 from ptxsim import Report, SimulationError
 from triton_compiler import compile_block_kernel, machine_code
 
@@ -21,6 +21,7 @@ from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends import triton_block
 from sparsecomp.backends.triton_block import SIDES, TritonBlockBackend
 from sparsecomp.kernels.block_sparse import choose_tile
+from sparsecomp.kernels.triton_compat import WARPGROUPS
 from sparsecomp.pack.format import pack
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -41,8 +42,11 @@ MATRIX = [
 
 
 @pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize(("rows", "columns", "tokens", "dtype", "aligned"), MATRIX, ids=str)
-@pytest.mark.every_triton
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "dtype", "aligned"),
+    with_every_triton(MATRIX, lambda rows, columns, tokens, *others: rows == columns >= 64 and tokens > 1),
+    ids=str,
+)
 def test_machine_code(
     capability: int, rows: int, columns: int, tokens: int, dtype: torch.dtype, aligned: bool, tmp_path: Path
 ) -> None:
@@ -58,13 +62,14 @@ def test_machine_code(
     if dtype == SINGLE:
         assert not tensor_core and code.instructions["FFMA"] > 0
     else:
-        assert tensor_core == ({"HGMMA"} if capability == 90 and tokens >= 64 else {"HMMA"})
+        assert tensor_core == ({"HGMMA"} if capability == 90 and tile.tokens >= 64 else {"HMMA"})
 
 
 @pytest.mark.parametrize("capability", SHARED)
-def test_machine_code_without_an_activation(capability: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_machine_code_without_an_activation(tokens: int, capability: int, tmp_path: Path) -> None:
     # ptxas takes fewer registers for it, and once took too few
-    tile = choose_tile(SINGLE, 128, 128, 1, True)
+    tile = choose_tile(SINGLE, 128, 128, tokens, True)
     assert not machine_code(compile_block_kernel(capability, 128, 128, SINGLE, tile, True), tmp_path).spills
 
 
@@ -87,7 +92,7 @@ def test_compiled_code_matches_float64(
     capability: int, pattern: str, out: int, columns: int, tokens: int, dtype: torch.dtype
 ) -> None:
     report = _executed(random_case(pattern, out, columns, tokens, dtype), capability)
-    warpgroups = capability == 90 and tokens >= 64 and dtype != SINGLE
+    warpgroups = capability == 90 and tokens >= 64 and dtype != SINGLE and WARPGROUPS
     assert (report.executed["wgmma"] > 0) == warpgroups
     assert (report.executed["mma"] > 0) == (dtype != SINGLE and not warpgroups)
 

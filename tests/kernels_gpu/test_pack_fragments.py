@@ -114,8 +114,7 @@ def test_the_interpreter_agrees() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
-@pytest.mark.parametrize("dtype", [BRAIN, BYTE, SINGLE], ids=str)
-@pytest.mark.every_triton
+@pytest.mark.parametrize("dtype", [pytest.param(BRAIN, marks=pytest.mark.every_triton), BYTE, SINGLE], ids=str)
 def test_machine_code(dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
     size = dtype.itemsize
     integers = {1: "*i8", 2: "*i16", 4: "*i32"}[size]

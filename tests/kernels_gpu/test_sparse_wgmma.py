@@ -74,9 +74,8 @@ def product(case: Case, config: WgmmaConfig, activation: str = "none") -> torch.
 
 
 @pytest.mark.parametrize(("activation", "unit"), [("gelu", 8), ("silu", 1)])
-@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize("dtype", [HALF, pytest.param(BRAIN, marks=pytest.mark.every_triton)], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.every_triton
 def test_machine_code(config: WgmmaConfig, dtype: torch.dtype, activation: str, unit: int, tmp_path: Path) -> None:
     code = machine_code(compiled(constants(config, dtype, True, activation, unit), config.warps), tmp_path)
     assert code.instructions["HGMMA.SP"] == DEPTH // 32

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from gluon_simulator import run
-from gpu_cases import Case, assert_close_to_float64, random_case
+from gpu_cases import Case, assert_close_to_float64, random_case, with_every_triton
 from ptxsim import Report, SimulationError
 from triton_compiler import compile_kernel, compile_vnm_kernel, machine_code
 
@@ -20,6 +20,7 @@ from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends import triton_vnm
 from sparsecomp.backends.triton_vnm import TritonVnmBackend
 from sparsecomp.kernels import nm_decompress
+from sparsecomp.kernels.triton_compat import WARPGROUPS
 from sparsecomp.kernels.vnm_gather import GROUP_BLOCK, choose_tile
 from sparsecomp.pack.format import pack
 from sparsecomp.patterns import VNM, parse
@@ -36,7 +37,11 @@ MATRIX = [
 
 
 @pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize(("pattern", "batch", "aligned"), MATRIX, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "batch", "aligned"),
+    with_every_triton(MATRIX, lambda pattern, batch, aligned: pattern.v == 64 and batch > 1),
+    ids=str,
+)
 def test_machine_code(capability: int, pattern: VNM, batch: int, aligned: bool, tmp_path: Path) -> None:
     tile = choose_tile(pattern.v, batch)
     assert pattern.v % tile.out == 0, "rows of a program must share their columns"
@@ -44,7 +49,7 @@ def test_machine_code(capability: int, pattern: VNM, batch: int, aligned: bool, 
     code = machine_code(compile_vnm_kernel(capability, pattern, BRAIN, tile, aligned, "gelu"), tmp_path)
     assert not code.spills and code.shared <= SHARED[capability]
     tensor_core = {op for op in ("HMMA", "HGMMA") if code.instructions[op] > 0}
-    assert tensor_core == ({"HGMMA"} if capability == 90 and batch > 32 else {"HMMA"})
+    assert tensor_core == ({"HGMMA"} if capability == 90 and tile.batch >= 64 else {"HMMA"})
 
 
 def test_products_fall_with_m() -> None:
@@ -56,6 +61,7 @@ def test_products_fall_with_m() -> None:
     assert counts == [2 * each, each]
 
 
+@pytest.mark.every_triton
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("pattern", "out", "columns", "batch", "dtype"),
@@ -73,7 +79,7 @@ def test_compiled_code_matches_float64(
     capability: int, pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype
 ) -> None:
     report = _executed(random_case(pattern, out, columns, batch, dtype), capability)
-    warpgroups = capability == 90 and batch > 32
+    warpgroups = capability == 90 and batch > 32 and WARPGROUPS
     assert (report.executed["wgmma"] > 0) == warpgroups and (report.executed["mma"] > 0) == (not warpgroups)
 
 
