@@ -16,11 +16,13 @@ constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1; C libraries older th
 
 void advise(const void* data, int64_t bytes, int advice) {
   const auto start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (start + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (start + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
-  if (first >= last) return;
-  const int before = errno;
-  if (madvise(reinterpret_cast<void*>(first), last - first, advice) != 0) errno = before;
+  const uintptr_t before = -start & (kHugePage - 1);  // until the first whole page
+  const auto size = static_cast<uintptr_t>(bytes);
+  const uintptr_t whole = size > before ? (size - before) & ~(kHugePage - 1) : 0;
+  if (whole == 0) return;
+  const int error = errno;
+  // the C interface takes no pointer to const, and changes nothing
+  if (madvise(static_cast<char*>(const_cast<void*>(data)) + before, whole, advice) != 0) errno = error;
 }
 
 }  // namespace
