@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sparsecomp.kernels.activation import activate
-from sparsecomp.kernels.triton_compat import WARPGROUPS
+from sparsecomp.kernels.triton_compat import narrow_tiles_for
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,18 @@ class Tile:
     stages: int
 
 
-def choose_tile(dtype: torch.dtype, rows: int, columns: int, tokens: int, aligned: bool) -> Tile:
+def choose_tile(dtype: torch.dtype, rows: int, columns: int, tokens: int, aligned: bool, narrow: bool = False) -> Tile:
     """The tile for blocks of ``rows`` x ``columns``. Small enough that nothing spills on sm_80 to sm_90.
 
     ``aligned`` tells whether rows of x are read 16 bytes at a time; element by element takes more registers.
+    ``narrow`` as ``narrow_tiles`` says.
     """
     if dtype == torch.float32:
         # blocks of 128 rows spill with 4 warps on sm_86 and newer, with 32 columns a step on sm_86 and 89 (Triton 3.9)
         return Tile(16 if tokens <= 16 else 32, 16 if rows == 128 else min(columns, 32), 8 if rows == 128 else 4, 2)
     if tokens <= 16:
         return Tile(16, min(columns, 128 if aligned else 64), 4, 4)
-    if not WARPGROUPS:
+    if narrow:
         return Tile(32, min(columns, 64 if aligned else 32), 8 if rows == 128 else 4, 3)
     if tokens <= 64 or not aligned:
         return Tile(64, min(columns, 64), 4 if aligned else 8, 3)
@@ -113,7 +114,7 @@ def block_linear(
     rows, columns = values.shape[1:]
     # what Triton specialises on, and what vectors take
     aligned = all(size % 16 == 0 for size in (in_features, x.stride(0), out_features, x.data_ptr()))
-    tile = choose_tile(x.dtype, rows, columns, tokens, aligned)
+    tile = choose_tile(x.dtype, rows, columns, tokens, aligned, narrow_tiles_for(x))
     grid = ((starts.shape[0] - 1) * triton.cdiv(tokens, tile.tokens),)
     block_linear_kernel[grid](
         x,

@@ -6,34 +6,24 @@ launches on torch's current stream. Imports triton, so it is loaded on first use
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from sparsecomp.kernels.activation import activate
-from sparsecomp.kernels.nm_decompress import GROUP_BLOCK, expand
-from sparsecomp.kernels.triton_compat import WARPGROUPS
+from sparsecomp.kernels.nm_decompress import GROUP_BLOCK, Tile, expand
+from sparsecomp.kernels.triton_compat import narrow_tiles_for
 
 
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes, and how: ``out`` x ``batch`` outputs, ``columns`` kept columns a step."""
+def choose_tile(v: int, batch: int, narrow: bool = False) -> Tile:
+    """The tile for V and a batch, ``columns`` kept ones a step; its rows divide V.
 
-    out: int
-    batch: int
-    columns: int
-    warps: int
-    stages: int
-
-
-def choose_tile(v: int, batch: int) -> Tile:
-    """The tile for V and a batch; its rows divide V. Small enough that nothing spills on sm_80 to sm_90."""
+    Small enough that nothing spills on sm_80 to sm_90. ``narrow`` as ``narrow_tiles`` says.
+    """
     rows = v & -v  # the largest power of two that divides V
     if batch <= 16:
         return Tile(min(rows, 32), 16, 64, 4, 4)
-    if batch <= 32 or not WARPGROUPS:
+    if batch <= 32 or narrow:
         return Tile(min(rows, 64), 32, 64, 4, 3)
     return Tile(rows, 64, 32, 4, 3) if rows < 64 else Tile(min(rows, 128), 64, 64, 8, 3)
 
@@ -128,7 +118,7 @@ def vnm_linear(
     y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    tile = choose_tile(v, batch)
+    tile = choose_tile(v, batch, narrow_tiles_for(x))
     grid = (triton.cdiv(out_features, tile.out) * triton.cdiv(batch, tile.batch),)
     vnm_linear_kernel[grid](
         x,

@@ -6,6 +6,7 @@ Takes a model and candidate patterns, gives a Plan. Prunes nothing in the model,
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -271,6 +272,8 @@ def _try(
             failures.append(f"{name} could not be measured: {registry.first_line(error)}")
     if not trials:
         return "; ".join(failures)
+    for failure in failures:
+        warnings.warn(f"{pattern}: {failure}; the layer is planned without it", stacklevel=2)
     best = max(trials, key=lambda trial: (trial.refusal is None, trial.mean))
     return replace(best, others={trial.backend: trial.sparse for trial in trials if trial is not best})
 

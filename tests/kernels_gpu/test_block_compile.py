@@ -21,7 +21,7 @@ from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends import triton_block
 from sparsecomp.backends.triton_block import SIDES, TritonBlockBackend
 from sparsecomp.kernels.block_sparse import choose_tile
-from sparsecomp.kernels.triton_compat import WARPGROUPS
+from sparsecomp.kernels.triton_compat import WARPGROUPS, narrow_tiles
 from sparsecomp.pack.format import pack
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -57,7 +57,7 @@ def _widest(rows: int, columns: int, tokens: int, dtype: torch.dtype, aligned: b
 def test_machine_code(
     capability: int, rows: int, columns: int, tokens: int, dtype: torch.dtype, aligned: bool, tmp_path: Path
 ) -> None:
-    tile = choose_tile(dtype, rows, columns, tokens, aligned)
+    tile = choose_tile(dtype, rows, columns, tokens, aligned, narrow_tiles(capability))
     # the activation with the most temporaries
     compiled = compile_block_kernel(capability, rows, columns, dtype, tile, aligned, "gelu")
     code = machine_code(compiled, tmp_path)
@@ -167,7 +167,7 @@ def _executed(
     values, starts, block_columns = change(triton_block._parts(kernel))
     rows, across = values.shape[1:]
     aligned = columns % 16 == 0 and out % 16 == 0
-    tile = choose_tile(dtype, rows, across, tokens, aligned)
+    tile = choose_tile(dtype, rows, across, tokens, aligned, narrow_tiles(capability))
     compiled = compile_block_kernel(capability, rows, across, dtype, tile, aligned, case.activation)
     y = torch.empty(tokens, out, dtype=dtype)
     blocks = (starts.shape[0] - 1) * -(-tokens // tile.tokens)

@@ -19,8 +19,7 @@ from triton_compiler import compile_kernel, compile_vnm_kernel, machine_code
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends import triton_vnm
 from sparsecomp.backends.triton_vnm import TritonVnmBackend
-from sparsecomp.kernels import nm_decompress
-from sparsecomp.kernels.triton_compat import WARPGROUPS
+from sparsecomp.kernels.triton_compat import WARPGROUPS, narrow_tiles
 from sparsecomp.kernels.vnm_gather import GROUP_BLOCK, choose_tile
 from sparsecomp.pack.format import pack
 from sparsecomp.patterns import VNM, parse
@@ -50,7 +49,7 @@ def _widest(pattern: VNM, batch: int, aligned: bool) -> bool:
     ids=str,
 )
 def test_machine_code(capability: int, pattern: VNM, batch: int, aligned: bool, tmp_path: Path) -> None:
-    tile = choose_tile(pattern.v, batch)
+    tile = choose_tile(pattern.v, batch, narrow_tiles(capability))
     assert pattern.v % tile.out == 0, "rows of a program must share their columns"
     # the activation with the most temporaries
     code = machine_code(compile_vnm_kernel(capability, pattern, BRAIN, tile, aligned, "gelu"), tmp_path)
@@ -63,8 +62,7 @@ def test_products_fall_with_m() -> None:
     # of 256 columns the dense kernel runs 4 steps of 64, the gathering one 2 for M = 8 and 1 for M = 16
     counts = [_executed(random_case(f"64:2:{m}", 64, 256, 64, HALF), 80).executed["mma"] for m in (8, 16)]
     tile = choose_tile(64, 64)
-    dense = nm_decompress.Tile(tile.out, tile.batch, tile.columns, tile.warps, tile.stages)
-    each = compile_kernel(80, VNM(64, 2, 8).row_pattern, HALF, dense, True).asm["ptx"].count("mma.sync")
+    each = compile_kernel(80, VNM(64, 2, 8).row_pattern, HALF, tile, True).asm["ptx"].count("mma.sync")
     assert counts == [2 * each, each]
 
 
@@ -101,7 +99,7 @@ def _executed(case: Case, capability: int, spoil: Callable[[str], str] = lambda 
     pattern, (batch, columns), out = parse(case.pattern), case.x.shape, case.weight.shape[0]
     assert isinstance(pattern, VNM) and case.bias is not None
     values, kept, positions = triton_vnm._parts(TritonVnmBackend().prepare(pack(case.weight, pattern)))
-    tile = choose_tile(pattern.v, batch)
+    tile = choose_tile(pattern.v, batch, narrow_tiles(capability))
     aligned = out % 16 == 0 and columns % 16 == 0
     compiled = compile_vnm_kernel(capability, pattern, case.x.dtype, tile, aligned, case.activation)
     y = torch.empty(batch, out, dtype=case.x.dtype)
