@@ -33,8 +33,10 @@ def choose_tile(dtype: torch.dtype, rows: int, columns: int, tokens: int, aligne
     ``narrow`` as ``narrow_tiles`` says.
     """
     if dtype == torch.float32:
-        # blocks of 128 rows spill with 4 warps on sm_86 and newer, with 32 columns a step on sm_86 and 89 (Triton 3.9)
-        return Tile(16 if tokens <= 16 else 32, 16 if rows == 128 else min(columns, 32), 8 if rows == 128 else 4, 2)
+        # blocks of 128 rows spill with 4 warps on sm_86 and newer, with 32 columns a step on sm_86 and 89 (Triton 3.9),
+        # and with 32 tokens on sm_90 (Triton 3.6)
+        few = tokens <= 16 or (rows == 128 and narrow)
+        return Tile(16 if few else 32, 16 if rows == 128 else min(columns, 32), 8 if rows == 128 else 4, 2)
     if tokens <= 16:
         return Tile(16, min(columns, 128 if aligned else 64), 4, 4)
     if narrow:

@@ -76,7 +76,7 @@ def test_machine_code(
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_machine_code_without_an_activation(tokens: int, capability: int, tmp_path: Path) -> None:
     # ptxas takes fewer registers for it, and once took too few
-    tile = choose_tile(SINGLE, 128, 128, tokens, True)
+    tile = choose_tile(SINGLE, 128, 128, tokens, True, narrow_tiles(capability))
     assert not machine_code(compile_block_kernel(capability, 128, 128, SINGLE, tile, True), tmp_path).spills
 
 
