@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sparsecomp.kernels.activation import activate
-from sparsecomp.kernels.triton_compat import narrow_tiles_for
+from sparsecomp.kernels.triton_compat import REGISTERS_SUFFICE
 from sparsecomp.patterns import NM
 
 GROUP_BLOCK = 8
@@ -36,16 +36,13 @@ def plane_bits(nm: NM) -> int:
     return 4 if nm.index_bits == 3 else nm.index_bits
 
 
-def choose_tile(dtype: torch.dtype, batch: int, narrow: bool = False) -> Tile:
-    """The tile for a batch. Small enough that no weight dtype or N:M pattern spills registers on sm_80 to sm_90.
-
-    ``narrow`` as ``narrow_tiles`` says.
-    """
+def choose_tile(dtype: torch.dtype, batch: int) -> Tile:
+    """The tile for a batch. Small enough that no weight dtype or N:M pattern spills registers on sm_80 to sm_90."""
     if dtype == torch.float32:
         return Tile(32, 16, 32, 4, 2) if batch <= 16 else Tile(64, 32, 16, 4, 2)
     if batch <= 16:
         return Tile(32, 16, 64, 4, 4)
-    return Tile(64, 32, 64, 4, 3) if batch <= 32 or narrow else Tile(64, 64, 64, 4, 3)
+    return Tile(64, 32, 64, 4, 3) if batch <= 32 or not REGISTERS_SUFFICE else Tile(64, 64, 64, 4, 3)
 
 
 @triton.jit
@@ -156,7 +153,7 @@ def nm_linear(
     y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    tile = choose_tile(x.dtype, batch, narrow_tiles_for(x))
+    tile = choose_tile(x.dtype, batch)
     grid = (triton.cdiv(out_features, tile.out) * triton.cdiv(batch, tile.batch),)
     nm_linear_kernel[grid](
         x,

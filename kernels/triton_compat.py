@@ -14,6 +14,9 @@ Triton 3.6 cannot compile a right operand that was computed and transposed, and 
 block of weights to shared memory and wgmma reading it.
 """
 
+REGISTERS_SUFFICE = WARPGROUPS
+"""Whether the largest tiles that decompress spill nothing, which they do with Triton 3.6."""
+
 
 def narrow_tiles(capability: int) -> bool:
     """Whether tiles for sm_``capability`` must stay below 64 rows of x, for mma.sync to multiply them."""

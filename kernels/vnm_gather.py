@@ -12,7 +12,7 @@ import triton.language as tl
 
 from sparsecomp.kernels.activation import activate
 from sparsecomp.kernels.nm_decompress import GROUP_BLOCK, Tile, expand
-from sparsecomp.kernels.triton_compat import narrow_tiles_for
+from sparsecomp.kernels.triton_compat import REGISTERS_SUFFICE, narrow_tiles_for
 
 
 def choose_tile(v: int, batch: int, narrow: bool = False) -> Tile:
@@ -22,7 +22,7 @@ def choose_tile(v: int, batch: int, narrow: bool = False) -> Tile:
     """
     rows = v & -v  # the largest power of two that divides V
     if batch <= 16:
-        return Tile(min(rows, 32), 16, 64, 4, 4)
+        return Tile(min(rows, 32), 16, 64 if REGISTERS_SUFFICE else 32, 4, 4)
     if batch <= 32 or narrow:
         return Tile(min(rows, 64), 32, 64, 4, 3)
     return Tile(rows, 64, 32, 4, 3) if rows < 64 else Tile(min(rows, 128), 64, 64, 8, 3)

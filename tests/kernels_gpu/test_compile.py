@@ -21,7 +21,7 @@ from triton_compiler import MachineCode, compile_kernel, machine_code
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends.triton import TritonBackend
 from sparsecomp.kernels.nm_decompress import GROUP_BLOCK, Tile, choose_tile
-from sparsecomp.kernels.triton_compat import WARPGROUPS, narrow_tiles
+from sparsecomp.kernels.triton_compat import WARPGROUPS
 from sparsecomp.pack.format import pack
 from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import NM, row_nm
@@ -64,7 +64,7 @@ def _compile(
     ids=str,
 )
 def test_machine_code(capability: int, nm: NM, dtype: torch.dtype, batch: int, aligned: bool, tmp_path: Path) -> None:
-    tile = choose_tile(dtype, batch, narrow_tiles(capability))
+    tile = choose_tile(dtype, batch)
     code = _compile(capability, nm, dtype, tile, aligned, tmp_path)
     assert not code.spills
     assert code.shared <= SHARED[capability]
@@ -85,7 +85,7 @@ def test_machine_code(capability: int, nm: NM, dtype: torch.dtype, batch: int, a
     [(NM(2, 4), BRAIN, 1), (NM(2, 4), HALF, 128), pytest.param(NM(8, 16), BRAIN, 32, marks=pytest.mark.every_triton)],
 )
 def test_machine_code_of_int8_weights(capability: int, nm: NM, dtype: torch.dtype, batch: int, tmp_path: Path) -> None:
-    tile = choose_tile(dtype, batch, narrow_tiles(capability))
+    tile = choose_tile(dtype, batch)
     code = _compile(capability, nm, dtype, tile, True, tmp_path, quantized=True)
     assert not code.spills and code.shared <= SHARED[capability]
     assert code.instructions["HMMA"] + code.instructions["HGMMA"] > 0
@@ -96,7 +96,7 @@ def test_machine_code_of_int8_weights(capability: int, nm: NM, dtype: torch.dtyp
 @pytest.mark.parametrize("aligned", [True, False])
 def test_machine_code_of_activations(capability: int, dtype: torch.dtype, aligned: bool, tmp_path: Path) -> None:
     # the pattern and the activation with the most registers
-    tile = choose_tile(dtype, 128, narrow_tiles(capability))
+    tile = choose_tile(dtype, 128)
     compiled = compile_kernel(capability, NM(8, 16), dtype, tile, aligned, False, "gelu")
     assert not machine_code(compiled, tmp_path).spills
 
@@ -159,7 +159,7 @@ def _executed(
     dtype, (batch, columns), out = case.x.dtype, case.x.shape, case.weight.shape[0]
     kernel = TritonBackend().prepare(quantize(packed) if case.quantized else packed)
     values, positions, *scales = change(kernel.tensors)
-    tile = choose_tile(dtype, batch, narrow_tiles(capability))
+    tile = choose_tile(dtype, batch)
     aligned = out % 16 == 0 and columns % 16 == 0
     compiled = compile_kernel(capability, nm, dtype, tile, aligned, case.quantized, case.activation)
     y = torch.empty(batch, out, dtype=dtype)
