@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "block.hpp"
+#include "output.hpp"
 #include "parallel.hpp"
 #include "partition.hpp"
 #include "workspace.hpp"
@@ -234,14 +235,10 @@ class BlockRunner {
     finish(panel, sums, first, next);
   }
 
-  // Rows of y are far apart: without this every store of the sums waits for its cache line.
-  void prefetch_output(const Panel& panel, int64_t row) const {
+  SPARSECOMP_INLINE void prefetch_output(const Panel& panel, int64_t row) const {
     const int64_t size = element_bytes(g_.dtype);
-    const int64_t bytes = std::min(kSumRows, g_.out - row) * size;
-    for (int b = 0; b < panel.columns; ++b) {
-      const uint8_t* y = static_cast<const uint8_t*>(call_.y) + ((panel.column + b) * call_.ldy + row) * size;
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(y + byte, 1);
-    }
+    prefetch_rows(static_cast<const uint8_t*>(call_.y) + (panel.column * call_.ldy + row) * size, call_.ldy * size,
+                  panel.columns, std::min(kSumRows, g_.out - row) * size);
   }
 
   void finish(const Panel& panel, const float* sums, int64_t first, int64_t next) const {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "output.hpp"
 #include "parallel.hpp"
 #include "partition.hpp"
 #include "workspace.hpp"
@@ -19,6 +20,10 @@ constexpr int64_t kTaskColumns = 128;
 constexpr int64_t kChunkSteps = 256;
 constexpr int64_t kUncutSteps = 384;
 constexpr int64_t kUncutColumns = 16;
+// Weights this large come from memory at every call, also where a last-level cache has 32 MB. One column over them
+// waits for memory and nothing else: a single stream of values runs faster than two, where positions are short lines.
+constexpr int64_t kMemoryBytes = 24 << 20;
+constexpr int64_t kLineBytes = 64;
 // From this many batch columns on, decoding the positions of a tile beforehand pays.
 constexpr int64_t kDecodeColumns = 16;
 // Two tiles of so many column steps and their decoded positions stay in the L1 cache.
@@ -39,6 +44,8 @@ Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const Linear
   Blocking blocking;
   blocking.tiles = kMostTiles;
   while (blocking.tiles > 1 && (!kernels.micro[blocking.tiles][1] || blocking.tiles > g.tiles)) --blocking.tiles;
+  const int64_t bytes = g.tiles * g.steps * (g.value_bytes + g.metadata_bytes);
+  if (call.batch == 1 && bytes >= kMemoryBytes && g.metadata_bytes < kLineBytes) blocking.tiles = 1;
   blocking.chunk_steps = g.steps;
   if (call.batch > kUncutColumns && g.steps > kUncutSteps) {
     const int64_t chunks = (g.steps + kChunkSteps - 1) / kChunkSteps;
@@ -179,21 +186,15 @@ class TaskRunner {
       args->x = x + ((column - task.column) * args->ldx + x_columns) * x_size;
       args->sums = sums ? sums : local;
       args->stream = column == task.column;
-      if (done) prefetch_output(tile, tiles, column, columns);
+      if (done) {
+        const int64_t size = element_bytes(call_.dtype);
+        prefetch_rows(static_cast<const uint8_t*>(call_.y) + (column * call_.ldy + tile * kTile) * size,
+                      call_.ldy * size, columns, std::min<int64_t>(tiles * kTile, g_.out - tile * kTile) * size);
+      }
       micro[columns](*args);
       if (done) finish(args->sums, tile, tiles, column, columns);
       if (sums) sums += columns * tiles * kTile;
       column += columns;
-    }
-  }
-
-  // Rows of y are far apart: without this every store of the next micro-kernel's result waits for its cache line.
-  void prefetch_output(int64_t tile, int tiles, int64_t column, int columns) const {
-    const int64_t size = element_bytes(call_.dtype);
-    const int64_t bytes = std::min<int64_t>(tiles * kTile, g_.out - tile * kTile) * size;
-    for (int b = 0; b < columns; ++b) {
-      const uint8_t* y = static_cast<const uint8_t*>(call_.y) + ((column + b) * call_.ldy + tile * kTile) * size;
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(y + byte, 1);
     }
   }
 

@@ -57,6 +57,11 @@ def test_blocked_in_both_directions(pattern, dtype, threads):
     check_linear(pattern, 1024, 768, 1, dtype, threads=threads)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_column_over_a_weight_larger_than_the_cache(threads):
+    check_linear("2:4", 4113, 3090, 1, torch.float32, threads=threads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "3:4", "4:8", "6:8", "8:16", "12:16", "2:4@v4", "5:16@v4", "1:8@v8"])
 def test_batches_that_fill_panels(pattern, dtype):

@@ -68,14 +68,14 @@ struct Product {
   }
 
   template <int M, class Shape, int NB, int C>
-  static inline void pair(const uint8_t* block, int slot, bool odd, __m512i word, const Shape& shape, int,
+  static inline void pair(const uint8_t* block, int slot, bool odd, __m512i word, const Shape& shape, int chain,
                           const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {
     const typename Values::Raw raw = Values::load(block, slot);
-    multiply<NB, C>(Values::even(raw), columns<M>(word, shape.base(slot)), 0, xs, sums);
+    multiply<NB, C>(Values::even(raw), columns<M>(word, shape.base(slot)), 2 * chain % C, xs, sums);
     if (!odd) return;
     const typename Values::Raw next = Values::kPaired ? raw : Values::load(block, slot + 1);
     const __m512i index = columns<M>(_mm512_srli_epi32(word, Shape::kBits), shape.base(slot + 1));
-    multiply<NB, C>(Values::odd(next), index, C - 1, xs, sums);
+    multiply<NB, C>(Values::odd(next), index, (2 * chain + 1) % C, xs, sums);
   }
 
  private:

@@ -47,7 +47,8 @@ struct StepShape {
 template <class Product, int M, int N, int T, int NB>
 void micro(const MicroArgs& args) {
   using Shape = StepShape<M, N>;
-  constexpr int kChains = NB <= 2 ? 2 : 1;  // few columns: two sums each, or the latency of the multiply-add shows
+  // few columns: several sums each, or the latency of the multiply-add shows
+  constexpr int kChains = T * NB == 1 ? 4 : NB <= 2 ? 2 : 1;
   const Geometry& g = *args.geometry;
   const Shape shape(g);
   const int full_words = Shape::kStatic ? Shape::kSlots / Shape::kWordSlots : g.full_words;
@@ -57,7 +58,7 @@ void micro(const MicroArgs& args) {
   const uint8_t* metadata = args.metadata;
   const auto* x = static_cast<const typename Product::X*>(args.x);
 
-  Prefetcher prefetch(args);
+  Prefetcher prefetch(args, T * NB == 1 ? kPrefetchOneTile : kPrefetchBytes);
 
   __m512 sums[T][NB][kChains];
   SPARSECOMP_UNROLL
@@ -65,7 +66,8 @@ void micro(const MicroArgs& args) {
     SPARSECOMP_UNROLL
     for (int b = 0; b < NB; ++b) {
       sums[t][b][0] = args.add ? _mm512_loadu_ps(args.sums + (b * T + t) * kTile) : _mm512_setzero_ps();
-      if (kChains == 2) sums[t][b][kChains - 1] = _mm512_setzero_ps();
+      SPARSECOMP_UNROLL
+      for (int c = 1; c < kChains; ++c) sums[t][b][c] = _mm512_setzero_ps();
     }
   }
 
@@ -112,7 +114,9 @@ void micro(const MicroArgs& args) {
   for (int t = 0; t < T; ++t) {
     SPARSECOMP_UNROLL
     for (int b = 0; b < NB; ++b) {
-      const __m512 sum = kChains == 2 ? _mm512_add_ps(sums[t][b][0], sums[t][b][kChains - 1]) : sums[t][b][0];
+      __m512 sum = sums[t][b][0];
+      SPARSECOMP_UNROLL
+      for (int c = 1; c < kChains; ++c) sum = _mm512_add_ps(sum, sums[t][b][c]);
       _mm512_storeu_ps(args.sums + (b * T + t) * kTile, sum);
     }
   }

@@ -11,11 +11,13 @@ namespace {
 // How far ahead: DRAM latency at the rate of the widest micro-kernel. The hardware prefetcher stops at 4 KB pages and
 // does not know where the next tiles begin.
 constexpr int64_t kPrefetchBytes = 4096;
+// The same for a tile on its own.
+constexpr int64_t kPrefetchOneTile = 6144;
 
 class Prefetcher {
  public:
-  explicit Prefetcher(const MicroArgs& args) : args_(args) {
-    const int64_t blocks = kPrefetchBytes / args.geometry->value_bytes + 1;
+  explicit Prefetcher(const MicroArgs& args, int64_t ahead = kPrefetchBytes) : args_(args) {
+    const int64_t blocks = ahead / args.geometry->value_bytes + 1;
     if (blocks < args.steps) {
       left_ = args.steps - blocks;
       values_ = args.values + blocks * args.geometry->value_bytes;
