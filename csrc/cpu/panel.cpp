@@ -17,6 +17,8 @@ constexpr int64_t kBlockBytes = 32 << 10;
 constexpr int64_t kSumsBytes = 192 << 10;
 // Panels are packed for as many batch columns at a time as stay in the L3 cache.
 constexpr int64_t kGroupBytes = 8 << 20;
+// Bytes of a row of x that are asked for ahead of their packing.
+constexpr int64_t kPackAhead = 256;
 constexpr int kMostLanes = 16;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -64,9 +66,7 @@ class Runner {
       });
       parallel_for(threads, row_tasks * count, [&](int64_t index) {
         const int64_t panel = index % count, tile = index / count * tile_block;
-        const float* next = packed + (index + 1) % count * panel_elements;  // if no other thread takes it
-        if (!multiply(first + panel, tile, std::min(g_.tiles, tile + tile_block), packed + panel * panel_elements,
-                      next))
+        if (!multiply(first + panel, tile, std::min(g_.tiles, tile + tile_block), packed + panel * panel_elements))
           complete.store(false, std::memory_order_relaxed);
       });
     }
@@ -77,51 +77,45 @@ class Runner {
   // Steps [first_step, step_end) of a panel: x transposed, in the kernels' form, padded with zeros. A few rows of x at
   // a time: rows are far apart, often at the same place of the cache.
   void pack(int64_t panel, int64_t first_step, int64_t step_end, float* packed) const {
-    const int64_t width = panels_.width(panel), lanes = panels_.lanes;
+    const int64_t width = panels_.width(panel), lanes = panels_.lanes, size = element_bytes(kernels_.x_dtype);
     for (int64_t column = 0; column < width; column += lanes) {
       const int64_t first = panels_.first_column(panel) + column;
       for (int64_t step = first_step; step < step_end; ++step) {
         alignas(64) float local[kMostLanes * kStep];
-        const float* from = local;
+        const void* from = local;
         int64_t ld = kStep;
-        if (call_.dtype == SPARSECOMP_F32 && first + lanes <= call_.batch && (step + 1) * kStep <= g_.in) {
-          from = static_cast<const float*>(call_.x) + first * call_.ldx + step * kStep;
+        if (call_.dtype == kernels_.x_dtype && first + lanes <= call_.batch && (step + 1) * kStep <= g_.in) {
+          const auto* x = static_cast<const uint8_t*>(call_.x) + (first * call_.ldx + step * kStep) * size;
+          from = x;
           ld = call_.ldx;
-          // the next rows: the hardware sees them as too many short streams
-          for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(from + (lanes + i) * ld, 0, 2);
+          // the hardware sees too many short streams
+          for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(x + i * ld * size + kPackAhead);
         } else {
           fill(first, step, local);
         }
-        float* to = packed + step * kStep * width + column;
-        for (int64_t k = 0; k < kStep; k += lanes) kernels_.transpose(from + k, ld, to + k * width, width);
+        kernels_.pack(from, ld, packed + step * kStep * width + column, width);
       }
     }
   }
 
-  // [lanes][16] of x from batch column `first` and column step `step`, in the kernels' form, padded with zeros.
-  void fill(int64_t first, int64_t step, float* local) const {
+  // [lanes][16] of x from batch column `first` and column step `step`, in the kernels' type, padded with zeros.
+  void fill(int64_t first, int64_t step, void* local) const {
     const int64_t columns = std::min(panels_.lanes, call_.batch - first);
     const int64_t used = std::min<int64_t>(kStep, g_.in - step * kStep);
-    std::memset(local, 0, static_cast<size_t>(panels_.lanes * kStep * 4));
+    const int64_t size = element_bytes(call_.dtype), row_bytes = kStep * element_bytes(kernels_.x_dtype);
+    std::memset(local, 0, static_cast<size_t>(panels_.lanes * row_bytes));
     for (int64_t i = 0; i < columns; ++i) {
-      const int64_t at = (first + i) * call_.ldx + step * kStep;
-      float* to = local + i * kStep;
-      if (kernels_.x_dtype == SPARSECOMP_BF16) {
-        const uint16_t* from = static_cast<const uint16_t*>(call_.x) + at;
-        for (int64_t k = 0; k < used; ++k) {
-          const uint32_t twice = from[k] * 0x10001u;
-          std::memcpy(to + k, &twice, 4);
-        }
-      } else if (call_.dtype == SPARSECOMP_F32) {
-        std::memcpy(to, static_cast<const float*>(call_.x) + at, static_cast<size_t>(used * 4));
-      } else {
-        isa_.widen(static_cast<const uint16_t*>(call_.x) + at, call_.dtype, to, used);
-      }
+      const auto* from = static_cast<const uint8_t*>(call_.x) + ((first + i) * call_.ldx + step * kStep) * size;
+      auto* to = static_cast<uint8_t*>(local) + i * row_bytes;
+      if (call_.dtype == kernels_.x_dtype)
+        std::memcpy(to, from, static_cast<size_t>(used * size));
+      else
+        isa_.widen(from, call_.dtype, reinterpret_cast<float*>(to), used);
     }
   }
 
-  // `next` is the panel to be multiplied after this one. False if there is no memory for the workspace.
-  bool multiply(int64_t panel, int64_t tile, int64_t tile_end, const float* packed, const float* next) const {
+  // False if there is no memory for the workspace.
+  bool multiply(int64_t panel, int64_t tile, int64_t tile_end, const float* packed) const {
     static thread_local Workspace sums_space, values_space;
     const int64_t width = panels_.width(panel);
     const bool widens = kernels_.x_dtype == SPARSECOMP_F32 && g_.dtype != SPARSECOMP_F32;
@@ -134,26 +128,23 @@ class Runner {
     for (int slot = 0; slot < g_.slots; ++slot) groups[slot] = slot / g_.n * g_.m * width;
     int64_t step = 0;
     do {  // once even if there are no columns: y is the bias then
-      PanelArgs args;
+      PanelArgs args{};
       args.geometry = &g_;
       args.groups = groups;
       args.panel = packed + step * kStep * width;
       args.steps = std::min(block_steps_, g_.steps - step);
       args.add = step > 0;
       const bool last = step + args.steps == g_.steps;
-      const int64_t block_lines = args.steps * kStep * width / 16;
       for (int64_t t = tile; t < tile_end; ++t) {
         const int64_t block = t * g_.steps + step;
         args.values = call_.values + block * g_.value_bytes;
         args.metadata = call_.metadata + block * g_.metadata_bytes;
         // the tile below, or the first one's next columns; the hardware does not foresee the jump
         const int64_t next_block = block + (t + 1 < tile_end ? g_.steps : args.steps - (t - tile) * g_.steps);
-        args.next_values = {call_.values + next_block * g_.value_bytes, 64, args.steps * g_.value_bytes / 64};
-        __builtin_prefetch(call_.metadata + next_block * g_.metadata_bytes);
-        const float* after = last ? next : static_cast<const float*>(args.panel) + block_lines * 16;
-        const int64_t share = block_lines * (t - tile) / (tile_end - tile);
-        args.next_panel = {after + share * 16, 64, block_lines * (t + 1 - tile) / (tile_end - tile) - share};
-        if (last) args.output = output_lines(panel, t);
+        args.next_values = call_.values + next_block * g_.value_bytes;
+        for (int64_t byte = 0; byte < args.steps * g_.metadata_bytes; byte += 64)
+          __builtin_prefetch(call_.metadata + next_block * g_.metadata_bytes + byte);
+        if (last) output_lines(panel, t, &args);
         if (widens) {
           widen(args.values, args.steps, widened);
           args.values = reinterpret_cast<const uint8_t*>(widened);
@@ -169,10 +160,11 @@ class Runner {
   }
 
   // Where finish() will write the sums of a tile: far apart, so that each of them would be waited for.
-  Lines output_lines(int64_t panel, int64_t tile) const {
+  void output_lines(int64_t panel, int64_t tile, PanelArgs* args) const {
     const int64_t size = element_bytes(call_.dtype), column = panels_.first_column(panel);
-    const auto* y = static_cast<const uint8_t*>(call_.y) + (column * call_.ldy + tile * kTile) * size;
-    return {y, call_.ldy * size, std::min(call_.batch - column, panels_.width(panel))};
+    args->output = static_cast<const char*>(call_.y) + (column * call_.ldy + tile * kTile) * size;
+    args->output_stride = call_.ldy * size;
+    args->output_rows = std::min(call_.batch - column, panels_.width(panel));
   }
 
   // Blocks of values of any type as float [slots][16].

@@ -11,13 +11,6 @@ namespace sparsecomp {
 
 constexpr int kMostVectors = 8;
 
-// Cache lines that a call prefetches, a share before every few rows.
-struct Lines {
-  const void* first = nullptr;
-  int64_t stride = 64;  // bytes from one to the next
-  int64_t count = 0;
-};
-
 // One tile by one panel over `steps` column steps.
 struct PanelArgs {
   const Geometry* geometry;
@@ -25,24 +18,27 @@ struct PanelArgs {
   const uint8_t* metadata;  // block of the first step
   const void* panel;        // [16 * steps][width] elements of 4 bytes
   int64_t steps;
-  const int64_t* groups;  // for each slot of a step: elements of the panel from the step to the slot's group
-  float* sums;            // [16][width]
-  int rows;               // that exist; the sums of others need not be made
-  bool add;               // `sums` holds the sums of earlier columns, to be added to
-  Lines next_values;      // of the next call
-  Lines next_panel;       // a part of what all tiles read after this
-  Lines output;           // where these sums will go
+  const int64_t* groups;       // for each slot of a step: elements of the panel from the step to the slot's group
+  float* sums;                 // [16][width]
+  int rows;                    // that exist; the sums of others need not be made
+  bool add;                    // `sums` holds the sums of earlier columns, to be added to
+  const uint8_t* next_values;  // of the next call, to be prefetched
+  const char* output;          // where these sums will go: lines to be prefetched
+  int64_t output_stride;       // bytes from one to the next
+  int64_t output_rows;         // how many, or 0
 };
 
 using PanelMicro = void (*)(const PanelArgs&);
 
 struct PanelSet {
-  int lanes;            // floats in a register
-  int x_dtype;          // SPARSECOMP_F32: the panel holds floats; SPARSECOMP_BF16: every number twice in 32 bits
-  int most_vectors;     // of a panel's width
-  int64_t least_batch;  // narrower panels have no kernel, or are slower than the kernels of KernelSet
-  double speedup;       // over those, as measured, where no lanes are wasted
+  int lanes;                           // floats in a register
+  int x_dtype;                         // that pack() takes: SPARSECOMP_F32 or SPARSECOMP_BF16
+  int most_vectors;                    // of a panel's width
+  int64_t least_batch;                 // narrower panels have no kernel, or are slower than the kernels of KernelSet
+  double speedup;                      // over those, as measured, where no lanes are wasted
   PanelMicro micro[kMostVectors + 1];  // by the panel's width in vectors
+  // One step of `lanes` rows of x, ld_from elements apart, to `lanes` columns of the panel, `width` wide.
+  void (*pack)(const void* from, int64_t ld_from, float* to, int64_t width);
   // to[j][i] = from[i][j] for `lanes` by `lanes` elements of 4 bytes
   void (*transpose)(const float* from, int64_t ld_from, float* to, int64_t ld_to);
 };

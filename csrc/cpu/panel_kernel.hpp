@@ -106,10 +106,34 @@ SPARSECOMP_INLINE void store_sums(const PanelArgs& args, int row, const typename
   }
 }
 
+// Asks for the values of the tile that comes next, in their order, while the rows [row, row + R) of this one pass over
+// their steps: at every step as many lines, or the end of the loop would be foreseen badly.
+// Slots: vectors of 16 values in a step, or 0 if that is not known.
+template <int R, int Slots>
+class NextValues {
+ public:
+  SPARSECOMP_INLINE NextValues(const PanelArgs& args, int row)
+      : share_(args.geometry->value_bytes * R / kTile), at_(args.next_values + row / R * args.steps * share_) {
+    if constexpr (Slots == 0) lines_ = (share_ + 63) / 64;
+  }
+
+  SPARSECOMP_INLINE void step() {
+    SPARSECOMP_UNROLL
+    for (int64_t i = 0; i < (Slots ? kLines : lines_); ++i) __builtin_prefetch(at_ + i * 64);
+    at_ += share_;
+  }
+
+ private:
+  static constexpr int64_t kLines = (Slots * R + kTile - 1) / kTile;
+  int64_t lines_ = kLines;
+  const int64_t share_;  // bytes for each step of R rows
+  const uint8_t* at_;
+};
+
 // R rows by C vectors. N = 0: any N, read from the geometry; else the loop over the slots of a step is unrolled.
 template <class Vector, int M, int N, int R, int C, bool kShared>
 struct FloatRows {
-  static void run(const PanelArgs& args, int row) {
+  SPARSECOMP_INLINE static void run(const PanelArgs& args, int row) {
     constexpr int64_t kWidth = int64_t{C} * Vector::kLanes;
     constexpr int kMasks = kShared ? 1 : R;
     constexpr int kBits = M == 16 ? 4 : M == 8 ? 3 : M == 4 ? 2 : 1;
@@ -119,7 +143,9 @@ struct FloatRows {
     const float* panel = static_cast<const float*>(args.panel);
     typename Vector::Register sums[R][C];
     load_sums<Vector>(args, row, sums);
+    NextValues<R, kStep / M * N> next(args, row);
     for (int64_t step = 0; step < args.steps; ++step) {
+      next.step();
       uint64_t bits[kMasks];
       SPARSECOMP_UNROLL
       for (int r = 0; r < kMasks; ++r) bits[r] = row_bits<kStep / M * N * kBits>(g, metadata, row + r);
@@ -136,7 +162,7 @@ struct FloatRows {
           for (int r = 0; r < kMasks; ++r) bits[r] >>= kBits;
         }
       }
-      values += g.slots * kTile;
+      values += (N != 0 ? kStep / M * N : g.slots) * kTile;
       metadata += g.metadata_bytes;
       panel += kStep * kWidth;
     }
@@ -144,23 +170,14 @@ struct FloatRows {
   }
 };
 
-constexpr int kToL1 = 3, kToL2 = 2;
-
-// The share of the rows [row, row + R).
-template <int kWhere, int R>
-SPARSECOMP_INLINE void prefetch_share(const Lines& lines, int row) {
-  const auto* first = static_cast<const char*>(lines.first);
-  const int64_t stop = lines.count * (row + R) / kTile;
-  for (int64_t i = lines.count * row / kTile; i < stop; ++i) __builtin_prefetch(first + i * lines.stride, 0, kWhere);
-}
-
 // All rows of a tile, R at a time, by Rows::run(args, row).
 template <class Rows, int R>
 void panel_micro(const PanelArgs& args) {
+  constexpr int kToL2 = 2;
+  const int64_t share = (args.output_rows * R + kTile - 1) / kTile;
+  const char* output = args.output;
   for (int row = 0; row < args.rows; row += R) {
-    prefetch_share<kToL1, R>(args.next_values, row);
-    prefetch_share<kToL2, R>(args.next_panel, row);
-    prefetch_share<kToL2, R>(args.output, row);
+    for (int64_t i = 0; i < share; ++i, output += args.output_stride) __builtin_prefetch(output, 0, kToL2);
     Rows::run(args, row);
   }
 }
@@ -171,10 +188,17 @@ constexpr void fill_widths(PanelMicro (&micro)[kMostVectors + 1]) {
   if constexpr (C > Least) fill_widths<Vector, M, N, R, Least, C - 1, kShared>(micro);
 }
 
+// A row of the panel for each column.
+template <class Vector>
+void pack_columns(const void* from, int64_t ld_from, float* to, int64_t width) {
+  for (int64_t k = 0; k < kStep; k += Vector::kLanes)
+    Vector::transpose(static_cast<const float*>(from) + k, ld_from, to + k * width, width);
+}
+
 // R rows by Least to Most vectors: a batch of at least `least_batch`, cut evenly, never makes narrower panels.
 template <class Vector, int M, int N, int R, int Least, int Most, bool kShared>
 constexpr PanelSet make_panel_set(int64_t least_batch, double speedup) {
-  PanelSet set{Vector::kLanes, SPARSECOMP_F32, Most, least_batch, speedup, {}, Vector::transpose};
+  PanelSet set{Vector::kLanes, SPARSECOMP_F32, Most, least_batch, speedup, {}, pack_columns<Vector>, Vector::transpose};
   fill_widths<Vector, M, N, R, Least, Most, kShared>(set.micro);
   return set;
 }

@@ -13,7 +13,7 @@ namespace {
 // R rows by C vectors; a pair of slots at a time. N = 0: any N.
 template <int M, int N, int R, int C>
 struct DotRows {
-  static void run(const PanelArgs& args, int row) {
+  SPARSECOMP_INLINE static void run(const PanelArgs& args, int row) {
     constexpr int64_t kWidth = int64_t{C} * Avx512::kLanes;
     constexpr int kBits = M == 16 ? 4 : M == 8 ? 3 : M == 4 ? 2 : 1;
     const Geometry& g = *args.geometry;
@@ -40,7 +40,9 @@ struct DotRows {
           sums[r][c] = _mm512_dpbf16_ps(sums[r][c], weights[r], reinterpret_cast<__m512bh>(pair));
       }
     };
+    NextValues<R, kStep / M * N / 2> next(args, row);
     for (int64_t step = 0; step < args.steps; ++step) {
+      next.step();
       uint64_t bits = row_bits<kStep / M * N * kBits>(g, metadata, row);
       if constexpr (N != 0) {
         SPARSECOMP_UNROLL
@@ -62,10 +64,25 @@ struct DotRows {
   }
 };
 
+// Rows of x to rows of the panel, every number in both halves of its lane.
+void pack_doubled(const void* from, int64_t ld_from, float* to, int64_t width) {
+  __m512 columns[kStep];
+  SPARSECOMP_UNROLL
+  for (int i = 0; i < kStep; ++i) {
+    const auto* row = static_cast<const uint16_t*>(from) + i * ld_from;
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+    columns[i] = _mm512_castsi512_ps(_mm512_or_si512(words, _mm512_slli_epi32(words, 16)));
+  }
+  transpose_rows(columns);
+  SPARSECOMP_UNROLL
+  for (int k = 0; k < kStep; ++k) _mm512_storeu_ps(to + k * width, columns[k]);
+}
+
+// Rows that share a mask. N = 0: any N.
 template <int M, int N>
-const PanelSet* select_for() {
+const PanelSet* shared() {
   static constexpr PanelSet set = [] {
-    PanelSet made{Avx512::kLanes, SPARSECOMP_BF16, 6, 33, 1.2, {}, transpose_16x16};
+    PanelSet made{Avx512::kLanes, SPARSECOMP_BF16, 6, 33, 1.2, {}, pack_doubled, transpose_16x16};
     made.micro[1] = panel_micro<DotRows<M, N, 4, 1>, 4>;
     made.micro[2] = panel_micro<DotRows<M, N, 4, 2>, 4>;
     made.micro[3] = panel_micro<DotRows<M, N, 4, 3>, 4>;
@@ -84,13 +101,13 @@ const PanelSet* select_panels_avx512_bf16(const Geometry& g) {
   if (g.mask_rows % 4 != 0) return nullptr;
   switch (g.m) {
     case 2:
-      return select_for<2, 0>();
+      return shared<2, 0>();
     case 4:
-      return g.n == 2 ? select_for<4, 2>() : select_for<4, 0>();
+      return g.n == 2 ? shared<4, 2>() : shared<4, 0>();
     case 8:
-      return select_for<8, 0>();
+      return shared<8, 0>();
     default:
-      return g.n == 8 ? select_for<16, 8>() : select_for<16, 0>();
+      return g.n == 8 ? shared<16, 8>() : shared<16, 0>();
   }
 }
 

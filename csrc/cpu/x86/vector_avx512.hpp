@@ -10,38 +10,46 @@
 namespace sparsecomp {
 namespace {
 
-// to[j][i] = from[i][j] for 16 by 16 elements of 4 bytes.
-inline void transpose_16x16(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
-  __m512 a[16], b[16];
-  SPARSECOMP_UNROLL
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * ld_from);
+// rows[j][i] = rows[i][j] for 16 by 16 elements of 4 bytes.
+SPARSECOMP_INLINE void transpose_rows(__m512 (&rows)[16]) {
+  __m512 other[16];
   // pairs of elements, then of pairs: every 128-bit lane is a transposed 4 by 4 block
   SPARSECOMP_UNROLL
   for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    other[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    other[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
   }
   SPARSECOMP_UNROLL
   for (int i = 0; i < 16; i += 4) {
     SPARSECOMP_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const __m512d low = _mm512_castps_pd(b[i + half]), high = _mm512_castps_pd(b[i + half + 2]);
-      a[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      a[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      const __m512d low = _mm512_castps_pd(other[i + half]), high = _mm512_castps_pd(other[i + half + 2]);
+      rows[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      rows[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
     }
   }
   // the 4 by 4 blocks
   SPARSECOMP_UNROLL
   for (int j = 0; j < 4; ++j) {
-    const __m512 even01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88),
-                 odd01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
-    const __m512 even23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88),
-                 odd23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
-    _mm512_storeu_ps(to + (0 + j) * ld_to, _mm512_shuffle_f32x4(even01, even23, 0x88));
-    _mm512_storeu_ps(to + (8 + j) * ld_to, _mm512_shuffle_f32x4(even01, even23, 0xdd));
-    _mm512_storeu_ps(to + (4 + j) * ld_to, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
-    _mm512_storeu_ps(to + (12 + j) * ld_to, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
+    const __m512 even01 = _mm512_shuffle_f32x4(rows[j], rows[4 + j], 0x88),
+                 odd01 = _mm512_shuffle_f32x4(rows[j], rows[4 + j], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(rows[8 + j], rows[12 + j], 0x88),
+                 odd23 = _mm512_shuffle_f32x4(rows[8 + j], rows[12 + j], 0xdd);
+    rows[j] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    rows[8 + j] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    rows[4 + j] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    rows[12 + j] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
   }
+}
+
+// to[j][i] = from[i][j]
+inline void transpose_16x16(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+  __m512 rows[16];
+  SPARSECOMP_UNROLL
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_ps(from + i * ld_from);
+  transpose_rows(rows);
+  SPARSECOMP_UNROLL
+  for (int j = 0; j < 16; ++j) _mm512_storeu_ps(to + j * ld_to, rows[j]);
 }
 
 struct Avx512 {
