@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional
 
 from sparsecomp import ops
 from sparsecomp.activations import activate, require_activation
 from sparsecomp.backends import registry
 from sparsecomp.backends.registry import Kernel, Weight
+from sparsecomp.eager import eager_product
 from sparsecomp.errors import ModelError, SparsecompError
 from sparsecomp.pack.format import PackedWeight, pack, part_names
 from sparsecomp.pack.move import moved, zero_weight
@@ -26,6 +27,7 @@ from sparsecomp.pack.quantize import quantize
 from sparsecomp.pack.state import STATE_VERSION, packed_of_state
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.readonly import NO_WEIGHT_GRADIENT, DenseCopy
+from sparsecomp.watch import transformed
 
 if TYPE_CHECKING:
     from sparsecomp.report import Explanation
@@ -198,12 +200,12 @@ class SparseLinear(nn.Module):
     @activation.setter
     def activation(self, name: str) -> None:
         self._activation = require_activation(name)
-        self._bind_run()
+        self._eager = eager_product(self.kernel, self._activation)
 
     @property
     def weight(self) -> Tensor:
         """A dense copy [out, in], built at every access and for reading only: training it raises ModelError."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return ops.to_dense(self._tensors(), *self._facts())
         return registry.backends()[self.kernel.backend].dense(self.kernel).detach().as_subclass(DenseCopy)
 
@@ -231,15 +233,10 @@ class SparseLinear(nn.Module):
         self.kernel = kernel
         self.dense_above = None
         self._layout = tuple(f"layout_{index}" for index in range(len(kernel.tensors)))
-        self._name, self._on_cpu = str(kernel.pattern), kernel.tensors[0].is_cpu
-        self._bind_run()
+        self._name = str(kernel.pattern)
+        self._eager = eager_product(kernel, self._activation)
         for name, tensor in zip(self._layout, kernel.tensors, strict=True):
             self.register_buffer(name, tensor.share_memory_() if shared else tensor, persistent=False)  # type: ignore[no-untyped-call]
-
-    def _bind_run(self) -> None:
-        backend = registry.backends()[self.kernel.backend]
-        plain = self._activation == "none"
-        self._run = backend.run if plain else partial(backend.run_activated, activation=self._activation)
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._layout]
@@ -251,37 +248,14 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] for x [..., in_features]; any number of dimensions, any strides, no row at all."""
-        if not torch.compiler.is_compiling() and type(x) is Tensor and ops.nobody_watches():
-            kernel, parameters = self.kernel, self._parameters
+        if not is_compiling():
+            parameters = self._parameters
             # self.bias costs a failed lookup first; it is asked only where a parametrization took the parameter away
             bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-            shape = x.shape
-            if x.dtype is kernel.dtype and shape and shape[-1] == self.in_features and self._may_bypass(x, bias):
-                if len(shape) != 2:
-                    x = ops.rows(x)
-                if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-                    y = ops.differentiable(x, bias, kernel, self.dense_above, self._activation)
-                elif self.dense_above is None:
-                    y = self._run(kernel, x, bias)
-                else:
-                    y = ops.apply(kernel, x, bias, self.dense_above, self._activation)
-                return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
+            y = self._eager(x, bias, self.dense_above)
+            if y is not None:
+                return y
         return self._dispatched(x)
-
-    def _may_bypass(self, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether ``x`` and ``bias`` are plain tensors of this kernel; the dispatcher repairs or names the others."""
-        kernel = self.kernel
-        if x.layout is not torch.strided or x.is_neg() or not (x.is_cpu if self._on_cpu else x.device == self.device):
-            return False
-        # the binding reads raw memory, so a bias that was replaced by hand is looked at first
-        if bias is not None and not (
-            bias.dtype is kernel.dtype
-            and bias.shape[0] == self.out_features
-            and bias.is_contiguous()
-            and (bias.is_cpu if self._on_cpu else bias.device == x.device)
-        ):
-            return False
-        return kernel.backend == "cpu" or not any(tensor.requires_grad for tensor in kernel.tensors)
 
     def _dispatched(self, x: Tensor) -> Tensor:
         """The product through the dispatcher: autograd, compilers, modes and subclasses see one operator."""
@@ -297,7 +271,7 @@ class SparseLinear(nn.Module):
             raise ModelError(f"input is on {x.device} and the layer on {place}; move one of them with .to()")
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         target = torch.get_autocast_dtype(device) if autocast else None
-        if not torch.compiler.is_compiling() and ops.transformed():
+        if not is_compiling() and transformed():
             # no rule of the operator is known to torch.func and dual numbers; those of torch's linear are
             return self._by_torch(x)
         if target is not None and x.is_floating_point() and x.dtype != torch.float64:
@@ -340,7 +314,7 @@ class SparseLinear(nn.Module):
         state["_buffers"] = {name: value for name, value in self._buffers.items() if name not in self._layout}
         state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - set(self._layout)
         state["packed"] = self.packed()
-        for name in ("kernel", "_run", "_layout", "_name", "_on_cpu"):
+        for name in ("kernel", "_eager", "_layout", "_name"):
             del state[name]
         return state
 

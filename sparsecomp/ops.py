@@ -101,22 +101,6 @@ def differentiable(
     return activate(y, activation)
 
 
-def nobody_watches() -> bool:
-    """Whether no mode, transform, trace or dual level wants to see this call: the dispatcher may then be bypassed."""
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
-        or transformed()
-    )
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func or a level of forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
 def _adopt(weight: list[Tensor], backend: str, pattern: str, shape: tuple[int, int], dtype: torch.dtype) -> Kernel:
     return backends()[backend].adopt(tuple(weight), parse(pattern), shape, dtype)
 

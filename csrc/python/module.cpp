@@ -1,18 +1,15 @@
-// Python module `_native`: the C ABI with raw pointers as integers. Stable ABI of Python 3.10; knows no tensor type.
+// Python module `_native`: the C ABI with raw pointers as integers, and the eager call. Stable ABI of Python 3.10.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <array>
 #include <cstdint>
 
+#include "arguments.hpp"
+#include "eager.hpp"
 #include "sparsecomp.h"
 
 namespace {
-
-PyObject* raise_code(int code) {
-  PyErr_SetString(PyExc_RuntimeError, sparsecomp_error_text(code));
-  return nullptr;
-}
 
 // Every argument of every function is an integer; `Count` of them.
 template <size_t Count>
@@ -31,23 +28,6 @@ bool read_integers(const char* name, PyObject* const* args, Py_ssize_t given, st
 template <class T>
 T* pointer(int64_t value) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(value));
-}
-
-// Any integer; the library cuts down what no machine has.
-int thread_count(int64_t value) {
-  constexpr int64_t kMost = 1 << 20;
-  return static_cast<int>(value < 0 ? 0 : value > kMost ? kMost : value);
-}
-
-int32_t narrow(int64_t value, int32_t otherwise) {
-  return value == static_cast<int32_t>(value) ? static_cast<int32_t>(value) : otherwise;
-}
-
-// The first six integers of every nm_ function. Values beyond int32 become 0, which no description allows as M.
-template <size_t Count>
-sparsecomp_nm weight_of(const std::array<int64_t, Count>& v) {
-  const bool dtype = v[5] == static_cast<int32_t>(v[5]);
-  return {v[0], v[1], narrow(v[2], 0), dtype ? narrow(v[3], 0) : 0, narrow(v[4], 0), narrow(v[5], 0)};
 }
 
 PyObject* isa(PyObject*, PyObject*) {
@@ -136,16 +116,6 @@ PyObject* nm_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
                               thread_count(v[17]));
   Py_END_ALLOW_THREADS;
   return none_or_error(code);
-}
-
-// The first six integers of every block_ function. Values beyond int32 become 0, which no description allows.
-template <size_t Count>
-sparsecomp_block block_of(const std::array<int64_t, Count>& v) {
-  const auto narrow = [](int64_t value) {
-    return value == static_cast<int32_t>(value) ? static_cast<int32_t>(value) : 0;
-  };
-  const bool dtype = v[5] == static_cast<int32_t>(v[5]);
-  return {v[0], v[1], dtype ? narrow(v[2]) : 0, narrow(v[3]), v[4], narrow(v[5])};
 }
 
 PyObject* block_byte_count(const char* name, int64_t (*function)(const sparsecomp_block*), PyObject* const* args,
@@ -275,6 +245,13 @@ PyMethodDef methods[] = {
          " as nm_linear."),
     fast("measure_flops", measure_flops, "measure_flops(dtype, threads) -> float: FLOP/s of multiply-adds."),
     fast("measure_read_bandwidth", measure_read_bandwidth, "measure_read_bandwidth(threads) -> float: bytes/s."),
+    fast("torch_functions", torch_functions,
+         "torch_functions(DLPack table, Tensor, Parameter, watchers, namespace of forward_ad, get_num_threads, "
+         "is_grad_enabled, Tensor.is_neg, Tensor.new_empty, Tensor.contiguous) -> for eager_product, or None if the "
+         "table is of another version."),
+    fast("eager_product", eager_product,
+         "eager_product(torch_functions(...), is block, (" WEIGHT "), x dtype, tensors, activation, otherwise) -> "
+         "product(x, bias, dense_above), which calls otherwise for gradients and from dense_above rows on."),
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.backends.registry import QUANTIZED_TENSORS, Backend, Kernel, Request
+from sparsecomp.backends.registry import QUANTIZED_TENSORS, Backend, EagerProduct, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import packed_bytes
 from sparsecomp.pack.format import PackedWeight, dequantize
 from sparsecomp.patterns import Block, Pattern, row_nm
+from sparsecomp.watch import WATCHERS
 
 MOST_PADDING = 1.5  # stored over real weights of a block
 MOST_SIDE = 1 << 20
@@ -47,6 +48,20 @@ def _require_native() -> ModuleType:
     if isinstance(module, str):
         raise BackendError(f"the cpu backend cannot run: {module}")
     return module
+
+
+@lru_cache(maxsize=1)
+def _torch_functions() -> object | None:
+    """What the extension needs to read tensors itself and to ask what torch is doing; None where torch cannot say."""
+    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if table is None:
+        return None
+    functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, Tensor.new_empty, Tensor.contiguous
+    namespace = vars(torch.autograd.forward_ad)
+    found: object | None = _require_native().torch_functions(
+        table, Tensor, torch.nn.Parameter, WATCHERS, namespace, *functions
+    )
+    return found
 
 
 def _stored(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, kept: int) -> tuple[str, tuple[int, ...]]:
@@ -177,6 +192,17 @@ class CpuBackend(Backend):
         pointers = (values.data_ptr(), metadata.data_ptr(), weight.data_ptr())
         _call(_family(kernel), "to_dense")(*kernel.arguments, *pointers, torch.get_num_threads())
         return dequantize(weight, scales[0], kernel.dtype) if scales else weight
+
+    def eager(self, kernel: Kernel, activation: str, otherwise: EagerProduct) -> EagerProduct | None:
+        """One call of the extension, which checks its tensors at every call; ``otherwise`` sees to gradients."""
+        functions = _torch_functions()
+        if functions is None or any(type(tensor) is not Tensor for tensor in kernel.tensors):
+            return None
+        facts = isinstance(kernel.pattern, Block), kernel.arguments, DTYPE_CODES[kernel.dtype], kernel.tensors
+        product: EagerProduct = _require_native().eager_product(
+            functions, *facts, _ACTIVATION_CODES[activation], otherwise
+        )
+        return product
 
     def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """``run`` with the activation applied in the same call."""

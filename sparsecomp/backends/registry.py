@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
@@ -45,6 +45,10 @@ _ADAPTERS = (
 QUANTIZED_TENSORS = 3  # of a kernel: values, metadata, scales
 
 Weight = PackedWeight | Tensor  # a dense one is [out, in]
+
+
+# (x [..., in], bias, dense_above) -> y [..., out], or None if the dispatcher has to see the call; see sparsecomp.eager
+EagerProduct = Callable[[Tensor, Tensor | None, int | None], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,10 @@ class Backend(ABC):
     def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """``run``, then an activation of ``sparsecomp.activations``; a backend that can fuse it overrides this."""
         return activate(self.run(kernel, x, bias), activation)
+
+    def eager(self, kernel: Kernel, activation: str, otherwise: EagerProduct) -> EagerProduct | None:
+        """A cheaper function that does what ``otherwise`` does, which it may call; None if there is none."""
+        return None
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,360 @@
+// The eager call of a layer in one function: the checks, y, and the product, without an interpreter in between.
+//
+// The tensors are read through DLPack's table of C functions, so that no header of torch is needed; whatever else torch
+// has to be asked are its own Python functions, handed over once. Everything the kernel will read is checked at every
+// call: a tensor whose memory was replaced by hand is then refused, not read out of bounds.
+#include "eager.hpp"
+
+#include <array>
+#include <cstdint>
+
+#include "arguments.hpp"
+#include "dlpack.hpp"
+#include "reference.hpp"
+#include "sparsecomp.h"
+#include "views.hpp"
+
+namespace {
+
+constexpr const char* kFunctionsName = "sparsecomp._native.torch_functions";
+constexpr const char* kProductName = "sparsecomp._native.eager_product";
+
+// Functions of torch, and the names of two attributes.
+struct Functions {
+  dlpack::View view;
+  Reference tensor, parameter;  // types
+  Reference watchers;           // a tuple of functions without arguments
+  Reference levels;             // the namespace of torch.autograd.forward_ad
+  Reference grad_enabled, threads, is_negated, new_empty, contiguous;
+  Reference current_level_name, requires_grad_name;
+};
+
+// One kernel with its activation.
+struct Product {
+  Functions* torch;
+  Reference torch_owner;
+  bool block;
+  sparsecomp_nm nm;
+  sparsecomp_block blocks;
+  int64_t out, columns;
+  Reference out_size;
+  Py_ssize_t count;  // of tensors: values, metadata, and scales or none
+  std::array<Reference, 3> tensors;
+  std::array<int64_t, 3> bytes;
+  int32_t dtype, activation;
+  dlpack::Type element;
+  Reference otherwise;
+};
+
+template <class T>
+void destroy(PyObject* capsule) {
+  delete static_cast<T*>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
+}
+
+template <class T>
+PyObject* capsule_of(T* owned, const char* name) {
+  PyObject* capsule = PyCapsule_New(owned, name, destroy<T>);
+  if (capsule == nullptr) delete owned;
+  return capsule;
+}
+
+// What a call comes to before the product is run.
+enum class Verdict { kRun, kOtherwise, kDispatch, kError };
+
+// Whether an object of exactly torch's type was viewed, and lies in the processor's memory. No exception is left.
+bool viewed(const Functions& torch, PyObject* object, dlpack::Tensor* view) {
+  if (torch.view(object, view) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return view->device_type == dlpack::kCpu;
+}
+
+bool is_a(PyObject* object, const Reference& type) {
+  return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type.get();
+}
+
+// 1 or 0 as Python sees it, -1 with an exception; takes the reference.
+int truth(PyObject* owned) {
+  if (owned == nullptr) return -1;
+  const int answer = owned == Py_False || owned == Py_None ? 0 : PyObject_IsTrue(owned);
+  Py_DECREF(owned);
+  return answer;
+}
+
+// Whether a mode, a transform, a trace or a dual level wants to see the call; -1 with an exception.
+int watched(const Functions& torch) {
+  PyObject* watchers = torch.watchers.get();
+  const Py_ssize_t count = PyTuple_Size(watchers);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const int watches = truth(PyObject_CallNoArgs(PyTuple_GetItem(watchers, i)));
+    if (watches != 0) return watches;
+  }
+  PyObject* level = PyDict_GetItemWithError(torch.levels.get(), torch.current_level_name.get());
+  if (level == nullptr) return PyErr_Occurred() ? -1 : 1;
+  const long number = PyLong_AsLong(level);
+  if (number == -1 && PyErr_Occurred()) return -1;
+  return number >= 0;
+}
+
+int wants_gradients(const Functions& torch, PyObject* x, PyObject* bias) {
+  const int enabled = truth(PyObject_CallNoArgs(torch.grad_enabled.get()));
+  if (enabled <= 0) return enabled;
+  const int of_x = truth(PyObject_GetAttr(x, torch.requires_grad_name.get()));
+  if (of_x != 0 || bias == Py_None) return of_x;
+  return truth(PyObject_GetAttr(bias, torch.requires_grad_name.get()));
+}
+
+int negated(const Functions& torch, PyObject* tensor) {
+  return truth(PyObject_CallFunctionObjArgs(torch.is_negated.get(), tensor, nullptr));
+}
+
+Verdict verdict(int declines, Verdict otherwise) {
+  return declines < 0 ? Verdict::kError : declines > 0 ? otherwise : Verdict::kRun;
+}
+
+// Whether this call is one of plain tensors that fit the kernel; fills in their views and the number of rows.
+Verdict examine(const Product& p, PyObject* x, PyObject* bias, PyObject* dense_above, dlpack::Tensor* x_view,
+                const char** bias_start, int64_t* rows) {
+  const Functions& torch = *p.torch;
+  // exact types: a subclass may keep its elements elsewhere
+  if (!is_a(x, torch.tensor) || !(bias == Py_None || is_a(bias, torch.parameter) || is_a(bias, torch.tensor))) {
+    return Verdict::kDispatch;
+  }
+  Verdict said = verdict(watched(torch), Verdict::kDispatch);
+  if (said == Verdict::kRun) said = verdict(wants_gradients(torch, x, bias), Verdict::kOtherwise);
+  if (said == Verdict::kRun) said = verdict(negated(torch, x), Verdict::kDispatch);
+  if (said == Verdict::kRun && bias != Py_None) said = verdict(negated(torch, bias), Verdict::kDispatch);
+  if (said != Verdict::kRun) return said;
+  if (!viewed(torch, x, x_view) || x_view->dims < 1 || !dlpack::same(x_view->dtype, p.element) ||
+      x_view->shape[x_view->dims - 1] != p.columns) {
+    return Verdict::kDispatch;
+  }
+  *rows = 1;
+  for (int32_t i = 0; i < x_view->dims - 1; ++i) *rows *= x_view->shape[i];
+  if (x_view->data == nullptr && *rows * p.columns != 0) return Verdict::kDispatch;
+  if (bias != Py_None) {
+    dlpack::Tensor view;
+    if (!viewed(torch, bias, &view) || view.dims != 1 || view.shape[0] != p.out ||
+        !dlpack::same(view.dtype, p.element) || !dlpack::contiguous(view) || (view.data == nullptr && p.out != 0)) {
+      return Verdict::kDispatch;
+    }
+    *bias_start = dlpack::start(view);
+  }
+  if (dense_above == Py_None) return Verdict::kRun;
+  const int64_t from = PyLong_AsLongLong(dense_above);
+  if (from == -1 && PyErr_Occurred()) return Verdict::kError;
+  return *rows >= from ? Verdict::kOtherwise : Verdict::kRun;
+}
+
+// x.new_empty(*x.shape[:-1], out): sizes as arguments, which torch reads faster than a tuple of them.
+PyObject* empty_result(const Product& p, PyObject* x, const dlpack::Tensor& view) {
+  PyObject* make = p.torch->new_empty.get();
+  if (view.dims == 2) {
+    const Reference rows(PyLong_FromLongLong(view.shape[0]));
+    if (!rows) return nullptr;
+    return PyObject_CallFunctionObjArgs(make, x, rows.get(), p.out_size.get(), nullptr);
+  }
+  const Reference arguments(PyTuple_New(view.dims + 1));
+  if (!arguments) return nullptr;
+  for (Py_ssize_t i = 0; i <= view.dims; ++i) {
+    PyObject* argument = i == 0 ? x : i == view.dims ? p.out_size.get() : nullptr;
+    if (argument != nullptr) {
+      Py_INCREF(argument);
+    } else {
+      argument = PyLong_FromLongLong(view.shape[i - 1]);
+    }
+    // it takes the reference, also where it fails
+    if (argument == nullptr || PyTuple_SetItem(arguments.get(), i, argument) != 0) return nullptr;
+  }
+  return PyObject_Call(make, arguments.get(), nullptr);
+}
+
+// y for x and bias, which stay alive: the caller holds them.
+PyObject* run(const Product& p, PyObject* x, dlpack::Tensor x_view, const char* bias_start, int64_t rows) {
+  const Functions& torch = *p.torch;
+  Py_INCREF(Py_None);
+  Reference y(Py_None);
+  std::array<dlpack::Tensor, 3> views;
+  for (Py_ssize_t i = 0; i < p.count; ++i) {
+    if (!viewed(torch, p.tensors[i].get(), &views[i]) || !dlpack::holds(views[i], p.bytes[i])) return y.release();
+  }
+  if (p.count == 3 && !dlpack::same(views[2].dtype, {dlpack::kFloat, 32, 1})) return y.release();
+  y.own(empty_result(p, x, x_view));
+  if (!y || rows == 0 || p.out == 0) return y.release();
+  Reference copy;
+  int64_t step = dlpack::row_step(x_view, p.columns);
+  if (step < 0) {
+    copy.own(PyObject_CallFunctionObjArgs(torch.contiguous.get(), x, nullptr));
+    if (!copy || torch.view(copy.get(), &x_view) != 0) return nullptr;
+    step = p.columns;
+  }
+  dlpack::Tensor y_view;
+  if (torch.view(y.get(), &y_view) != 0) return nullptr;
+  const Reference threads(PyObject_CallNoArgs(torch.threads.get()));
+  if (!threads) return nullptr;
+  const int64_t wanted = PyLong_AsLongLong(threads.get());
+  if (wanted == -1 && PyErr_Occurred()) return nullptr;
+  const float* scales = p.count == 3 ? reinterpret_cast<const float*>(dlpack::start(views[2])) : nullptr;
+  const sparsecomp_epilogue epilogue = {scales, bias_start, p.activation};
+  void* result = static_cast<char*>(y_view.data) + y_view.byte_offset;
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  if (p.block) {
+    code = sparsecomp_block_linear(&p.blocks, dlpack::start(views[0]), dlpack::start(views[1]), p.dtype,
+                                   dlpack::start(x_view), step, rows, &epilogue, result, p.out, thread_count(wanted));
+  } else {
+    code = sparsecomp_nm_linear(&p.nm, dlpack::start(views[0]), dlpack::start(views[1]), p.dtype, dlpack::start(x_view),
+                                step, rows, &epilogue, result, p.out, thread_count(wanted));
+  }
+  Py_END_ALLOW_THREADS;
+  return code == SPARSECOMP_OK ? y.release() : raise_code(code);
+}
+
+PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t given) {
+  if (given != 3) {
+    PyErr_Format(PyExc_TypeError, "a product takes x, bias and dense_above, got %zd arguments", given);
+    return nullptr;
+  }
+  const auto* p = static_cast<const Product*>(PyCapsule_GetPointer(self, kProductName));
+  if (p == nullptr) return nullptr;
+  PyObject *x = args[0], *bias = args[1], *dense_above = args[2];
+  dlpack::Tensor x_view;
+  const char* bias_start = nullptr;
+  int64_t rows = 0;
+  switch (examine(*p, x, bias, dense_above, &x_view, &bias_start, &rows)) {
+    case Verdict::kRun:
+      return run(*p, x, x_view, bias_start, rows);
+    case Verdict::kOtherwise:
+      return PyObject_CallFunctionObjArgs(p->otherwise.get(), x, bias, dense_above, nullptr);
+    case Verdict::kDispatch:
+      Py_INCREF(Py_None);
+      return Py_None;
+    default:
+      return nullptr;
+  }
+}
+
+PyMethodDef call_definition = {
+    "product", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL,
+    "product(x, bias or None, dense_above or None) -> y, or None where torch's dispatcher has to see the call."};
+
+bool integers_of(PyObject* tuple, std::array<int64_t, 6>* values) {
+  for (size_t i = 0; i < values->size(); ++i) {
+    PyObject* item = PyTuple_GetItem(tuple, static_cast<Py_ssize_t>(i));
+    if (item == nullptr) return false;
+    (*values)[i] = PyLong_AsLongLong(item);
+    if ((*values)[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+bool element_type(int64_t dtype, dlpack::Type* type) {
+  switch (dtype) {
+    case SPARSECOMP_F32:
+      *type = {dlpack::kFloat, 32, 1};
+      return true;
+    case SPARSECOMP_F16:
+      *type = {dlpack::kFloat, 16, 1};
+      return true;
+    case SPARSECOMP_BF16:
+      *type = {dlpack::kBfloat, 16, 1};
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The kernel's description and sizes from its integers; false with an exception.
+bool describe(Product* p, PyObject* arguments) {
+  std::array<int64_t, 6> v;
+  if (!integers_of(arguments, &v)) return false;
+  p->out = v[0];
+  p->columns = v[1];
+  if (p->block) {
+    p->blocks = block_of(v);
+    p->bytes = {sparsecomp_block_values_bytes(&p->blocks), sparsecomp_block_metadata_bytes(&p->blocks), 4 * p->out};
+  } else {
+    p->nm = weight_of(v);
+    p->bytes = {sparsecomp_nm_values_bytes(&p->nm), sparsecomp_nm_metadata_bytes(&p->nm), 4 * p->out};
+  }
+  if (p->bytes[0] < 0 || p->bytes[1] < 0) {
+    raise_code(SPARSECOMP_INVALID);
+    return false;
+  }
+  p->out_size.own(PyLong_FromLongLong(p->out));
+  return static_cast<bool>(p->out_size);
+}
+
+bool hold_tensors(Product* p, PyObject* tensors) {
+  p->count = PyTuple_Size(tensors);
+  if (p->count != 2 && p->count != 3) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a kernel has two tensors, or three with scales");
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < p->count; ++i) {
+    PyObject* tensor = PyTuple_GetItem(tensors, i);
+    if (!is_a(tensor, p->torch->tensor)) {
+      PyErr_SetString(PyExc_TypeError, "the tensors of a kernel are plain ones");
+      return false;
+    }
+    p->tensors[i].share(tensor);
+  }
+  return true;
+}
+
+}  // namespace
+
+PyObject* torch_functions(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  constexpr Py_ssize_t kGiven = 10;
+  if (given != kGiven || !PyTuple_Check(args[3]) || !PyDict_Check(args[4])) {
+    PyErr_SetString(PyExc_TypeError, "torch_functions takes a capsule, two types, a tuple, a dict and five functions");
+    return nullptr;
+  }
+  const auto* table = static_cast<const dlpack::Table*>(PyCapsule_GetPointer(args[0], dlpack::kTableName));
+  if (table == nullptr) return nullptr;
+  const dlpack::Header* header = &table->header;
+  while (header != nullptr && header->major != dlpack::kMajor) header = header->previous;
+  table = reinterpret_cast<const dlpack::Table*>(header);
+  if (table == nullptr || table->view == nullptr) {
+    Py_INCREF(Py_None);
+    return Py_None;
+  }
+  auto* torch = new Functions{};
+  const Reference owner(capsule_of(torch, kFunctionsName));
+  if (!owner) return nullptr;
+  torch->view = table->view;
+  Reference* const fields[] = {&torch->tensor,     &torch->parameter, &torch->watchers,
+                               &torch->levels,     &torch->threads,   &torch->grad_enabled,
+                               &torch->is_negated, &torch->new_empty, &torch->contiguous};
+  static_assert(sizeof(fields) / sizeof(fields[0]) == kGiven - 1, "one field for every argument but the capsule");
+  for (Py_ssize_t i = 1; i < kGiven; ++i) fields[i - 1]->share(args[i]);
+  torch->current_level_name.own(PyUnicode_InternFromString("_current_level"));
+  torch->requires_grad_name.own(PyUnicode_InternFromString("requires_grad"));
+  if (!torch->current_level_name || !torch->requires_grad_name) return nullptr;
+  Py_INCREF(owner.get());
+  return owner.get();
+}
+
+PyObject* eager_product(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  if (given != 7 || !PyTuple_Check(args[2]) || !PyTuple_Check(args[4])) {
+    PyErr_SetString(PyExc_TypeError, "eager_product takes the functions of torch, a bool, two tuples and three more");
+    return nullptr;
+  }
+  auto* torch = static_cast<Functions*>(PyCapsule_GetPointer(args[0], kFunctionsName));
+  if (torch == nullptr) return nullptr;
+  auto* p = new Product{};
+  const Reference owner(capsule_of(p, kProductName));
+  if (!owner) return nullptr;
+  p->torch = torch;
+  p->torch_owner.share(args[0]);
+  p->block = args[1] == Py_True;
+  const int64_t dtype = PyLong_AsLongLong(args[3]);
+  const int64_t activation = PyLong_AsLongLong(args[5]);
+  if (PyErr_Occurred() || !describe(p, args[2]) || !hold_tensors(p, args[4])) return nullptr;
+  if (!element_type(dtype, &p->element)) return raise_code(SPARSECOMP_UNSUPPORTED);
+  p->dtype = static_cast<int32_t>(dtype);
+  p->activation = narrow(activation, -1);
+  p->otherwise.share(args[6]);
+  return PyCFunction_NewEx(&call_definition, owner.get(), nullptr);
+}

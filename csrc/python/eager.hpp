@@ -1,0 +1,11 @@
+// The product of one kernel as a Python callable that reads torch's tensors itself; see eager.cpp.
+#ifndef SPARSECOMP_PYTHON_EAGER_HPP
+#define SPARSECOMP_PYTHON_EAGER_HPP
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+PyObject* torch_functions(PyObject*, PyObject* const* args, Py_ssize_t given);
+PyObject* eager_product(PyObject*, PyObject* const* args, Py_ssize_t given);
+
+#endif

@@ -1,0 +1,209 @@
+"""The binding of the eager call: what it is given, what it hands on, references and errors."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from sparse_layers import make
+from torch import Tensor, nn
+
+from sparsecomp.backends import cpu
+from sparsecomp.backends.registry import Kernel
+from sparsecomp.watch import WATCHERS
+
+pytestmark = pytest.mark.skipif(isinstance(cpu.native(), str), reason=str(cpu.native()))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def native() -> Any:
+    if cpu._torch_functions() is None:
+        pytest.skip("this torch has no DLPack table")
+    return cpu.native()
+
+
+def test_a_table_of_another_version_is_not_used(native: Any) -> None:
+    class Table(ctypes.Structure):
+        _fields_ = (
+            ("version", ctypes.c_uint32 * 2),
+            ("previous", ctypes.c_void_p),
+            ("functions", ctypes.c_void_p * 5),
+        )
+
+    new_capsule = ctypes.pythonapi.PyCapsule_New
+    new_capsule.restype, new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    name = b"dlpack_exchange_api"
+    true_table = pointer(torch.Tensor.__dlpack_c_exchange_api__, name)  # type: ignore[attr-defined]
+    rest = (Tensor, nn.Parameter, WATCHERS, {}, *[None] * 5)
+
+    def functions_of(table: Table) -> object:
+        return native.torch_functions(new_capsule(ctypes.addressof(table), name, None), *rest)
+
+    newer = Table((2, 0), None, (ctypes.c_void_p * 5)())
+    assert functions_of(newer) is None
+    newer.previous = true_table
+    assert functions_of(newer) is not None
+    assert functions_of(Table((1, 3), None, (ctypes.c_void_p * 5)())) is None
+    with pytest.raises(ValueError, match="PyCapsule"):
+        native.torch_functions(new_capsule(true_table, b"another", None), *rest)
+
+
+def test_a_watcher_that_raises_is_heard(native: Any) -> None:
+    kernel = make(backend="cpu").kernel
+    functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, Tensor.new_empty, Tensor.contiguous
+    levels = vars(torch.autograd.forward_ad)
+
+    def product(*replaced: object, namespace: dict[str, Any] = levels, watchers: Any = WATCHERS) -> Any:
+        table = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
+        given = [*replaced, *functions[len(replaced) :]]
+        asked = native.torch_functions(table, Tensor, nn.Parameter, watchers, namespace, *given)
+        return native.eager_product(asked, False, kernel.arguments, 0, kernel.tensors, 0, None)
+
+    def bad(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    x = torch.randn(40, 3).t()
+    references = sys.getrefcount(x)
+    for one in (
+        product(bad),
+        product(torch.get_num_threads, bad),
+        product(*functions[:2], bad),
+        product(*functions[:3], bad),
+        product(*functions[:4], bad),
+        product(watchers=(*WATCHERS, bad)),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            one(x, None, None)
+    with pytest.raises(TypeError):
+        product(namespace={"_current_level": "high"})(x, None, None)
+    assert product(namespace={})(x, None, None) is None
+    assert sys.getrefcount(x) == references
+
+
+@pytest.mark.usefixtures("native")
+def test_gradients_and_dense_products_are_the_twins() -> None:
+    kernel, bias = make(backend="cpu").kernel, torch.randn(24)
+    calls: list[Any] = []
+    product = backend_product(kernel, calls)
+    x, wanting = torch.randn(3, 40), torch.randn(3, 40, requires_grad=True)
+    assert product(wanting, bias, None) == "otherwise" and product(x, nn.Parameter(bias), 7) == "otherwise"
+    assert calls == [(wanting, bias, None), (x, calls[1][1], 7)]
+    with torch.no_grad():
+        assert isinstance(product(wanting, nn.Parameter(bias), None), Tensor)
+        assert isinstance(product(x, bias, 4), Tensor) and isinstance(product(x[None], bias, 4), Tensor)
+        assert product(x, bias, 3) == "otherwise" and product(x[None], bias, 2) == "otherwise"
+        with pytest.raises(TypeError):
+            product(x, bias, "many")
+        with pytest.raises(TypeError, match="x, bias and dense_above"):
+            product(x, bias)
+    assert not product(x, bias, None).requires_grad
+
+
+def backend_product(kernel: Kernel, calls: list[Any]) -> Any:
+    def otherwise(x: Tensor, bias: Tensor | None, dense_above: int | None) -> Any:
+        calls.append((x, bias, dense_above))
+        return "otherwise"
+
+    return cpu.CpuBackend().eager(kernel, "none", otherwise)
+
+
+@pytest.mark.usefixtures("native")
+def test_nothing_is_leaked() -> None:
+    layer = make(backend="cpu")
+    kernel, activation = layer.kernel, "gelu"
+    x, strided, wanting = torch.randn(3, 40), torch.randn(40, 3).t(), torch.randn(3, 40, requires_grad=True)
+    deep, sparse, bias = torch.randn(2, 3, 40), x.to_sparse(), torch.randn(24)
+    watched = (x, strided, wanting, deep, sparse, bias, kernel, activation, *kernel.tensors, None, True, False)
+    calls: list[Any] = []
+    results: list[weakref.ref[Tensor]] = []
+
+    def once() -> None:
+        product = cpu.CpuBackend().eager(kernel, activation, lambda *given: calls.append(given))
+        assert product is not None
+        with torch.no_grad():
+            for given in (x, strided, deep, deep[:0], sparse, x.half(), None):
+                y = product(given, bias, None)  # type: ignore[arg-type]
+                results.extend([] if y is None else [weakref.ref(y)])
+                product(given, None, None)  # type: ignore[arg-type]
+        product(wanting, bias, None)
+        with pytest.raises(TypeError):
+            product(x, bias, "many")  # type: ignore[arg-type]
+        for broken in ((), (kernel.tensors[0],), (*kernel.tensors, bias, bias)):
+            with pytest.raises(TypeError):
+                cpu.native().eager_product(  # type: ignore[union-attr]
+                    cpu._torch_functions(), False, kernel.arguments, 0, broken, 0, None
+                )
+        calls.clear()
+
+    once()
+    assert results and all(each() is None for each in results)
+    gc.collect()
+    before, objects = [sys.getrefcount(each) for each in watched], len(gc.get_objects())
+    for _ in range(100):
+        once()
+        results.clear()
+    gc.collect()
+    assert len(gc.get_objects()) - objects < 100  # copies of x and tuples of sizes are among them
+    after = [sys.getrefcount(each) for each in watched]
+    # None, True and False are counted for the whole process, or not at all
+    assert before[:-3] == after[:-3] and all(abs(a - b) < 100 for a, b in zip(before[-3:], after[-3:], strict=True))
+
+
+@pytest.mark.usefixtures("native")
+def test_a_dropped_layer_frees_its_weight() -> None:
+    layer = make(backend="cpu")
+    with torch.no_grad():
+        layer(torch.randn(3, 40))
+    held = [weakref.ref(tensor) for tensor in layer.kernel.tensors]
+    del layer
+    assert [reference() for reference in held] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({0: object()}, ValueError),
+        ({2: (24, 40)}, IndexError),
+        ({2: (24, 40, 2, 4, 1, "fp32")}, TypeError),
+        ({2: (24, 40, 5, 4, 1, 0)}, RuntimeError),
+        ({2: [24, 40, 2, 4, 1, 0]}, TypeError),
+        ({3: 3}, RuntimeError),
+        ({3: "fp32"}, TypeError),
+        ({4: (torch.zeros(1),)}, TypeError),
+        ({4: (nn.Parameter(torch.zeros(1)), torch.zeros(1))}, TypeError),
+        ({5: None}, TypeError),
+    ],
+)
+def test_wrong_facts_are_refused(native: Any, change: dict[int, Any], error: type[Exception]) -> None:
+    kernel = make(backend="cpu").kernel
+    facts = [cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 0, None]
+    for index, value in change.items():
+        facts[index] = value
+    with pytest.raises(error):
+        native.eager_product(*facts)
+    with pytest.raises(TypeError, match="eager_product takes"):
+        native.eager_product(*facts[:-1])
+    with pytest.raises(TypeError, match="torch_functions takes"):
+        native.torch_functions(1, 2)
+
+
+@pytest.mark.usefixtures("native")
+def test_an_unknown_activation_is_an_error_of_the_library(native: Any) -> None:
+    kernel, x = make(backend="cpu").kernel, torch.randn(3, 40)
+    product = native.eager_product(cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 99, None)
+    references = sys.getrefcount(x)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        product(x, None, None)
+    assert sys.getrefcount(x) == references
