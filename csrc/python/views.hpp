@@ -16,7 +16,9 @@ inline int64_t elements(const Tensor& view) {
   return count;
 }
 
-inline const char* start(const Tensor& view) { return static_cast<const char*>(view.data) + view.byte_offset; }
+inline const char* start(const Tensor& view) {
+  return view.data == nullptr ? nullptr : static_cast<const char*>(view.data) + view.byte_offset;
+}
 
 inline bool contiguous(const Tensor& view) {
   int64_t expected = 1;
