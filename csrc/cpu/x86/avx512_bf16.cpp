@@ -45,7 +45,7 @@ struct DotProduct {
   template <int M, bool kTable>
   static __m512i columns(__m512i word, int bits, int bases) {
     if (kTable) {
-      // both positions of a 2:4 group are one of 16 values: looked up, and the permute reads the low four bits only
+      // two positions of groups of 4 are one of 16 values: looked up, and the permute reads the low four bits only
       const __m512i pairs = _mm512_setr_epi32(0x00000, 0x00001, 0x00002, 0x00003, 0x10000, 0x10001, 0x10002, 0x10003,
                                               0x20000, 0x20001, 0x20002, 0x20003, 0x30000, 0x30001, 0x30002, 0x30003);
       return _mm512_or_si512(_mm512_permutexvar_epi32(word, pairs), _mm512_set1_epi32(bases));
@@ -63,7 +63,7 @@ void decode(const Geometry& g, const uint8_t* metadata, int64_t steps, uint8_t* 
   constexpr bool kStatic = StepShape<M, N>::kStatic;
   const int slots = kStatic ? shape.kSlots : g.slots, words = kStatic ? 1 : g.words;
   const int full_words = kStatic ? shape.kSlots / shape.kWordSlots : g.full_words;
-  const int rest_bytes = kStatic ? shape.kSlots % shape.kWordSlots * shape.kBits / 8 : g.rest_bytes;
+  const int rest_bytes = kStatic ? (shape.kSlots % shape.kWordSlots * shape.kBits + 7) / 8 : g.rest_bytes;
   for (int64_t step = 0; step < steps; ++step, metadata += g.metadata_bytes) {
     for (int word = 0, slot = 0; word < words; ++word) {
       __m512i positions = load_index_word(metadata, word, full_words, rest_bytes);
