@@ -21,9 +21,9 @@ constexpr int64_t kChunkSteps = 256;
 constexpr int64_t kUncutSteps = 384;
 constexpr int64_t kUncutColumns = 16;
 // Weights this large come from memory at every call, also where a last-level cache has 32 MB. One column over them
-// waits for memory and nothing else: a single stream of values runs faster than two, where positions are short lines.
+// waits for memory and nothing else: for 2:4, whose positions are half a line a step, one stream of values is faster
+// than two.
 constexpr int64_t kMemoryBytes = 24 << 20;
-constexpr int64_t kLineBytes = 64;
 // From this many batch columns on, decoding the positions of a tile beforehand pays.
 constexpr int64_t kDecodeColumns = 16;
 // Two tiles of so many column steps and their decoded positions stay in the L1 cache.
@@ -45,7 +45,7 @@ Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const Linear
   blocking.tiles = kMostTiles;
   while (blocking.tiles > 1 && (!kernels.micro[blocking.tiles][1] || blocking.tiles > g.tiles)) --blocking.tiles;
   const int64_t bytes = g.tiles * g.steps * (g.value_bytes + g.metadata_bytes);
-  if (call.batch == 1 && bytes >= kMemoryBytes && g.metadata_bytes < kLineBytes) blocking.tiles = 1;
+  if (call.batch == 1 && bytes >= kMemoryBytes && g.n == 2 && g.m == 4) blocking.tiles = 1;
   blocking.chunk_steps = g.steps;
   if (call.batch > kUncutColumns && g.steps > kUncutSteps) {
     const int64_t chunks = (g.steps + kChunkSteps - 1) / kChunkSteps;

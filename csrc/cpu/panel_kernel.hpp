@@ -108,23 +108,23 @@ SPARSECOMP_INLINE void store_sums(const PanelArgs& args, int row, const typename
 
 // Asks for the values of the tile that comes next, in their order, while the rows [row, row + R) of this one pass over
 // their steps: at every step as many lines, or the end of the loop would be foreseen badly.
-// Slots: vectors of 16 values in a step, or 0 if that is not known.
-template <int R, int Slots>
+// Lines: of 64 bytes that the values of a step take at most, or 0 if that is not known.
+template <int R, int Lines>
 class NextValues {
  public:
   SPARSECOMP_INLINE NextValues(const PanelArgs& args, int row)
       : share_(args.geometry->value_bytes * R / kTile), at_(args.next_values + row / R * args.steps * share_) {
-    if constexpr (Slots == 0) lines_ = (share_ + 63) / 64;
+    if constexpr (Lines == 0) lines_ = (share_ + 63) / 64;
   }
 
   SPARSECOMP_INLINE void step() {
     SPARSECOMP_UNROLL
-    for (int64_t i = 0; i < (Slots ? kLines : lines_); ++i) __builtin_prefetch(at_ + i * 64);
+    for (int64_t i = 0; i < (Lines ? kLines : lines_); ++i) __builtin_prefetch(at_ + i * 64);
     at_ += share_;
   }
 
  private:
-  static constexpr int64_t kLines = (Slots * R + kTile - 1) / kTile;
+  static constexpr int64_t kLines = (Lines * R + kTile - 1) / kTile;
   int64_t lines_ = kLines;
   const int64_t share_;  // bytes for each step of R rows
   const uint8_t* at_;

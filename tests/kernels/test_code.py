@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,14 +12,26 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
-# x86-64, and aarch64
-PREFETCHES = ("prefetch", "prfm")
+AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 
 
-@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} here")
+def _code(source: str, *flags: str) -> str:
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no {COMPILER} here")
+    command = [COMPILER, "-O3", "-std=c++17", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", *flags]
+    command += ["-S", "-o", "-", str(CSRC / "cpu" / source)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("source", ["linear.cpp", "block_linear.cpp", "panel.cpp"])
 def test_prefetches_are_in_the_code(source):
     """GCC drops calls of functions that do nothing else, silently; a product then waits for every line of y."""
-    command = [COMPILER, "-O3", "-std=c++17", f"-I{CSRC / 'include'}", "-S", "-o", "-", str(CSRC / "cpu" / source)]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert any(name in code for name in PREFETCHES)
+    code = _code(source)
+    assert "prefetch" in code or "prfm" in code  # x86-64 or aarch64
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for AVX-512")
+def test_panels_ask_for_weights_and_for_y():
+    code = _code("x86/panel_avx512.cpp", *AVX512)
+    assert "prefetcht0" in code  # the next weights, to L1
+    assert "prefetcht1" in code  # lines of y, to L2
