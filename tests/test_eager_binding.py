@@ -6,6 +6,7 @@ import ctypes
 import gc
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,6 +170,74 @@ def test_a_dropped_layer_frees_its_weight() -> None:
     held = [weakref.ref(tensor) for tensor in layer.kernel.tensors]
     del layer
     assert [reference() for reference in held] == [None, None]
+
+
+@pytest.mark.usefixtures("native")
+def test_a_cycle_through_a_tensor_of_the_kernel_is_collected() -> None:
+    layer = make(backend="cpu")
+    layer.kernel.tensors[0].owner = layer  # type: ignore[attr-defined]
+    held = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert held() is None
+
+
+def _changing(native: Any, kernel: Kernel, function: str, change: Callable[[], object]) -> Any:
+    """A product where ``change`` happens while torch runs ``function``, as another thread could do it."""
+    functions = {
+        "get_num_threads": torch.get_num_threads,
+        "is_grad_enabled": torch.is_grad_enabled,
+        "is_neg": Tensor.is_neg,
+        "new_empty": Tensor.new_empty,
+        "contiguous": Tensor.contiguous,
+    }
+    true = functions[function]
+    functions[function] = lambda *given: (true(*given), change())[0]  # type: ignore[operator]
+    table = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
+    levels = vars(torch.autograd.forward_ad)
+    asked = native.torch_functions(table, Tensor, nn.Parameter, WATCHERS, levels, *functions.values())
+    return native.eager_product(asked, False, kernel.arguments, 0, kernel.tensors, 0, None)
+
+
+@pytest.mark.parametrize("function", ["new_empty", "get_num_threads"])
+def test_what_changes_during_the_call_is_read_as_it_is_then(native: Any, function: str) -> None:
+    layer, other = make(backend="cpu"), make(backend="cpu")
+    kernel, bias, x = layer.kernel, torch.zeros(24), torch.randn(3, 40)
+    new_x, new_bias = torch.randn(3, 40), torch.randn(24)
+
+    def change() -> None:
+        x.data, bias.data = new_x.clone(), new_bias.clone()
+        for tensor, new in zip(kernel.tensors, other.kernel.tensors, strict=True):
+            tensor.data = new.clone()
+
+    with torch.no_grad():
+        got = _changing(native, kernel, function, change)(x, bias, None)
+        assert torch.equal(got, cpu.CpuBackend().run(other.kernel, new_x, new_bias))
+
+
+@pytest.mark.parametrize("function", ["new_empty", "get_num_threads"])
+@pytest.mark.parametrize("shape", [(2, 40), (4, 40), (3, 39), (120,), (3, 80)])
+def test_an_input_that_no_longer_fits_is_not_read(native: Any, function: str, shape: tuple[int, ...]) -> None:
+    kernel, x = make(backend="cpu").kernel, torch.randn(3, 40)
+
+    def change() -> None:
+        x.data = torch.randn(shape)[..., ::2] if shape[-1] == 80 else torch.randn(shape)
+
+    with torch.no_grad():
+        assert _changing(native, kernel, function, change)(x, None, None) is None
+
+
+@pytest.mark.parametrize("function", ["new_empty", "get_num_threads"])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_weight_or_bias_that_no_longer_fits_is_not_read(native: Any, function: str, part: int) -> None:
+    kernel, bias, x = make(backend="cpu").kernel, torch.zeros(24), torch.randn(3, 40)
+    tensor = (*kernel.tensors, bias)[part]
+
+    def change() -> None:
+        tensor.data = tensor[:-1].clone()
+
+    with torch.no_grad():
+        assert _changing(native, kernel, function, change)(x, bias, None) is None
 
 
 @pytest.mark.parametrize(

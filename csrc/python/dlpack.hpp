@@ -41,7 +41,8 @@ struct Header {
   const Header* previous;
 };
 
-// Views an object of exactly the type the table came from, owning nothing; 0, or -1 with a Python exception set.
+// Views an object of the type the table came from, owning nothing; 0, or -1 with a Python exception set. The standard
+// promises no more, but torch takes the subclasses of its tensor as well, nn.Parameter among them.
 using View = int (*)(void* object, Tensor* view);
 
 struct Table {

@@ -1,12 +1,16 @@
 // The eager call of a layer in one function: the checks, y, and the product, without an interpreter in between.
 //
 // The tensors are read through DLPack's table of C functions, so that no header of torch is needed; whatever else torch
-// has to be asked are its own Python functions, handed over once. Everything the kernel will read is checked at every
-// call: a tensor whose memory was replaced by hand is then refused, not read out of bounds.
+// has to be asked are its own Python functions, handed over once. Shape, dtype, strides and device of everything the
+// kernel will read are checked at every call: a tensor whose memory was replaced by hand is then refused, not read out
+// of bounds. A storage that was shrunk in place behind a tensor is not seen: the table does not tell its size.
+//
+// Functions of torch may let other threads run, so addresses are taken last, and checked there.
 #include "eager.hpp"
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "arguments.hpp"
 #include "dlpack.hpp"
@@ -29,7 +33,8 @@ struct Functions {
   Reference current_level_name, requires_grad_name;
 };
 
-// One kernel with its activation.
+// One kernel with its activation. What may lead back to the layer is borrowed from the tuple of Python objects beside
+// the capsule, where the garbage collector sees it.
 struct Product {
   Functions* torch;
   Reference torch_owner;
@@ -39,11 +44,11 @@ struct Product {
   int64_t out, columns;
   Reference out_size;
   Py_ssize_t count;  // of tensors: values, metadata, and scales or none
-  std::array<Reference, 3> tensors;
+  std::array<PyObject*, 3> tensors;
   std::array<int64_t, 3> bytes;
   int32_t dtype, activation;
   dlpack::Type element;
-  Reference otherwise;
+  PyObject* otherwise;
 };
 
 template <class T>
@@ -61,7 +66,7 @@ PyObject* capsule_of(T* owned, const char* name) {
 // What a call comes to before the product is run.
 enum class Verdict { kRun, kOtherwise, kDispatch, kError };
 
-// Whether an object of exactly torch's type was viewed, and lies in the processor's memory. No exception is left.
+// Whether a tensor was viewed, and lies in the processor's memory. No exception is left.
 bool viewed(const Functions& torch, PyObject* object, dlpack::Tensor* view) {
   if (torch.view(object, view) != 0) {
     PyErr_Clear();
@@ -113,9 +118,33 @@ Verdict verdict(int declines, Verdict otherwise) {
   return declines < 0 ? Verdict::kError : declines > 0 ? otherwise : Verdict::kRun;
 }
 
-// Whether this call is one of plain tensors that fit the kernel; fills in their views and the number of rows.
-Verdict examine(const Product& p, PyObject* x, PyObject* bias, PyObject* dense_above, dlpack::Tensor* x_view,
-                const char** bias_start, int64_t* rows) {
+int64_t row_count(const dlpack::Tensor& x) {
+  int64_t rows = 1;
+  for (int32_t i = 0; i < x.dims - 1; ++i) rows *= x.shape[i];
+  return rows;
+}
+
+// Whether x is [..., columns] of the kernel's dtype; fills in its view.
+bool fits(const Product& p, PyObject* x, dlpack::Tensor* view) {
+  return viewed(*p.torch, x, view) && view->dims >= 1 && dlpack::same(view->dtype, p.element) &&
+         view->shape[view->dims - 1] == p.columns && (view->data != nullptr || dlpack::elements(*view) == 0);
+}
+
+bool bias_fits(const Product& p, PyObject* bias, dlpack::Tensor* view) {
+  return viewed(*p.torch, bias, view) && view->dims == 1 && view->shape[0] == p.out &&
+         dlpack::same(view->dtype, p.element) && dlpack::contiguous(*view) && (view->data != nullptr || p.out == 0);
+}
+
+bool weight_fits(const Product& p, std::array<dlpack::Tensor, 3>* views) {
+  for (Py_ssize_t i = 0; i < p.count; ++i) {
+    dlpack::Tensor& view = (*views)[i];
+    if (!viewed(*p.torch, p.tensors[i], &view) || !dlpack::holds(view, p.bytes[i])) return false;
+  }
+  return p.count == 2 || dlpack::same((*views)[2].dtype, {dlpack::kFloat, 32, 1});
+}
+
+// Whether this call is one for the kernel, as far as x tells; fills in its view.
+Verdict examine(const Product& p, PyObject* x, PyObject* bias, PyObject* dense_above, dlpack::Tensor* x_view) {
   const Functions& torch = *p.torch;
   // exact types: a subclass may keep its elements elsewhere
   if (!is_a(x, torch.tensor) || !(bias == Py_None || is_a(bias, torch.parameter) || is_a(bias, torch.tensor))) {
@@ -126,25 +155,13 @@ Verdict examine(const Product& p, PyObject* x, PyObject* bias, PyObject* dense_a
   if (said == Verdict::kRun) said = verdict(negated(torch, x), Verdict::kDispatch);
   if (said == Verdict::kRun && bias != Py_None) said = verdict(negated(torch, bias), Verdict::kDispatch);
   if (said != Verdict::kRun) return said;
-  if (!viewed(torch, x, x_view) || x_view->dims < 1 || !dlpack::same(x_view->dtype, p.element) ||
-      x_view->shape[x_view->dims - 1] != p.columns) {
-    return Verdict::kDispatch;
+  int64_t from = INT64_MAX;
+  if (dense_above != Py_None) {
+    from = PyLong_AsLongLong(dense_above);
+    if (from == -1 && PyErr_Occurred()) return Verdict::kError;
   }
-  *rows = 1;
-  for (int32_t i = 0; i < x_view->dims - 1; ++i) *rows *= x_view->shape[i];
-  if (x_view->data == nullptr && *rows * p.columns != 0) return Verdict::kDispatch;
-  if (bias != Py_None) {
-    dlpack::Tensor view;
-    if (!viewed(torch, bias, &view) || view.dims != 1 || view.shape[0] != p.out ||
-        !dlpack::same(view.dtype, p.element) || !dlpack::contiguous(view) || (view.data == nullptr && p.out != 0)) {
-      return Verdict::kDispatch;
-    }
-    *bias_start = dlpack::start(view);
-  }
-  if (dense_above == Py_None) return Verdict::kRun;
-  const int64_t from = PyLong_AsLongLong(dense_above);
-  if (from == -1 && PyErr_Occurred()) return Verdict::kError;
-  return *rows >= from ? Verdict::kOtherwise : Verdict::kRun;
+  if (!fits(p, x, x_view)) return Verdict::kDispatch;
+  return row_count(*x_view) >= from ? Verdict::kOtherwise : Verdict::kRun;
 }
 
 // x.new_empty(*x.shape[:-1], out): sizes as arguments, which torch reads faster than a tuple of them.
@@ -155,14 +172,16 @@ PyObject* empty_result(const Product& p, PyObject* x, const dlpack::Tensor& view
     if (!rows) return nullptr;
     return PyObject_CallFunctionObjArgs(make, x, rows.get(), p.out_size.get(), nullptr);
   }
-  const Reference arguments(PyTuple_New(view.dims + 1));
+  const std::vector<int64_t> sizes(view.shape, view.shape + view.dims - 1);  // a new tuple may set off the collector
+  const auto last = static_cast<Py_ssize_t>(sizes.size()) + 1;
+  const Reference arguments(PyTuple_New(last + 1));
   if (!arguments) return nullptr;
-  for (Py_ssize_t i = 0; i <= view.dims; ++i) {
-    PyObject* argument = i == 0 ? x : i == view.dims ? p.out_size.get() : nullptr;
+  for (Py_ssize_t i = 0; i <= last; ++i) {
+    PyObject* argument = i == 0 ? x : i == last ? p.out_size.get() : nullptr;
     if (argument != nullptr) {
       Py_INCREF(argument);
     } else {
-      argument = PyLong_FromLongLong(view.shape[i - 1]);
+      argument = PyLong_FromLongLong(sizes[i - 1]);
     }
     // it takes the reference, also where it fails
     if (argument == nullptr || PyTuple_SetItem(arguments.get(), i, argument) != 0) return nullptr;
@@ -170,31 +189,38 @@ PyObject* empty_result(const Product& p, PyObject* x, const dlpack::Tensor& view
   return PyObject_Call(make, arguments.get(), nullptr);
 }
 
-// y for x and bias, which stay alive: the caller holds them.
-PyObject* run(const Product& p, PyObject* x, dlpack::Tensor x_view, const char* bias_start, int64_t rows) {
+// y for x and bias, which stay alive: the caller holds them. None where one of them, or the weight, does not fit.
+PyObject* run(const Product& p, PyObject* x, dlpack::Tensor x_view, PyObject* bias) {
   const Functions& torch = *p.torch;
-  Py_INCREF(Py_None);
-  Reference y(Py_None);
-  std::array<dlpack::Tensor, 3> views;
-  for (Py_ssize_t i = 0; i < p.count; ++i) {
-    if (!viewed(torch, p.tensors[i].get(), &views[i]) || !dlpack::holds(views[i], p.bytes[i])) return y.release();
-  }
-  if (p.count == 3 && !dlpack::same(views[2].dtype, {dlpack::kFloat, 32, 1})) return y.release();
-  y.own(empty_result(p, x, x_view));
-  if (!y || rows == 0 || p.out == 0) return y.release();
+  const int64_t rows = row_count(x_view);
+  const bool strided = rows != 0 && dlpack::row_step(x_view, p.columns) < 0;
+  Reference y(empty_result(p, x, x_view));
+  if (!y) return nullptr;
   Reference copy;
-  int64_t step = dlpack::row_step(x_view, p.columns);
-  if (step < 0) {
+  if (strided) {
     copy.own(PyObject_CallFunctionObjArgs(torch.contiguous.get(), x, nullptr));
-    if (!copy || torch.view(copy.get(), &x_view) != 0) return nullptr;
-    step = p.columns;
+    if (!copy) return nullptr;
+    x = copy.get();
   }
-  dlpack::Tensor y_view;
-  if (torch.view(y.get(), &y_view) != 0) return nullptr;
   const Reference threads(PyObject_CallNoArgs(torch.threads.get()));
   if (!threads) return nullptr;
   const int64_t wanted = PyLong_AsLongLong(threads.get());
   if (wanted == -1 && PyErr_Occurred()) return nullptr;
+  std::array<dlpack::Tensor, 3> views;
+  dlpack::Tensor y_view, bias_view;
+  if (torch.view(y.get(), &y_view) != 0) return nullptr;
+  if (!weight_fits(p, &views) || (bias != Py_None && !bias_fits(p, bias, &bias_view)) || !fits(p, x, &x_view) ||
+      row_count(x_view) != rows) {
+    Py_INCREF(Py_None);
+    return Py_None;
+  }
+  if (rows == 0 || p.out == 0) return y.release();
+  const int64_t step = dlpack::row_step(x_view, p.columns);
+  if (step < 0) {
+    Py_INCREF(Py_None);
+    return Py_None;
+  }
+  const char* bias_start = bias == Py_None ? nullptr : dlpack::start(bias_view);
   const float* scales = p.count == 3 ? reinterpret_cast<const float*>(dlpack::start(views[2])) : nullptr;
   const sparsecomp_epilogue epilogue = {scales, bias_start, p.activation};
   void* result = static_cast<char*>(y_view.data) + y_view.byte_offset;
@@ -216,17 +242,15 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t given) {
     PyErr_Format(PyExc_TypeError, "a product takes x, bias and dense_above, got %zd arguments", given);
     return nullptr;
   }
-  const auto* p = static_cast<const Product*>(PyCapsule_GetPointer(self, kProductName));
+  const auto* p = static_cast<const Product*>(PyCapsule_GetPointer(PyTuple_GetItem(self, 0), kProductName));
   if (p == nullptr) return nullptr;
   PyObject *x = args[0], *bias = args[1], *dense_above = args[2];
   dlpack::Tensor x_view;
-  const char* bias_start = nullptr;
-  int64_t rows = 0;
-  switch (examine(*p, x, bias, dense_above, &x_view, &bias_start, &rows)) {
+  switch (examine(*p, x, bias, dense_above, &x_view)) {
     case Verdict::kRun:
-      return run(*p, x, x_view, bias_start, rows);
+      return run(*p, x, x_view, bias);
     case Verdict::kOtherwise:
-      return PyObject_CallFunctionObjArgs(p->otherwise.get(), x, bias, dense_above, nullptr);
+      return PyObject_CallFunctionObjArgs(p->otherwise, x, bias, dense_above, nullptr);
     case Verdict::kDispatch:
       Py_INCREF(Py_None);
       return Py_None;
@@ -286,7 +310,7 @@ bool describe(Product* p, PyObject* arguments) {
   return static_cast<bool>(p->out_size);
 }
 
-bool hold_tensors(Product* p, PyObject* tensors) {
+bool borrow_tensors(Product* p, PyObject* tensors) {
   p->count = PyTuple_Size(tensors);
   if (p->count != 2 && p->count != 3) {
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a kernel has two tensors, or three with scales");
@@ -298,7 +322,7 @@ bool hold_tensors(Product* p, PyObject* tensors) {
       PyErr_SetString(PyExc_TypeError, "the tensors of a kernel are plain ones");
       return false;
     }
-    p->tensors[i].share(tensor);
+    p->tensors[i] = tensor;
   }
   return true;
 }
@@ -351,10 +375,11 @@ PyObject* eager_product(PyObject*, PyObject* const* args, Py_ssize_t given) {
   p->block = args[1] == Py_True;
   const int64_t dtype = PyLong_AsLongLong(args[3]);
   const int64_t activation = PyLong_AsLongLong(args[5]);
-  if (PyErr_Occurred() || !describe(p, args[2]) || !hold_tensors(p, args[4])) return nullptr;
+  if (PyErr_Occurred() || !describe(p, args[2]) || !borrow_tensors(p, args[4])) return nullptr;
   if (!element_type(dtype, &p->element)) return raise_code(SPARSECOMP_UNSUPPORTED);
   p->dtype = static_cast<int32_t>(dtype);
   p->activation = narrow(activation, -1);
-  p->otherwise.share(args[6]);
-  return PyCFunction_NewEx(&call_definition, owner.get(), nullptr);
+  p->otherwise = args[6];
+  const Reference self(PyTuple_Pack(3, owner.get(), args[4], args[6]));
+  return self ? PyCFunction_NewEx(&call_definition, self.get(), nullptr) : nullptr;
 }
