@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sparsecomp import ops
 from sparsecomp.backends.registry import EagerProduct, Kernel, backends
@@ -57,9 +58,12 @@ class _Product:
             return False
         # the binding reads raw memory, so a bias that was replaced by hand is looked at first
         if bias is not None and not (
-            bias.dtype is kernel.dtype
+            (type(bias) is Parameter or type(bias) is Tensor)
+            and bias.dtype is kernel.dtype
+            and bias.ndim == 1
             and bias.shape[0] == kernel.shape[0]
             and bias.is_contiguous()
+            and not bias.is_neg()
             and (bias.is_cpu if self._on_cpu else bias.device == x.device)
         ):
             return False

@@ -210,7 +210,9 @@ class SparseLinear(nn.Module):
         return registry.backends()[self.kernel.backend].dense(self.kernel).detach().as_subclass(DenseCopy)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse a new ``weight``; anything else is set as on any module."""
+        """Refuse a new ``weight``, and a ``dense_above`` that counts no rows; ModelError says why."""
+        if name == "dense_above":
+            ops.require_dense_above(value)
         if name == "weight":
             raise ModelError(f"layer.weight cannot be set: {NO_WEIGHT_GRADIENT}")
         super().__setattr__(name, value)
@@ -228,6 +230,9 @@ class SparseLinear(nn.Module):
 
     def _hold(self, kernel: Kernel, shared: bool = False) -> None:
         """Make ``kernel`` the layer's only weight."""
+        if shared:  # before anybody sees the kernel: its storages are replaced
+            for tensor in kernel.tensors:
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
         for name in self._layout:
             del self._buffers[name]
         self.kernel = kernel
@@ -236,7 +241,7 @@ class SparseLinear(nn.Module):
         self._name = str(kernel.pattern)
         self._eager = eager_product(kernel, self._activation)
         for name, tensor in zip(self._layout, kernel.tensors, strict=True):
-            self.register_buffer(name, tensor.share_memory_() if shared else tensor, persistent=False)  # type: ignore[no-untyped-call]
+            self.register_buffer(name, tensor, persistent=False)
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._layout]

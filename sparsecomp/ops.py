@@ -6,6 +6,7 @@ Takes the tensors of a Kernel and the facts that describe it. Knows nothing of m
 from __future__ import annotations
 
 import math
+import operator
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,6 +32,18 @@ _LIBRARY.define(f"to_dense(Tensor[] weight, {_FACTS}) -> Tensor", tags=(torch.Ta
 def rows(x: Tensor) -> Tensor:
     """x [..., in] as [product of the other sizes, in]; a view where torch can make one."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def require_dense_above(value: object) -> None:
+    """ModelError unless ``value`` is a number of rows (an int of 64 bits) or None."""
+    try:
+        if value is None or abs(operator.index(value)) < 1 << 63:  # type: ignore[arg-type]
+            return
+    except TypeError:
+        pass
+    raise ModelError(
+        f"dense_above must be an int or None, got {value!r}; set the number of rows from which the product is dense"
+    )
 
 
 def apply(kernel: Kernel, x: Tensor, bias: Tensor | None, dense_above: int | None, activation: str = "none") -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends import cpu
 from sparsecomp.backends.registry import EagerProduct, Kernel
-from sparsecomp.eager import eager_product
+from sparsecomp.eager import _Product, eager_product
 from sparsecomp.errors import BackendError, ModelError
 from sparsecomp.nn import SparseLinear
 from sparsecomp.pack.quantize import quantize
@@ -265,6 +266,56 @@ def test_scales_of_another_type_are_not_read() -> None:
     layer.kernel.tensors[2].data = torch.ones(24, dtype=torch.int32)
     with torch.no_grad():
         assert layer._eager(torch.randn(3, 40), None, None) is None
+        with pytest.raises(BackendError, match=r"scales in torch\.float32, got .*int32"):
+            layer(torch.randn(3, 40))
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        pytest.param(lambda old: old[:-1].clone(), id="short"),
+        pytest.param(lambda old: old.repeat(2)[::2], id="strided"),
+        pytest.param(lambda old: old.to("meta"), id="meta"),
+        pytest.param(lambda old: old.view(torch.int32) if old.dtype is torch.float32 else old[1:], id="type"),
+    ],
+)
+def test_a_weight_replaced_by_hand_is_refused_wherever_it_is_read(part: int, replaced: Any) -> None:
+    layer = SparseLinear.from_packed(quantize(make(backend="cpu").packed()), torch.zeros(24), backend="cpu")
+    tensors, x = list(layer.kernel.tensors), torch.randn(3, 40)
+    tensors[part] = replaced(tensors[part])
+    kernel = dataclasses.replace(layer.kernel, tensors=tuple(tensors))
+    backend, twin, wanting = cpu.CpuBackend(), _Product(kernel, "none"), nn.Parameter(torch.zeros(24))
+    reads: list[Callable[[], object]] = [
+        lambda: backend.run(kernel, x, None),
+        lambda: backend.dense(kernel),
+        lambda: backend.restore(kernel),
+    ]
+    if kernel.tensors[0].is_cpu:  # else the twin leaves it to the dispatcher
+        reads += [lambda: twin(x, wanting, None), lambda: twin(x, None, 2)]
+    for read in reads:
+        with pytest.raises(BackendError, match="contiguous tensors of"):
+            read()
+
+
+def _without_memory(tensor: Tensor) -> None:
+    tensor.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["values", "metadata", "scales", "bias", "x"])
+def test_elements_without_memory_are_refused(name: str, gradients: bool) -> None:
+    layer = SparseLinear.from_packed(quantize(make(backend="cpu").packed()), torch.randn(24), backend="cpu")
+    values, metadata, scales = layer.kernel.tensors
+    x = torch.randn(3, 40)
+    tensors = {"values": values, "metadata": metadata, "scales": scales, "bias": layer.bias, "x": x}
+    _without_memory(tensors[name])  # type: ignore[arg-type]
+    with torch.set_grad_enabled(gradients), pytest.raises(BackendError, match=f"^{name} has shape .* no memory"):
+        layer(x)
+    if name in ("values", "metadata"):
+        for read in (layer.packed, layer.to_linear):
+            with pytest.raises(BackendError, match=f"^{name} has shape .* no memory"):
+                read()
 
 
 @pytest.mark.parametrize(
@@ -282,8 +333,21 @@ def test_scales_of_another_type_are_not_read() -> None:
 )
 @pytest.mark.usefixtures("native")
 def test_a_bias_that_does_not_fit_is_left_to_the_dispatcher(bias: Any) -> None:
+    layer, x = make(backend="cpu"), torch.randn(3, 40)
     with torch.no_grad():
-        assert make(backend="cpu")._eager(torch.randn(3, 40), bias, None) is None
+        assert layer._eager(x, bias, None) is None
+    if isinstance(bias, Tensor):
+        assert layer._eager(x, bias.detach().requires_grad_(), None) is None
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_negated_bias_is_added_negated(gradients: bool) -> None:
+    layer, x, bias = make(backend="cpu"), torch.randn(3, 40), torch.randn(24)
+    layer.bias = nn.Parameter(-bias)
+    want = layer(x)
+    layer.bias = nn.Parameter(torch._neg_view(bias))
+    with torch.set_grad_enabled(gradients):
+        assert torch.equal(layer(x), want)
 
 
 @pytest.mark.usefixtures("native")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from sparse_layers import PATTERNS, TOLERANCE, assert_right, expected, make
@@ -113,6 +116,17 @@ def test_dense_above_gives_the_same_product(backend: str) -> None:
     layer.dense_above = 4
     for batch in (3, 4, 9):
         assert_right(layer, torch.randn(batch, 40))
+
+
+@pytest.mark.parametrize("wrong", [64.0, "64", 1 << 63, float("inf")])
+def test_dense_above_counts_rows(wrong: Any) -> None:
+    layer = make()
+    with pytest.raises(ModelError, match=r"^dense_above must be an int or None, got "):
+        layer.dense_above = wrong
+    assert layer.dense_above is None
+    for right in (np.int64(2), 1 << 62, None):
+        layer.dense_above = right  # type: ignore[assignment]
+        assert_right(layer, torch.randn(3, 40))
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

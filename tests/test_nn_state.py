@@ -12,6 +12,8 @@ import torch
 from sparse_layers import PATTERNS, TOLERANCE, assert_right, expected, make
 from torch import Tensor, nn
 
+from sparsecomp.backends.registry import EagerProduct, Kernel
+from sparsecomp.eager import eager_product
 from sparsecomp.errors import ModelError
 from sparsecomp.nn import SparseLinear
 from sparsecomp.pack.format import pack
@@ -215,3 +217,16 @@ def test_state_of_another_dtype_is_converted_as_linear_does() -> None:
     half.load_state_dict(layer.state_dict())
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.packed().unpack(), layer.packed().unpack().bfloat16())
+
+
+def test_nobody_sees_a_kernel_before_its_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(backend="cpu")
+    seen: list[bool] = []
+
+    def product(kernel: Kernel, activation: str) -> EagerProduct:
+        seen.extend(tensor.is_shared() for tensor in kernel.tensors)  # type: ignore[no-untyped-call]
+        return eager_product(kernel, activation)
+
+    monkeypatch.setattr("sparsecomp.nn.eager_product", product)
+    layer.share_memory()
+    assert seen == [True, True]

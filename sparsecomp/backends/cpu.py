@@ -83,6 +83,39 @@ def _family(kernel: Kernel) -> str:
     return "block" if isinstance(kernel.pattern, Block) else "nm"
 
 
+def _holds(tensor: Tensor, size: int) -> bool:
+    return tensor.nbytes == size and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _require_layout(kernel: Kernel) -> None:
+    """BackendError unless the tensors are what the library will read: it takes addresses and asks nothing more."""
+    tensors, sizes = kernel.tensors, kernel.sizes
+    if len(tensors) == len(sizes) and _holds(tensors[0], sizes[0]) and _holds(tensors[1], sizes[1]):
+        if len(tensors) < QUANTIZED_TENSORS:
+            return
+        if _holds(tensors[2], sizes[2]) and tensors[2].dtype is torch.float32:
+            return
+    got = ", ".join(f"{each.nbytes} ({each.dtype}, strides {each.stride()}, {each.device})" for each in tensors)
+    raise BackendError(
+        f"a {kernel.pattern} layout of shape {kernel.shape} in {kernel.dtype} takes contiguous tensors of "
+        f"{', '.join(map(str, sizes))} bytes on the cpu, scales in torch.float32, got {got}; "
+        f"prepare it with SparseLinear"
+    )
+
+
+def _addresses(**tensors: Tensor) -> list[int]:
+    """Where tensors start; BackendError for elements without memory, as 0 means none to the library."""
+    found = [tensor.data_ptr() for tensor in tensors.values()]
+    if 0 in found:
+        for name, tensor in tensors.items():
+            if tensor.data_ptr() == 0 and tensor.numel() != 0:
+                raise BackendError(
+                    f"{name} has shape {tuple(tensor.shape)} and no memory; the cpu backend reads tensors whose "
+                    f"storage holds their elements, so do not resize the storage, or set the tensor anew"
+                )
+    return found
+
+
 def _kept_blocks(values_bytes: int, pattern: Block, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """How many blocks values of so many bytes hold, at most all of the grid."""
     down, across = pattern.grid(*shape)
@@ -147,50 +180,46 @@ class CpuBackend(Backend):
     def adopt(
         self, tensors: tuple[Tensor, ...], pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype
     ) -> Kernel:
-        """The kernel whose layout these byte tensors (and scales) are; BackendError if their sizes say otherwise."""
+        """The kernel whose layout these byte tensors (and scales) are; BackendError if they cannot be."""
         quantized = len(tensors) == QUANTIZED_TENSORS
         stored = torch.int8 if quantized else dtype
         kept = _kept_blocks(tensors[0].nbytes, pattern, shape, stored) if isinstance(pattern, Block) else 0
         family, arguments = _stored(pattern, shape, stored, kept)
         layout = _call(family, "values_bytes")(*arguments), _call(family, "metadata_bytes")(*arguments)
         sizes = (*layout, *([4 * shape[0]] * quantized))
-        # the library reads raw memory, so sizes are checked wherever tensors come from outside
-        if tuple(tensor.nbytes for tensor in tensors) != sizes or not all(each.is_contiguous() for each in tensors):
-            got = ", ".join(str(tensor.nbytes) for tensor in tensors)
-            raise BackendError(
-                f"a {pattern} layout of shape {shape} in {dtype} takes contiguous tensors of "
-                f"{', '.join(map(str, sizes))} bytes, got {got}; prepare it with SparseLinear"
-            )
-        return Kernel(self.name, tensors, pattern, shape, dtype, arguments)
+        kernel = Kernel(self.name, tensors, pattern, shape, dtype, arguments, sizes=sizes)
+        _require_layout(kernel)
+        return kernel
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The layout of ``packed``, which must be on the CPU."""
         family, arguments = _stored(packed.pattern, packed.shape, packed.values.dtype, packed.values.shape[0])
         values = torch.empty(_call(family, "values_bytes")(*arguments), dtype=torch.uint8)
         metadata = torch.empty(_call(family, "metadata_bytes")(*arguments), dtype=torch.uint8)
-        canonical = packed.values.detach().contiguous(), packed.metadata.contiguous()
-        pointers = (tensor.data_ptr() for tensor in (*canonical, values, metadata))
-        _call(family, "pack")(*arguments, *pointers)
+        canonical = {"values": packed.values.detach().contiguous(), "metadata": packed.metadata.contiguous()}
+        _call(family, "pack")(*arguments, *_addresses(**canonical), values.data_ptr(), metadata.data_ptr())
         scales = () if packed.scales is None else (packed.scales.detach().contiguous(),)
         return self.adopt((values, metadata, *scales), packed.pattern, packed.shape, packed.dtype)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, bit for bit what ``prepare`` was given."""
+        _require_layout(kernel)
         shapes = _canonical_shapes(kernel)
         layout, scales = kernel.tensors[:2], kernel.tensors[2:]
         values = torch.empty(shapes[0], dtype=torch.int8 if scales else kernel.dtype)
         metadata = torch.empty(shapes[1], dtype=torch.uint8)
-        pointers = (tensor.data_ptr() for tensor in (*layout, values, metadata))
-        _call(_family(kernel), "unpack")(*kernel.arguments, *pointers)
+        pointers = _addresses(values=layout[0], metadata=layout[1])
+        _call(_family(kernel), "unpack")(*kernel.arguments, *pointers, values.data_ptr(), metadata.data_ptr())
         quantized = (scales[0], kernel.dtype) if scales else ()
         return PackedWeight(values, metadata, kernel.pattern, kernel.shape, *quantized)
 
     def dense(self, kernel: Kernel) -> Tensor:
         """The dense weight [out, in], written straight from the layout."""
+        _require_layout(kernel)
         values, metadata, *scales = kernel.tensors
         weight = torch.empty(kernel.shape, dtype=torch.int8 if scales else kernel.dtype)
-        pointers = (values.data_ptr(), metadata.data_ptr(), weight.data_ptr())
-        _call(_family(kernel), "to_dense")(*kernel.arguments, *pointers, torch.get_num_threads())
+        pointers = _addresses(values=values, metadata=metadata)
+        _call(_family(kernel), "to_dense")(*kernel.arguments, *pointers, weight.data_ptr(), torch.get_num_threads())
         return dequantize(weight, scales[0], kernel.dtype) if scales else weight
 
     def eager(self, kernel: Kernel, activation: str, otherwise: EagerProduct) -> EagerProduct | None:
@@ -210,6 +239,7 @@ class CpuBackend(Backend):
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: int = 0) -> Tensor:
         """y [batch, out] in one call of the library; only ``x`` with strided columns is copied."""
+        _require_layout(kernel)
         batch, columns = x.shape
         out = kernel.shape[0]
         y = x.new_empty(batch, out)  # of the kernel's dtype, as x is; sizes as arguments, as a tuple they cost 0.5 us
@@ -221,19 +251,27 @@ class CpuBackend(Backend):
             if x.stride(1) != 1 or step < columns:
                 x, step = x.contiguous(), columns
         values, metadata, *scales = kernel.tensors
-        # pointers are read at every call: a tensor whose storage was replaced is then followed, not read after free
+        # at every call: a tensor whose storage was replaced is then followed, not read after free
+        values_start, metadata_start, x_start = values.data_ptr(), metadata.data_ptr(), x.data_ptr()
+        scales_start = scales[0].data_ptr() if scales else 0
+        bias_start = 0 if bias is None else bias.data_ptr()
+        got = values_start and metadata_start and x_start
+        if not (got and (bias_start or bias is None) and (scales_start or not scales)):
+            optional = {"scales": scales[0] if scales else None, "bias": bias}
+            given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+            _addresses(values=values, metadata=metadata, x=x, **given)
         module = _require_native()
         linear = module.block_linear if isinstance(kernel.pattern, Block) else module.nm_linear
         linear(
             *kernel.arguments,
-            values.data_ptr(),
-            metadata.data_ptr(),
+            values_start,
+            metadata_start,
             DTYPE_CODES[kernel.dtype],
-            x.data_ptr(),
+            x_start,
             step,
             batch,
-            scales[0].data_ptr() if scales else 0,
-            0 if bias is None else bias.data_ptr(),
+            scales_start,
+            bias_start,
             activation,
             y.data_ptr(),
             out,

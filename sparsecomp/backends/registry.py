@@ -78,6 +78,7 @@ class Kernel:
     ``dtype`` is that of x and y. Int8 weights have a third tensor, their row scales.
     ``arguments`` are constants the backend derived from the other fields, so that no call derives them again.
     ``refused`` names backends that were tried before this one and could not prepare the weight, each with the reason.
+    ``sizes`` are the bytes of each tensor, for a backend that checks them before it reads raw memory.
     """
 
     backend: str
@@ -87,6 +88,7 @@ class Kernel:
     dtype: torch.dtype
     arguments: tuple[int, ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
+    sizes: tuple[int, ...] = ()
 
     @property
     def quantized(self) -> bool:
