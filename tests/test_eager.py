@@ -36,13 +36,6 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def native() -> Any:
-    if cpu._torch_functions() is None:
-        pytest.skip("this torch has no DLPack table")
-    return cpu.native()
-
-
-@pytest.fixture
 def without_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As with a torch that has no DLPack table."""
     monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)

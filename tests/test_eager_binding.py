@@ -26,13 +26,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def native() -> Any:
-    if cpu._torch_functions() is None:
-        pytest.skip("this torch has no DLPack table")
-    return cpu.native()
-
-
 def test_a_table_of_another_version_is_not_used(native: Any) -> None:
     class Table(ctypes.Structure):
         _fields_ = (
