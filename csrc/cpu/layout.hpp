@@ -53,6 +53,18 @@ struct Geometry {
   int64_t canonical_metadata_bytes() const { return (canonical_slots() * bits + 7) / 8; }
 };
 
+// What a Geometry says of a step, where the compiler knows M and N. With N = 0 it knows the bits only.
+template <int M, int N>
+struct StepGeometry {
+  static constexpr bool kStatic = N != 0;
+  static constexpr int kBits = M == 16 ? 4 : M == 8 ? 3 : M == 4 ? 2 : 1;
+  static constexpr int kSlots = kStep / M * N;
+  static constexpr int kWordSlots = 32 / kBits;
+  static constexpr int kFullWords = kSlots / kWordSlots;
+  static constexpr int kRestBytes = (kSlots % kWordSlots * kBits + 7) / 8;
+  static constexpr int kMetadataBytes = (kFullWords * 4 + kRestBytes) * kTile;
+};
+
 // `static`: instruction sets compile their own copies, which the linker must not mix.
 static inline int element_bytes(int dtype) { return dtype == SPARSECOMP_F32 ? 4 : dtype == SPARSECOMP_I8 ? 1 : 2; }
 

@@ -25,23 +25,23 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The batch, cut into panels of nearly equal width.
 struct Panels {
-  int64_t lanes, vectors, count;
+  int64_t unit, units, count;
 
   Panels(const PanelSet& kernels, int64_t batch)
-      : lanes(kernels.lanes),
-        vectors(divide_up(batch, kernels.lanes)),
-        count(divide_up(vectors, kernels.most_vectors)) {}
+      : unit(kernels.unit), units(divide_up(batch, kernels.unit)), count(divide_up(units, kernels.most_units)) {}
 
-  int64_t first_vector(int64_t panel) const { return vectors * panel / count; }
-  int64_t width(int64_t panel) const { return (first_vector(panel + 1) - first_vector(panel)) * lanes; }
-  int64_t first_column(int64_t panel) const { return first_vector(panel) * lanes; }
+  int64_t first_unit(int64_t panel) const { return units * panel / count; }
+  int64_t width_units(int64_t panel) const { return first_unit(panel + 1) - first_unit(panel); }
+  int64_t width(int64_t panel) const { return width_units(panel) * unit; }
+  int64_t first_column(int64_t panel) const { return first_unit(panel) * unit; }
+  int64_t widest() const { return divide_up(units, count) * unit; }
 };
 
 class Runner {
  public:
   Runner(const Isa& isa, const PanelSet& kernels, const Geometry& g, const LinearCall& call)
       : isa_(isa), kernels_(kernels), g_(g), call_(call), panels_(kernels, call.batch) {
-    widest_ = divide_up(panels_.vectors, panels_.count) * panels_.lanes;
+    widest_ = panels_.widest();
     block_steps_ = std::max<int64_t>(1, kBlockBytes / (widest_ * kStep * 4));
     group_ = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(1, widest_ * g.steps * kStep * 4), 1, panels_.count);
   }
@@ -74,36 +74,47 @@ class Runner {
   }
 
  private:
-  // Steps [first_step, step_end) of a panel: x transposed, in the kernels' form, padded with zeros. A few rows of x at
-  // a time: rows are far apart, often at the same place of the cache.
+  // Columns of a panel that are transposed; the others, after them, are not.
+  int64_t transposed(int64_t panel) const {
+    return panels_.width(panel) - kernels_.permuted[panels_.width_units(panel)];
+  }
+
+  // Steps [first_step, step_end) of a panel: x in the kernels' form, padded with zeros. A few rows of x at a time: rows
+  // are far apart, often at the same place of the cache.
   void pack(int64_t panel, int64_t first_step, int64_t step_end, float* packed) const {
-    const int64_t width = panels_.width(panel), lanes = panels_.lanes, size = element_bytes(kernels_.x_dtype);
-    for (int64_t column = 0; column < width; column += lanes) {
+    const int64_t width = panels_.width(panel), split = transposed(panel), size = element_bytes(kernels_.x_dtype);
+    for (int64_t column = 0, count; column < width; column += count) {
       const int64_t first = panels_.first_column(panel) + column;
+      count = std::min<int64_t>(kernels_.lanes, width - column);
       for (int64_t step = first_step; step < step_end; ++step) {
         alignas(64) float local[kMostLanes * kStep];
         const void* from = local;
         int64_t ld = kStep;
-        if (call_.dtype == kernels_.x_dtype && first + lanes <= call_.batch && (step + 1) * kStep <= g_.in) {
+        if (call_.dtype == kernels_.x_dtype && first + count <= call_.batch && (step + 1) * kStep <= g_.in) {
           const auto* x = static_cast<const uint8_t*>(call_.x) + (first * call_.ldx + step * kStep) * size;
           from = x;
           ld = call_.ldx;
           // the hardware sees too many short streams
-          for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(x + i * ld * size + kPackAhead);
+          for (int64_t i = 0; i < count; ++i) __builtin_prefetch(x + i * ld * size + kPackAhead);
         } else {
-          fill(first, step, local);
+          fill(first, count, step, local);
         }
-        kernels_.pack(from, ld, packed + step * kStep * width + column, width);
+        float* to = packed + step * kStep * width;
+        if (column < split)
+          kernels_.pack(from, ld, to + column, split);
+        else
+          for (int64_t i = 0; i < count; ++i)
+            std::memcpy(to + (column + i) * kStep, static_cast<const float*>(from) + i * ld, kStep * sizeof(float));
       }
     }
   }
 
-  // [lanes][16] of x from batch column `first` and column step `step`, in the kernels' type, padded with zeros.
-  void fill(int64_t first, int64_t step, void* local) const {
-    const int64_t columns = std::min(panels_.lanes, call_.batch - first);
+  // [count][16] of x from batch column `first` and column step `step`, in the kernels' type, padded with zeros.
+  void fill(int64_t first, int64_t count, int64_t step, void* local) const {
+    const int64_t columns = std::min(count, call_.batch - first);
     const int64_t used = std::min<int64_t>(kStep, g_.in - step * kStep);
     const int64_t size = element_bytes(call_.dtype), row_bytes = kStep * element_bytes(kernels_.x_dtype);
-    std::memset(local, 0, static_cast<size_t>(panels_.lanes * row_bytes));
+    std::memset(local, 0, static_cast<size_t>(count * row_bytes));
     for (int64_t i = 0; i < columns; ++i) {
       const auto* from = static_cast<const uint8_t*>(call_.x) + ((first + i) * call_.ldx + step * kStep) * size;
       auto* to = static_cast<uint8_t*>(local) + i * row_bytes;
@@ -123,9 +134,9 @@ class Runner {
     float* widened = nullptr;
     if (widens) widened = static_cast<float*>(values_space.reserve(block_steps_ * (g_.slots + 1) * kTile * 4));
     if (!sums || (widens && !widened)) return false;
-    const PanelMicro micro = kernels_.micro[width / panels_.lanes];
+    const PanelMicro micro = kernels_.micro[panels_.width_units(panel)];
     int64_t groups[kStep];
-    for (int slot = 0; slot < g_.slots; ++slot) groups[slot] = slot / g_.n * g_.m * width;
+    for (int slot = 0; slot < g_.slots; ++slot) groups[slot] = slot / g_.n * g_.m * transposed(panel);
     int64_t step = 0;
     do {  // once even if there are no columns: y is the bias then
       PanelArgs args{};
@@ -149,7 +160,8 @@ class Runner {
           widen(args.values, args.steps, widened);
           args.values = reinterpret_cast<const uint8_t*>(widened);
         }
-        args.rows = static_cast<int>(std::min<int64_t>(kTile, g_.out - t * kTile));
+        // permuted columns are shared out over all rows
+        args.rows = transposed(panel) < width ? kTile : static_cast<int>(std::min<int64_t>(kTile, g_.out - t * kTile));
         args.sums = sums + (t - tile) * kTile * width;
         micro(args);
       }
@@ -183,25 +195,31 @@ class Runner {
     }
   }
 
-  // y of [tile, tile_end) and one panel from the sums [tiles][16][width]. A few rows of y at a time, as in pack().
+  // y of [tile, tile_end) and one panel from the sums of the tiles. A few rows of y at a time, as in pack().
   void finish(int64_t panel, int64_t tile, int64_t tile_end, const float* sums) const {
-    const int64_t width = panels_.width(panel), lanes = panels_.lanes, size = element_bytes(call_.dtype);
-    const int64_t end = std::min(call_.batch, panels_.first_column(panel) + width);
+    const int64_t width = panels_.width(panel), split = transposed(panel), lanes = kernels_.lanes;
+    const int64_t size = element_bytes(call_.dtype), start = panels_.first_column(panel);
+    const int64_t end = std::min(call_.batch - start, width);
     alignas(64) float local[kMostLanes * kTile];
     FinishArgs args;
-    args.sums = local;
     args.ld = kTile;
     args.ldy = call_.ldy;
     args.dtype = call_.dtype;
-    for (int64_t column = panels_.first_column(panel); column < end; column += lanes, sums += lanes) {
+    for (int64_t column = 0; column < end; column += lanes) {
       args.columns = static_cast<int>(std::min(lanes, end - column));
       for (int64_t t = tile; t < tile_end; ++t) {
         const float* from = sums + (t - tile) * kTile * width;
-        for (int64_t r = 0; r < kTile; r += lanes) kernels_.transpose(from + r * width, width, local + r, kTile);
+        if (column < split) {
+          for (int64_t r = 0; r < kTile; r += lanes)
+            kernels_.transpose(from + r * split + column, split, local + r, kTile);
+          args.sums = local;
+        } else {
+          args.sums = from + column * kTile;
+        }
         const int64_t row = t * kTile;
         args.rows = static_cast<int>(std::min<int64_t>(kTile, g_.out - row));
         args.epilogue = epilogue_at(call_.epilogue, row, call_.dtype);
-        args.y = static_cast<uint8_t*>(call_.y) + (column * call_.ldy + row) * size;
+        args.y = static_cast<uint8_t*>(call_.y) + ((start + column) * call_.ldy + row) * size;
         isa_.finish(args);
       }
     }

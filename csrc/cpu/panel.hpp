@@ -1,5 +1,6 @@
 // The product over transposed panels of x, for batches that fill registers: lanes are batch columns, a kept weight is
 // broadcast, and its position says which row of the panel the multiply-add reads. No permutes, so the limit is loads.
+// A set may leave the last columns of a panel as they are in x, for its micro-kernels to permute meanwhile.
 // Owns packing of x, blocking, threads and ragged edges; its micro-kernels see whole tiles and whole vectors only.
 #pragma once
 
@@ -9,19 +10,19 @@
 
 namespace sparsecomp {
 
-constexpr int kMostVectors = 8;
+constexpr int kMostUnits = 16;
 
 // One tile by one panel over `steps` column steps.
 struct PanelArgs {
   const Geometry* geometry;
   const uint8_t* values;    // block of the first step; as laid out, or widened to float [slots][16] if the set says so
   const uint8_t* metadata;  // block of the first step
-  const void* panel;        // [16 * steps][width] elements of 4 bytes
+  const void* panel;        // elements of 4 bytes, for each step [16][transposed columns] and [permuted columns][16]
   int64_t steps;
-  const int64_t* groups;       // for each slot of a step: elements of the panel from the step to the slot's group
-  float* sums;                 // [16][width]
-  int rows;                    // that exist; the sums of others need not be made
-  bool add;                    // `sums` holds the sums of earlier columns, to be added to
+  const int64_t* groups;  // for each slot of a step: elements of the panel from the step to the slot's group
+  float* sums;            // [16][transposed columns] and [permuted columns][16]
+  int rows;  // whose sums are wanted: a multiple of those that a micro-kernel takes at a time, or all that exist
+  bool add;  // `sums` holds the sums of earlier columns, to be added to
   const uint8_t* next_values;  // of the next call, to be prefetched
   const char* output;          // where these sums will go: lines to be prefetched
   int64_t output_stride;       // bytes from one to the next
@@ -31,21 +32,23 @@ struct PanelArgs {
 using PanelMicro = void (*)(const PanelArgs&);
 
 struct PanelSet {
-  int lanes;                           // floats in a register
-  int x_dtype;                         // that pack() takes: SPARSECOMP_F32 or SPARSECOMP_BF16
-  int most_vectors;                    // of a panel's width
-  int64_t least_batch;                 // narrower panels have no kernel, or are slower than the kernels of KernelSet
-  double speedup;                      // over those, as measured, where no lanes are wasted
-  PanelMicro micro[kMostVectors + 1];  // by the panel's width in vectors
+  int lanes;                         // floats in a register
+  int unit;                          // columns that the width of a panel is a multiple of
+  int x_dtype;                       // that pack() takes: SPARSECOMP_F32 or SPARSECOMP_BF16
+  int most_units;                    // of a panel's width
+  int64_t least_batch;               // narrower panels have no kernel, or are slower than the kernels of KernelSet
+  double speedup;                    // over those, as measured, where no columns are wasted
+  PanelMicro micro[kMostUnits + 1];  // by the panel's width in units
+  int permuted[kMostUnits + 1];      // columns of it that are not transposed, the last ones
   // One step of `lanes` rows of x, ld_from elements apart, to `lanes` columns of the panel, `width` wide.
   void (*pack)(const void* from, int64_t ld_from, float* to, int64_t width);
   // to[j][i] = from[i][j] for `lanes` by `lanes` elements of 4 bytes
   void (*transpose)(const float* from, int64_t ld_from, float* to, int64_t ld_to);
 };
 
-// Whether panels are worth their packing, and the lanes that the batch leaves empty.
+// Whether panels are worth their packing, and the columns that the batch leaves empty.
 static inline bool panels_pay(const PanelSet& kernels, int64_t batch) {
-  const int64_t padded = (batch + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+  const int64_t padded = (batch + kernels.unit - 1) / kernels.unit * kernels.unit;
   return batch >= kernels.least_batch && static_cast<double>(batch) * kernels.speedup >= static_cast<double>(padded);
 }
 

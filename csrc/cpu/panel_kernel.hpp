@@ -20,23 +20,20 @@ SPARSECOMP_INLINE T load_as(const uint8_t* from) {
   return value;
 }
 
-// The positions of one row in one step, in slot order, as one integer. kBits: how many bits, or 0 if that is not known.
-template <int kBits>
+// The positions of one row in one step, in slot order, as one integer. Step: a StepGeometry.
+template <class Step>
 SPARSECOMP_INLINE uint64_t row_bits(const Geometry& g, const uint8_t* block, int row) {
-  if constexpr (kBits == 16) return load_as<uint16_t>(block + row * 2);
-  if constexpr (kBits == 32) return load_as<uint32_t>(block + row * 4);
-  const uint8_t* plane = block + g.full_words * kTile * 4;
-  uint64_t rest = 0;
-  if (g.full_words == 2 || g.rest_bytes == 4)
-    rest = load_as<uint32_t>(block + (g.words - 1) * kTile * 4 + row * 4);
-  else if (g.rest_bytes == 1)
-    rest = plane[row];
-  else if (g.rest_bytes >= 2)
-    rest = load_as<uint16_t>(plane + row * 2);
-  if (g.rest_bytes == 3) rest |= uint64_t{plane[kTile * 2 + row]} << 16;
-  if (g.full_words == 0) return rest;
-  const uint64_t first = load_as<uint32_t>(block + row * 4);
-  return g.words == 1 ? first : first | rest << (g.word_slots * g.bits);
+  const int full_words = Step::kStatic ? Step::kFullWords : g.full_words;
+  const int rest_bytes = Step::kStatic ? Step::kRestBytes : g.rest_bytes;
+  const auto word = [&](int index) __attribute__((always_inline)) -> uint64_t {
+    const uint8_t* plane = block + index * kTile * 4;
+    if (index < full_words || rest_bytes == 4) return load_as<uint32_t>(plane + row * 4);
+    if (rest_bytes == 1) return plane[row];
+    const uint64_t low = load_as<uint16_t>(plane + row * 2);
+    return rest_bytes == 2 ? low : low | uint64_t{plane[kTile * 2 + row]} << 16;
+  };
+  const int words = full_words + (rest_bytes != 0);
+  return words == 1 ? word(0) : word(0) | word(1) << (Step::kWordSlots * Step::kBits);
 }
 
 // Bytes from a group of the panel to its row `(bits >> shift) & mask`. Opaque to the compiler, so that the vectors of
@@ -136,33 +133,33 @@ struct FloatRows {
   SPARSECOMP_INLINE static void run(const PanelArgs& args, int row) {
     constexpr int64_t kWidth = int64_t{C} * Vector::kLanes;
     constexpr int kMasks = kShared ? 1 : R;
-    constexpr int kBits = M == 16 ? 4 : M == 8 ? 3 : M == 4 ? 2 : 1;
+    using Step = StepGeometry<M, N>;
     const Geometry& g = *args.geometry;
     const float* values = reinterpret_cast<const float*>(args.values) + row;
     const uint8_t* metadata = args.metadata;
     const float* panel = static_cast<const float*>(args.panel);
     typename Vector::Register sums[R][C];
     load_sums<Vector>(args, row, sums);
-    NextValues<R, kStep / M * N> next(args, row);
+    NextValues<R, Step::kSlots> next(args, row);
     for (int64_t step = 0; step < args.steps; ++step) {
       next.step();
       uint64_t bits[kMasks];
       SPARSECOMP_UNROLL
-      for (int r = 0; r < kMasks; ++r) bits[r] = row_bits<kStep / M * N * kBits>(g, metadata, row + r);
+      for (int r = 0; r < kMasks; ++r) bits[r] = row_bits<Step>(g, metadata, row + r);
       if constexpr (N != 0) {
         SPARSECOMP_UNROLL
-        for (int slot = 0; slot < kStep / M * N; ++slot)
-          multiply_slot<Vector, R, C, kShared>(values + slot * kTile, panel + slot / N * M * kWidth, bits, slot * kBits,
-                                               M - 1, sums);
+        for (int slot = 0; slot < Step::kSlots; ++slot)
+          multiply_slot<Vector, R, C, kShared>(values + slot * kTile, panel + slot / N * M * kWidth, bits,
+                                               slot * Step::kBits, M - 1, sums);
       } else {
         for (int slot = 0; slot < g.slots; ++slot) {  // one loop: nested ones, over groups and slots, mispredict
           const float* group = panel + (M == 16 ? 0 : args.groups[slot]);
           multiply_slot<Vector, R, C, kShared>(values + slot * kTile, group, bits, 0, M - 1, sums);
           SPARSECOMP_UNROLL
-          for (int r = 0; r < kMasks; ++r) bits[r] >>= kBits;
+          for (int r = 0; r < kMasks; ++r) bits[r] >>= Step::kBits;
         }
       }
-      values += (N != 0 ? kStep / M * N : g.slots) * kTile;
+      values += (N != 0 ? Step::kSlots : g.slots) * kTile;
       metadata += g.metadata_bytes;
       panel += kStep * kWidth;
     }
@@ -183,7 +180,7 @@ void panel_micro(const PanelArgs& args) {
 }
 
 template <class Vector, int M, int N, int R, int Least, int C, bool kShared>
-constexpr void fill_widths(PanelMicro (&micro)[kMostVectors + 1]) {
+constexpr void fill_widths(PanelMicro (&micro)[kMostUnits + 1]) {
   micro[C] = panel_micro<FloatRows<Vector, M, N, R, C, kShared>, R>;
   if constexpr (C > Least) fill_widths<Vector, M, N, R, Least, C - 1, kShared>(micro);
 }
@@ -198,7 +195,8 @@ void pack_columns(const void* from, int64_t ld_from, float* to, int64_t width) {
 // R rows by Least to Most vectors: a batch of at least `least_batch`, cut evenly, never makes narrower panels.
 template <class Vector, int M, int N, int R, int Least, int Most, bool kShared>
 constexpr PanelSet make_panel_set(int64_t least_batch, double speedup) {
-  PanelSet set{Vector::kLanes, SPARSECOMP_F32, Most, least_batch, speedup, {}, pack_columns<Vector>, Vector::transpose};
+  PanelSet set{Vector::kLanes,       Vector::kLanes,   SPARSECOMP_F32, Most, least_batch, speedup, {}, {},
+               pack_columns<Vector>, Vector::transpose};
   fill_widths<Vector, M, N, R, Least, Most, kShared>(set.micro);
   return set;
 }

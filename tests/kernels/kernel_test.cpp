@@ -105,6 +105,18 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
   }
 }
 
+// Patterns whose rows need not share masks for the product over panels.
+constexpr int32_t kPanelPatterns[][2] = {{1, 2}, {1, 4},  {2, 4},  {3, 4},   {2, 8},  {4, 8},
+                                         {6, 8}, {4, 16}, {8, 16}, {10, 16}, {12, 16}};
+
+// Every width of a panel, with columns left empty in its transposed and its permuted part.
+void compare_widths() {
+  for (const int32_t* pattern : kPanelPatterns) {
+    for (int64_t batch = 57; batch < 150; batch += 3)
+      compare_with_reference({uniform(1, 40), 100, pattern[0], pattern[1], 1, SPARSECOMP_F32}, batch, 1, 1, true);
+  }
+}
+
 void compare_random(int count) {
   for (int i = 0; i < count; ++i) {
     sparsecomp_nm weight;
@@ -118,8 +130,7 @@ void compare_random(int count) {
   }
   // wide enough for panels of x: full ones, several, with empty lanes, with rows that share masks, with many steps
   for (int i = 0; i < count / 4; ++i) {
-    constexpr int32_t kPatterns[][2] = {{1, 2}, {2, 4}, {3, 4}, {4, 8}, {6, 8}, {8, 16}, {10, 16}, {12, 16}};
-    const int32_t* pattern = kPatterns[uniform(0, 7)];
+    const int32_t* pattern = kPanelPatterns[uniform(0, 10)];
     sparsecomp_nm weight;
     weight.m = pattern[1];
     weight.mask_rows = static_cast<int32_t>(4 * uniform(0, 2));
@@ -169,6 +180,7 @@ void check_unnamed_columns() {
       check_unnamed_columns(dtype, n, 1, 1);
       check_unnamed_columns(dtype, n, 4, 96);
     }
+    check_unnamed_columns(dtype, 4, 1, 96);
   }
 }
 
@@ -257,6 +269,7 @@ int main() {
   check_pages();
   check_refusals();
   check_unnamed_columns();
+  compare_widths();
   compare_random(600);
   std::printf("%s: %d failures\n", sparsecomp_isa(), failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

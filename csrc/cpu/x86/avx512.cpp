@@ -71,22 +71,14 @@ struct Product {
   static inline void pair(const uint8_t* block, int slot, bool odd, __m512i word, const Shape& shape, int chain,
                           const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {
     const typename Values::Raw raw = Values::load(block, slot);
-    multiply<NB, C>(Values::even(raw), columns<M>(word, shape.base(slot)), 2 * chain % C, xs, sums);
+    multiply<NB, C>(Values::even(raw), slot_columns<M>(word, shape.base(slot)), 2 * chain % C, xs, sums);
     if (!odd) return;
     const typename Values::Raw next = Values::kPaired ? raw : Values::load(block, slot + 1);
-    const __m512i index = columns<M>(_mm512_srli_epi32(word, Shape::kBits), shape.base(slot + 1));
+    const __m512i index = slot_columns<M>(_mm512_srli_epi32(word, Shape::kBits), shape.base(slot + 1));
     multiply<NB, C>(Values::odd(next), index, (2 * chain + 1) % C, xs, sums);
   }
 
  private:
-  // A group of 16 needs no base, and the permute reads the low four bits only.
-  template <int M>
-  static __m512i columns(__m512i word, int base) {
-    if (M == 16) return word;
-    // (word & mask) | base
-    return _mm512_ternarylogic_epi32(word, _mm512_set1_epi32(M - 1), _mm512_set1_epi32(base), 0xea);
-  }
-
   template <int NB, int C>
   static void multiply(__m512 value, __m512i index, int chain, const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {
     SPARSECOMP_UNROLL

@@ -63,7 +63,7 @@ void decode(const Geometry& g, const uint8_t* metadata, int64_t steps, uint8_t* 
   constexpr bool kStatic = StepShape<M, N>::kStatic;
   const int slots = kStatic ? shape.kSlots : g.slots, words = kStatic ? 1 : g.words;
   const int full_words = kStatic ? shape.kSlots / shape.kWordSlots : g.full_words;
-  const int rest_bytes = kStatic ? (shape.kSlots % shape.kWordSlots * shape.kBits + 7) / 8 : g.rest_bytes;
+  const int rest_bytes = kStatic ? shape.kRestBytes : g.rest_bytes;
   for (int64_t step = 0; step < steps; ++step, metadata += g.metadata_bytes) {
     for (int word = 0, slot = 0; word < words; ++word) {
       __m512i positions = load_index_word(metadata, word, full_words, rest_bytes);

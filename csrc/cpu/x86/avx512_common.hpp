@@ -22,14 +22,20 @@ inline __m512i load_index_word(const uint8_t* block, int word, int full_words, i
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
+// Columns within a step of the slot in the lowest bits of index words. A group of 16 needs no base, and a permute reads
+// the low four bits only.
+template <int M>
+inline __m512i slot_columns(__m512i word, int base) {
+  if (M == 16) return word;
+  // (word & mask) | base
+  return _mm512_ternarylogic_epi32(word, _mm512_set1_epi32(M - 1), _mm512_set1_epi32(base), 0xea);
+}
+
 // The shape of one step, known at compile time where N is (N = 0: any N, read from the geometry).
 template <int M, int N>
-struct StepShape {
-  static constexpr bool kStatic = N != 0;
-  static constexpr int kBits = M == 16 ? 4 : M == 8 ? 3 : M == 4 ? 2 : 1;
-  static constexpr int kWordSlots = 32 / kBits;
-  static constexpr int kSlots = kStep / M * N;
-  static_assert(kSlots <= kWordSlots, "static shapes have one index word");
+struct StepShape : StepGeometry<M, N> {
+  using StepGeometry<M, N>::kStatic;
+  static_assert(StepShape::kSlots <= StepShape::kWordSlots, "static shapes have one index word");
   int bases[kStatic ? 1 : kStep + 1];
 
   explicit StepShape(const Geometry& g) {
@@ -51,8 +57,8 @@ void micro(const MicroArgs& args) {
   constexpr int kChains = T * NB == 1 ? 4 : NB <= 2 ? 2 : 1;
   const Geometry& g = *args.geometry;
   const Shape shape(g);
-  const int full_words = Shape::kStatic ? Shape::kSlots / Shape::kWordSlots : g.full_words;
-  const int rest_bytes = Shape::kStatic ? (Shape::kSlots % Shape::kWordSlots * Shape::kBits + 7) / 8 : g.rest_bytes;
+  const int full_words = Shape::kStatic ? Shape::kFullWords : g.full_words;
+  const int rest_bytes = Shape::kStatic ? Shape::kRestBytes : g.rest_bytes;
   constexpr int block_bytes = (Shape::kSlots * Product::kWeightBytes * kTile + 63) / 64 * 64;
   const uint8_t* values = args.values;
   const uint8_t* metadata = args.metadata;

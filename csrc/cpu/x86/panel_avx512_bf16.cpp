@@ -15,7 +15,7 @@ template <int M, int N, int R, int C>
 struct DotRows {
   SPARSECOMP_INLINE static void run(const PanelArgs& args, int row) {
     constexpr int64_t kWidth = int64_t{C} * Avx512::kLanes;
-    constexpr int kBits = M == 16 ? 4 : M == 8 ? 3 : M == 4 ? 2 : 1;
+    using Step = StepGeometry<M, N>;
     const Geometry& g = *args.geometry;
     const uint8_t* values = args.values + row * 4;
     const uint8_t* metadata = args.metadata;
@@ -28,7 +28,8 @@ struct DotRows {
       SPARSECOMP_UNROLL
       for (int r = 0; r < R; ++r)
         weights[r] = reinterpret_cast<__m512bh>(_mm512_set1_epi32(load_as<int32_t>(of_pair + r * 4)));
-      const uint64_t at = row_offset<kWidth * 4>(bits, 0, M - 1), next = row_offset<kWidth * 4>(bits, kBits, M - 1);
+      const uint64_t at = row_offset<kWidth * 4>(bits, 0, M - 1),
+                     next = row_offset<kWidth * 4>(bits, Step::kBits, M - 1);
       SPARSECOMP_UNROLL
       for (int c = 0; c < C; ++c) {
         // the last of an odd number of slots has no partner: zero, as Inf there would not vanish against a zero weight
@@ -40,18 +41,18 @@ struct DotRows {
           sums[r][c] = _mm512_dpbf16_ps(sums[r][c], weights[r], reinterpret_cast<__m512bh>(pair));
       }
     };
-    NextValues<R, kStep / M * N / 2> next(args, row);
+    NextValues<R, Step::kSlots / 2> next(args, row);
     for (int64_t step = 0; step < args.steps; ++step) {
       next.step();
-      uint64_t bits = row_bits<kStep / M * N * kBits>(g, metadata, row);
+      uint64_t bits = row_bits<Step>(g, metadata, row);
       if constexpr (N != 0) {
         SPARSECOMP_UNROLL
-        for (int slot = 0; slot < kStep / M * N; slot += 2)
+        for (int slot = 0; slot < Step::kSlots; slot += 2)
           multiply(values + slot / 2 * kTile * 4, panel + slot / N * M * kWidth, panel + (slot + 1) / N * M * kWidth,
-                   bits >> (slot * kBits), false);
+                   bits >> (slot * Step::kBits), false);
       } else {
         int slot = 0;
-        for (; slot + 1 < g.slots; slot += 2, bits >>= 2 * kBits)
+        for (; slot + 1 < g.slots; slot += 2, bits >>= 2 * Step::kBits)
           multiply(values + slot / 2 * kTile * 4, panel + args.groups[slot], panel + args.groups[slot + 1], bits,
                    false);
         if (slot < g.slots) multiply(values + slot / 2 * kTile * 4, panel + args.groups[slot], panel, bits, true);
@@ -82,7 +83,7 @@ void pack_doubled(const void* from, int64_t ld_from, float* to, int64_t width) {
 template <int M, int N>
 const PanelSet* shared() {
   static constexpr PanelSet set = [] {
-    PanelSet made{Avx512::kLanes, SPARSECOMP_BF16, 6, 33, 1.2, {}, pack_doubled, transpose_16x16};
+    PanelSet made{Avx512::kLanes, Avx512::kLanes, SPARSECOMP_BF16, 6, 33, 1.2, {}, {}, pack_doubled, transpose_16x16};
     made.micro[1] = panel_micro<DotRows<M, N, 4, 1>, 4>;
     made.micro[2] = panel_micro<DotRows<M, N, 4, 2>, 4>;
     made.micro[3] = panel_micro<DotRows<M, N, 4, 3>, 4>;
