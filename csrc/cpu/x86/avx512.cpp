@@ -56,6 +56,7 @@ template <class Values>
 struct Product {
   using X = float;
   using Vector = __m512;
+  using Base = int32_t;
   static constexpr int kXDtype = SPARSECOMP_F32;
   static constexpr int kWeightBytes = Values::kBytes;
 
@@ -67,14 +68,26 @@ struct Product {
     return nullptr;
   }
 
+  template <int M>
+  static constexpr bool kReadsBases = M < 16;
+
+  template <class Shape, int NB>
+  static __m512i first(__m512i word) {
+    return word;
+  }
+  template <class Shape, int NB>
+  static __m512i next(__m512i word) {
+    return _mm512_srli_epi32(word, 2 * Shape::kBits);
+  }
+
   template <int M, class Shape, int NB, int C>
-  static inline void pair(const uint8_t* block, int slot, bool odd, __m512i word, const Shape& shape, int chain,
+  static inline void pair(const uint8_t* block, int slot, bool odd, __m512i word, const Base* bases, int chain,
                           const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {
     const typename Values::Raw raw = Values::load(block, slot);
-    multiply<NB, C>(Values::even(raw), slot_columns<M>(word, shape.base(slot)), 2 * chain % C, xs, sums);
+    multiply<NB, C>(Values::even(raw), slot_columns<M>(word, bases[slot]), 2 * chain % C, xs, sums);
     if (!odd) return;
     const typename Values::Raw next = Values::kPaired ? raw : Values::load(block, slot + 1);
-    const __m512i index = slot_columns<M>(_mm512_srli_epi32(word, Shape::kBits), shape.base(slot + 1));
+    const __m512i index = slot_columns<M>(_mm512_srli_epi32(word, Shape::kBits), bases[slot + 1]);
     multiply<NB, C>(Values::odd(next), index, (2 * chain + 1) % C, xs, sums);
   }
 

@@ -32,27 +32,33 @@ inline __m512i slot_columns(__m512i word, int base) {
 }
 
 // The shape of one step, known at compile time where N is (N = 0: any N, read from the geometry).
-template <int M, int N>
+template <int M, int N, class Base>
 struct StepShape : StepGeometry<M, N> {
-  using StepGeometry<M, N>::kStatic;
   static_assert(StepShape::kSlots <= StepShape::kWordSlots, "static shapes have one index word");
-  int bases[kStatic ? 1 : kStep + 1];
 
-  explicit StepShape(const Geometry& g) {
-    if (!kStatic)
-      for (int slot = 0; slot <= kStep; ++slot) bases[kStatic ? 0 : slot] = slot / g.n * M;
-  }
+  // For each slot the first column of its group.
+  struct Bases {
+    Base of[kStep + 1];
+    constexpr explicit Bases(int n) : of{} {
+      for (int slot = 0; slot <= kStep; ++slot) of[slot] = static_cast<Base>(slot / n * M);
+    }
+  };
+  static constexpr Bases kBases{N == 0 ? 1 : N};
+  Bases read;
 
-  // First column of the group that a slot belongs to.
-  int base(int slot) const { return kStatic ? slot / (kStatic ? N : 1) * M : bases[slot]; }
+  explicit StepShape(const Geometry& g) : read(N == 0 ? g.n : 1) {}
+  const Base* bases() const { return N == 0 ? read.of : kBases.of; }
 };
 
 // T tiles by NB batch columns. `Product` multiplies a pair of slots of one tile:
 //   Product::X, Product::Vector   element and register of x; load(pointer) takes 16 elements
-//   Product::pair<M>(block, slot, odd, word, shape, chain, xs, sums)   `odd`: slot + 1 exists too
+//   Product::Base                 what holds the first column of a slot's group
+//   Product::kReadsBases<M>       whether the bases of a step find no registers beside the most sums
+//   Product::first<Shape, NB>(word)   an index word as pair() wants it; next<Shape, NB>(word): for the next pair
+//   Product::pair<M, Shape>(block, slot, odd, word, bases, chain, xs, sums)   `odd`: slot + 1 exists too
 template <class Product, int M, int N, int T, int NB>
 void micro(const MicroArgs& args) {
-  using Shape = StepShape<M, N>;
+  using Shape = StepShape<M, N, typename Product::Base>;
   // few columns: several sums each, or the latency of the multiply-add shows
   constexpr int kChains = T * NB == 1 ? 4 : NB <= 2 ? 2 : 1;
   const Geometry& g = *args.geometry;
@@ -86,17 +92,22 @@ void micro(const MicroArgs& args) {
       for (int t = 0; t < T; ++t) prefetch.template tile<Shape::kStatic ? block_bytes : 0>(t);
       prefetch.advance();
     }
+    const typename Product::Base* bases = shape.bases();
+    // read where they are used: in registers they would push out sums
+    if (Product::template kReadsBases<M> && T > 1 && NB == kMostColumns) __asm__("" : "+r"(bases));
     __m512i index[T];
     const auto load_words = [&](int word) {
       SPARSECOMP_UNROLL
       for (int t = 0; t < T; ++t)
-        index[t] = load_index_word(metadata + t * args.metadata_stride, word, full_words, rest_bytes);
+        index[t] = Product::template first<Shape, NB>(
+            load_index_word(metadata + t * args.metadata_stride, word, full_words, rest_bytes));
     };
     const auto multiply = [&](int slot, bool odd, int chain) {
       SPARSECOMP_UNROLL
       for (int t = 0; t < T; ++t) {
-        Product::template pair<M>(values + t * args.value_stride, slot, odd, index[t], shape, chain, xs, sums[t]);
-        index[t] = _mm512_srli_epi32(index[t], 2 * Shape::kBits);
+        Product::template pair<M, Shape>(values + t * args.value_stride, slot, odd, index[t], bases, chain, xs,
+                                         sums[t]);
+        index[t] = Product::template next<Shape, NB>(index[t]);
       }
     };
     if constexpr (Shape::kStatic) {
