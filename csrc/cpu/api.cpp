@@ -124,7 +124,8 @@ int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const 
     return SPARSECOMP_OK;
   }
   const sparsecomp::PanelSet* panels = dispatch.isa->select_panels(g);
-  if (panels && panels_pay(*panels, batch)) return sparsecomp::panel_linear(*dispatch.isa, *panels, g, call);
+  if (panels && panels_pay(*panels, g.out, batch, call.threads))
+    return sparsecomp::panel_linear(*dispatch.isa, *panels, g, call);
   return sparsecomp::blocked_linear(*dispatch.isa, *dispatch.isa->select(g), g, call);
 }
 

@@ -91,7 +91,11 @@ constexpr void add_width(PanelSet* set) {
 template <int M, int N>
 const PanelSet* alone() {
   static constexpr PanelSet set = [] {
-    PanelSet made{Avx512::kLanes, kUnit, SPARSECOMP_F32, 16, 60, 1.12, {}, {}, pack_columns<Avx512>, transpose_16x16};
+    // where little is multiplied, packing and writing y weigh more: 4:16 gains nothing below these
+    constexpr bool kFew = 4 * N <= M;
+    constexpr int64_t kLeastBatch = kFew ? 104 : 60, kLeastOutputs = kFew ? 512 * 128 : 0;
+    PanelSet made{Avx512::kLanes,       kUnit,          SPARSECOMP_F32, 16, kLeastBatch, kLeastOutputs, 1.12, {}, {},
+                  pack_columns<Avx512>, transpose_16x16};
     add_width<M, N, 2, 4>(&made);
     add_width<M, N, 2, 5>(&made);
     add_width<M, N, 2, 6>(&made);
