@@ -15,8 +15,9 @@ namespace {
 constexpr int64_t kBlockBytes = 32 << 10;
 // The sums of a task stay in the L2 cache.
 constexpr int64_t kSumsBytes = 192 << 10;
-// Panels are packed for as many batch columns at a time as stay in the L3 cache.
-constexpr int64_t kGroupBytes = 8 << 20;
+// Panels are packed for as many batch columns at a time as are still near when the last rows of the weight pass over
+// them: of the L3 cache, which others use too, a small part.
+constexpr int64_t kGroupBytes = 2 << 20;
 // Bytes of a row of x that are asked for ahead of their packing.
 constexpr int64_t kPackAhead = 256;
 constexpr int kMostLanes = 16;
