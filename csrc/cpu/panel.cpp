@@ -44,7 +44,10 @@ class Runner {
       : isa_(isa), kernels_(kernels), g_(g), call_(call), panels_(kernels, call.batch) {
     widest_ = panels_.widest();
     block_steps_ = std::max<int64_t>(1, kBlockBytes / (widest_ * kStep * 4));
-    group_ = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(1, widest_ * g.steps * kStep * 4), 1, panels_.count);
+    const int64_t near = kGroupBytes / std::max<int64_t>(1, widest_ * g.steps * kStep * 4);
+    // few rows: several panels at a time, or threads have nothing to do
+    group_ = std::clamp<int64_t>(std::max(near, divide_up(2 * call.threads, std::max<int64_t>(1, g.tiles))), 1,
+                                 panels_.count);
   }
 
   int run() {

@@ -19,10 +19,10 @@ struct PanelArgs {
   const uint8_t* metadata;  // block of the first step
   const void* panel;        // elements of 4 bytes, for each step [16][transposed columns] and [permuted columns][16]
   int64_t steps;
-  const int64_t* groups;  // for each slot of a step: elements of the panel from the step to the slot's group
-  float* sums;            // [16][transposed columns] and [permuted columns][16]
-  int rows;  // whose sums are wanted: a multiple of those that a micro-kernel takes at a time, or all that exist
-  bool add;  // `sums` holds the sums of earlier columns, to be added to
+  const int64_t* groups;       // elements from a step of the panel to a slot's group, for kernels that do not know N
+  float* sums;                 // [16][transposed columns] and [permuted columns][16]
+  int rows;                    // whose sums must be made
+  bool add;                    // `sums` holds the sums of earlier columns, to be added to
   const uint8_t* next_values;  // of the next call, to be prefetched
   const char* output;          // where these sums will go: lines to be prefetched
   int64_t output_stride;       // bytes from one to the next
@@ -40,7 +40,7 @@ struct PanelSet {
   int64_t least_outputs;             // for each thread, or packing takes what the kernels save
   double speedup;                    // over those, as measured, where no columns are wasted
   PanelMicro micro[kMostUnits + 1];  // by the panel's width in units
-  int permuted[kMostUnits + 1];      // columns of it that are not transposed, the last ones
+  int permuted[kMostUnits + 1];      // its last columns, left as in x (floats): all but a multiple of `lanes`
   // One step of `lanes` rows of x, ld_from elements apart, to `lanes` columns of the panel, `width` wide.
   void (*pack)(const void* from, int64_t ld_from, float* to, int64_t width);
   // to[j][i] = from[i][j] for `lanes` by `lanes` elements of 4 bytes

@@ -13,6 +13,7 @@
 #include "layout.hpp"
 #include "numbers.hpp"
 #include "pages.hpp"
+#include "panel.hpp"
 #include "partition.hpp"
 #include "reference.hpp"
 #include "sparsecomp.h"
@@ -43,7 +44,17 @@ void fill_positions(const Geometry& g, Buffer* metadata) {
   }
 }
 
-void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t gap, int threads, bool has_bias) {
+// The product over panels where the instruction set has one for the weight, whether it pays or not; else what is
+// chosen.
+int multiply_by_panels(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& call) {
+  const Isa* isa = dispatch().isa;
+  if (const PanelSet* panels = isa ? isa->select_panels(g) : nullptr) return panel_linear(*isa, *panels, g, call);
+  return sparsecomp_nm_linear(&weight, call.values, call.metadata, call.dtype, call.x, call.ldx, call.batch,
+                              &call.epilogue, call.y, call.ldy, call.threads);
+}
+
+void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t gap, int threads, bool has_bias,
+                            bool by_panels = false) {
   Geometry g;
   CHECK(make_geometry(weight, &g), "geometry");
   const int size = element_bytes(g.dtype);
@@ -84,9 +95,13 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
   const sparsecomp_epilogue epilogue{has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr,
                                      has_bias ? bias.data : nullptr,
                                      static_cast<int32_t>(uniform(SPARSECOMP_NO_ACTIVATION, SPARSECOMP_SILU))};
-  CHECK(sparsecomp_nm_linear(&weight, values.data, metadata.data, dtype, x.data, ldx, batch, &epilogue, y.data, ldy,
-                             threads) == SPARSECOMP_OK,
-        "%s", name.c_str());
+  const int done =
+      by_panels
+          ? multiply_by_panels(weight, g,
+                               {values.data, metadata.data, dtype, x.data, ldx, batch, epilogue, y.data, ldy, threads})
+          : sparsecomp_nm_linear(&weight, values.data, metadata.data, dtype, x.data, ldx, batch, &epilogue, y.data, ldy,
+                                 threads);
+  CHECK(done == SPARSECOMP_OK, "%s", name.c_str());
   reference_linear(g, {values.data, metadata.data, dtype, x.data, ldx, batch, epilogue, want.data, ldy, 1});
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t row = 0; row < g.out; ++row) {
@@ -109,13 +124,18 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
 constexpr int32_t kPanelPatterns[][2] = {{1, 2}, {1, 4},  {2, 4},  {3, 4},   {2, 8},  {4, 8},
                                          {6, 8}, {4, 16}, {8, 16}, {10, 16}, {12, 16}};
 
-// Every width of a panel, with columns left empty in its transposed and its permuted part.
+// Every width of a panel, alone and beside others, with columns left empty in its transposed and its permuted part; the
+// weights are longer than what a micro-kernel takes at a time.
 void compare_widths() {
+  constexpr int64_t kUnit = 8, kLeastUnits = 8, kMostUnitsAlone = 16;
   for (const int32_t* pattern : kPanelPatterns) {
-    const bool few = 4 * pattern[0] <= pattern[1];  // panels are for larger products then
-    for (int64_t batch = 57; batch < 150; batch += 3) {
-      const int64_t out = few ? uniform(640, 660) : uniform(1, 40);
-      compare_with_reference({out, 100, pattern[0], pattern[1], 1, SPARSECOMP_F32}, batch, 1, 1, true);
+    for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
+      for (int64_t units = kLeastUnits; units <= 2 * kMostUnitsAlone + 2; ++units) {
+        const int64_t in = uniform(0, 1) == 1 ? 160 : uniform(130, 160);
+        compare_with_reference({uniform(1, 40), in, pattern[0], pattern[1], 1, dtype},
+                               units * kUnit - uniform(0, kUnit - 1), uniform(0, 2), static_cast<int>(uniform(1, 3)),
+                               true, true);
+      }
     }
   }
 }

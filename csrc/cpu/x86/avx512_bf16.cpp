@@ -89,10 +89,11 @@ struct DotProduct {
 template <int M, int N>
 void decode(const Geometry& g, const uint8_t* metadata, int64_t steps, uint8_t* indices) {
   using Shape = StepShape<M, N, DotProduct::Base>;
-  const Shape shape(g);
   constexpr bool kStatic = Shape::kStatic;
+  constexpr Shape known(N == 0 ? 1 : N);
+  const Shape shape = N == 0 ? Shape(g.n) : known;
   const int slots = kStatic ? shape.kSlots : g.slots, words = kStatic ? 1 : g.words;
-  const int full_words = kStatic ? shape.kSlots / shape.kWordSlots : g.full_words;
+  const int full_words = kStatic ? shape.kFullWords : g.full_words;
   const int rest_bytes = kStatic ? shape.kRestBytes : g.rest_bytes;
   for (int64_t step = 0; step < steps; ++step, metadata += g.metadata_bytes) {
     for (int word = 0, slot = 0; word < words; ++word) {
@@ -101,7 +102,7 @@ void decode(const Geometry& g, const uint8_t* metadata, int64_t steps, uint8_t* 
       const int end = slots < slot + shape.kWordSlots ? slots : slot + shape.kWordSlots;
       SPARSECOMP_UNROLL
       for (; slot < end; slot += 2, indices += kTile * 4) {
-        _mm512_storeu_si512(indices, DotProduct::columns<M, Shape, kMostColumns>(positions, shape.bases() + slot));
+        _mm512_storeu_si512(indices, DotProduct::columns<M, Shape, kMostColumns>(positions, shape.bases + slot));
         positions = DotProduct::next<Shape, kMostColumns>(positions);
       }
     }
@@ -181,7 +182,10 @@ constexpr DecodedSet kDecoded = make_decoded<M, N>();
 template <int M, int N>
 constexpr const DecodedSet* DotProduct::decoded() {
   // 8:16 needs no constants and no masks: decoding is free beside the permutes
-  return M == 16 && N == 8 ? nullptr : &kDecoded<M, N>;
+  if constexpr (M == 16 && N == 8)
+    return nullptr;
+  else
+    return &kDecoded<M, N>;
 }
 
 const KernelSet* select(const Geometry& g) {

@@ -36,18 +36,11 @@ template <int M, int N, class Base>
 struct StepShape : StepGeometry<M, N> {
   static_assert(StepShape::kSlots <= StepShape::kWordSlots, "static shapes have one index word");
 
-  // For each slot the first column of its group.
-  struct Bases {
-    Base of[kStep + 1];
-    constexpr explicit Bases(int n) : of{} {
-      for (int slot = 0; slot <= kStep; ++slot) of[slot] = static_cast<Base>(slot / n * M);
-    }
-  };
-  static constexpr Bases kBases{N == 0 ? 1 : N};
-  Bases read;
+  Base bases[kStep + 1];  // for each slot, the first column of its group
 
-  explicit StepShape(const Geometry& g) : read(N == 0 ? g.n : 1) {}
-  const Base* bases() const { return N == 0 ? read.of : kBases.of; }
+  constexpr explicit StepShape(int n) : bases{} {
+    for (int slot = 0; slot <= kStep; ++slot) bases[slot] = static_cast<Base>(slot / n * M);
+  }
 };
 
 // T tiles by NB batch columns. `Product` multiplies a pair of slots of one tile:
@@ -62,7 +55,8 @@ void micro(const MicroArgs& args) {
   // few columns: several sums each, or the latency of the multiply-add shows
   constexpr int kChains = T * NB == 1 ? 4 : NB <= 2 ? 2 : 1;
   const Geometry& g = *args.geometry;
-  const Shape shape(g);
+  constexpr Shape known(N == 0 ? 1 : N);
+  const Shape shape = N == 0 ? Shape(g.n) : known;
   const int full_words = Shape::kStatic ? Shape::kFullWords : g.full_words;
   const int rest_bytes = Shape::kStatic ? Shape::kRestBytes : g.rest_bytes;
   constexpr int block_bytes = (Shape::kSlots * Product::kWeightBytes * kTile + 63) / 64 * 64;
@@ -92,7 +86,7 @@ void micro(const MicroArgs& args) {
       for (int t = 0; t < T; ++t) prefetch.template tile<Shape::kStatic ? block_bytes : 0>(t);
       prefetch.advance();
     }
-    const typename Product::Base* bases = shape.bases();
+    const typename Product::Base* bases = shape.bases;
     // read where they are used: in registers they would push out sums
     if (Product::template kReadsBases<M> && T > 1 && NB == kMostColumns) __asm__("" : "+r"(bases));
     __m512i index[T];
