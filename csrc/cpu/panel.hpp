@@ -37,7 +37,8 @@ struct PanelSet {
   int x_dtype;                       // that pack() takes: SPARSECOMP_F32 or SPARSECOMP_BF16
   int most_units;                    // of a panel's width
   int64_t least_batch;               // narrower panels have no kernel, or are slower than the kernels of KernelSet
-  int64_t least_outputs;             // for each thread, or packing takes what the kernels save
+  int64_t least_rows;                // of the weight, or packing takes what the kernels save
+  int64_t least_outputs;             // for each thread, likewise
   double speedup;                    // over those, as measured, where no columns are wasted
   PanelMicro micro[kMostUnits + 1];  // by the panel's width in units
   int permuted[kMostUnits + 1];      // its last columns, left as in x (floats): all but a multiple of `lanes`
@@ -49,7 +50,7 @@ struct PanelSet {
 
 // Whether panels are worth their packing, and the columns that the batch leaves empty.
 static inline bool panels_pay(const PanelSet& kernels, int64_t out, int64_t batch, int threads) {
-  if (out * batch < kernels.least_outputs * threads) return false;
+  if (out < kernels.least_rows || out * batch < kernels.least_outputs * threads) return false;
   const int64_t padded = (batch + kernels.unit - 1) / kernels.unit * kernels.unit;
   return batch >= kernels.least_batch && static_cast<double>(batch) * kernels.speedup >= static_cast<double>(padded);
 }

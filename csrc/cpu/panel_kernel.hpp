@@ -194,9 +194,10 @@ void pack_columns(const void* from, int64_t ld_from, float* to, int64_t width) {
 
 // R rows by Least to Most vectors: a batch of at least `least_batch`, cut evenly, never makes narrower panels.
 template <class Vector, int M, int N, int R, int Least, int Most, bool kShared>
-constexpr PanelSet make_panel_set(int64_t least_batch, double speedup) {
-  PanelSet set{Vector::kLanes,       Vector::kLanes,   SPARSECOMP_F32, Most, least_batch, 0, speedup, {}, {},
-               pack_columns<Vector>, Vector::transpose};
+constexpr PanelSet make_panel_set(int64_t least_batch, int64_t least_rows, double speedup) {
+  PanelSet set{
+      Vector::kLanes,       Vector::kLanes,   SPARSECOMP_F32, Most, least_batch, least_rows, 0, speedup, {}, {},
+      pack_columns<Vector>, Vector::transpose};
   fill_widths<Vector, M, N, R, Least, Most, kShared>(set.micro);
   return set;
 }

@@ -48,7 +48,8 @@ void fill_positions(const Geometry& g, Buffer* metadata) {
 // chosen.
 int multiply_by_panels(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& call) {
   const Isa* isa = dispatch().isa;
-  if (const PanelSet* panels = isa ? isa->select_panels(g) : nullptr) return panel_linear(*isa, *panels, g, call);
+  const PanelSet* panels = isa ? isa->select_panels(g) : nullptr;
+  if (panels && call.batch >= panels->least_batch) return panel_linear(*isa, *panels, g, call);
   return sparsecomp_nm_linear(&weight, call.values, call.metadata, call.dtype, call.x, call.ldx, call.batch,
                               &call.epilogue, call.y, call.ldy, call.threads);
 }
@@ -163,7 +164,7 @@ void compare_random(int count) {
     weight.out_features = uniform(1, 40);
     weight.in_features = i % 2 == 0 ? 16 * uniform(0, 9) : uniform(0, 150);
     const int64_t batch = 16 * uniform(1, 20) - (uniform(0, 1) == 1 ? uniform(0, 5) : 0);
-    compare_with_reference(weight, batch, uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1);
+    compare_with_reference(weight, batch, uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1, true);
   }
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16})  // in several tasks
     compare_with_reference({500, 300, 2, 4, dtype == SPARSECOMP_BF16 ? 4 : 1, dtype}, 144, 1, 2, true);

@@ -44,7 +44,7 @@ Case random_case() {
   c.out = large ? uniform(1, 700) : uniform(0, 70);
   c.in = large ? uniform(1, 8000) : uniform(0, 3) == 0 ? 16 * uniform(0, 16) : uniform(0, 250);
   c.batch = large ? uniform(1, 40) : uniform(1, 8) == 1 ? uniform(35, 200) : uniform(0, 34);
-  if (!large && uniform(1, 100) == 1) {  // enough outputs for panels of patterns that keep little
+  if (!large && uniform(1, 40) == 1) {  // enough rows and outputs for panels
     c.out = uniform(500, 800);
     c.batch = uniform(104, 300);
   }

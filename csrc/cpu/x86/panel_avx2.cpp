@@ -47,8 +47,9 @@ struct Avx2 {
 
 template <int M, int N>
 const PanelSet* select_for(const Geometry& g) {
-  static constexpr PanelSet alone = make_panel_set<Avx2, M, N, 2, 2, 6, false>(M == 16 ? 13 : 25, M == 16 ? 1.6 : 1.1),
-                            fours = make_panel_set<Avx2, M, N, 4, 1, 2, true>(13, 1.1);
+  static constexpr PanelSet alone = make_panel_set<Avx2, M, N, 2, 2, 6, false>(M == 16 ? 13 : 25, M == 16 ? 0 : 48,
+                                                                               M == 16 ? 1.6 : 1.1),
+                            fours = make_panel_set<Avx2, M, N, 4, 1, 2, true>(13, M == 16 ? 0 : 48, 1.1);
   return g.mask_rows % 4 == 0 ? &fours : &alone;
 }
 

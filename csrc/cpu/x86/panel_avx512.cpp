@@ -94,7 +94,9 @@ const PanelSet* alone() {
     // where little is multiplied, packing and writing y weigh more: 4:16 gains nothing below these
     constexpr bool kFew = 4 * N <= M;
     constexpr int64_t kLeastBatch = kFew ? 104 : 60, kLeastOutputs = kFew ? 512 * 128 : 0;
-    PanelSet made{Avx512::kLanes,       kUnit,          SPARSECOMP_F32, 16, kLeastBatch, kLeastOutputs, 1.12, {}, {},
+    constexpr int64_t kLeastRows = kFew ? 256 : 96;
+    PanelSet made{Avx512::kLanes,       kUnit,          SPARSECOMP_F32, 16, kLeastBatch,
+                  kLeastRows,           kLeastOutputs,  1.12,           {}, {},
                   pack_columns<Avx512>, transpose_16x16};
     add_width<M, N, 2, 4>(&made);
     add_width<M, N, 2, 5>(&made);
@@ -114,7 +116,7 @@ const PanelSet* alone() {
 
 template <int M, int N>
 const PanelSet* shared() {
-  static constexpr PanelSet set = make_panel_set<Avx512, M, N, 4, 1, 6, true>(25, 1.2);
+  static constexpr PanelSet set = make_panel_set<Avx512, M, N, 4, 1, 6, true>(25, 48, 1.2);
   return &set;
 }
 

@@ -83,7 +83,7 @@ void pack_doubled(const void* from, int64_t ld_from, float* to, int64_t width) {
 template <int M, int N>
 const PanelSet* shared() {
   static constexpr PanelSet set = [] {
-    PanelSet made{Avx512::kLanes, Avx512::kLanes, SPARSECOMP_BF16, 6, 33, 0, 1.2, {}, {},
+    PanelSet made{Avx512::kLanes, Avx512::kLanes, SPARSECOMP_BF16, 6, 33, 128, 0, 1.2, {}, {},
                   pack_doubled,   transpose_16x16};
     made.micro[1] = panel_micro<DotRows<M, N, 4, 1>, 4>;
     made.micro[2] = panel_micro<DotRows<M, N, 4, 2>, 4>;
