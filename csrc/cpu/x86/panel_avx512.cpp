@@ -11,9 +11,9 @@
 namespace sparsecomp {
 namespace {
 
-// Two rows by C vectors, and for every two rows another Q permuted columns of the whole tile. Registers for C = 5, Q =
-// 6: 10 + 6 sums, 6 activations, 2 weights, and a value, a word, an index and a permuted activation; the constants of
-// groups smaller than 16 take the rest.
+// Two rows by C vectors, and for every two rows another Q permuted columns of the whole tile.
+// Registers for C = 5 and Q = 6: 16 sums, 6 activations, 2 weights, a value, a word, an index and a permuted
+// activation; the constants of groups smaller than 16 take the rest.
 template <int M, int N, int C, int Q>
 struct MixedRows {
   using Step = StepGeometry<M, N>;
