@@ -53,7 +53,7 @@ class Product:
         weight, bias = self._operands.weights[copies - 1], self._operands.bias
         x = _random((batch, weight.shape[1]), self._operands.dtype, torch.Generator().manual_seed(batch), 1.0)
         self._runner = runner = self._loaded.bind(x, self._threads, copies)
-        self._sampler = Sampler(runner.call)
+        self._sampler = Sampler(runner.call, after_sleep=self._threads > 1)
         runner.call()
         truth = x.double() @ self._engine.effective(weight).double().T + bias.double()
         error = float((runner.result().double() - truth).norm() / truth.norm())

@@ -21,16 +21,21 @@ constexpr int64_t kChunkSteps = 256;
 constexpr int64_t kUncutSteps = 384;
 constexpr int64_t kUncutColumns = 16;
 // Weights this large come from memory at every call, also where a last-level cache has 32 MB. One column over them
-// waits for memory and nothing else: for 2:4, whose positions are half a line a step, one stream of values is faster
-// than two.
+// waits for memory and nothing else: where a step is so many bytes (fp32 8:16), two streams are faster than one.
 constexpr int64_t kMemoryBytes = 24 << 20;
+constexpr int64_t kLongStepBytes = 576;
 // From this many batch columns on, decoding the positions of a tile beforehand pays.
 constexpr int64_t kDecodeColumns = 16;
+// So many column steps of kMostWideColumns columns of x stay in the L1 cache.
+constexpr int64_t kWidestSteps = 64;
 // Two tiles of so many column steps and their decoded positions stay in the L1 cache.
 constexpr int64_t kDecodeSteps = 24;
 
+int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
+
 struct Blocking {
-  bool direct;  // micro-kernels read x where it is
+  bool direct;       // micro-kernels read x where it is
+  bool direct_wide;  // those of WideSet too
   int64_t chunk_steps;
   int tiles;  // of a micro-kernel call
 };
@@ -44,21 +49,26 @@ Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const Linear
   Blocking blocking;
   blocking.tiles = kMostTiles;
   while (blocking.tiles > 1 && (!kernels.micro[blocking.tiles][1] || blocking.tiles > g.tiles)) --blocking.tiles;
-  const int64_t bytes = g.tiles * g.steps * (g.value_bytes + g.metadata_bytes);
-  if (call.batch == 1 && bytes >= kMemoryBytes && g.n == 2 && g.m == 4) blocking.tiles = 1;
+  const int64_t step_bytes = g.value_bytes + g.metadata_bytes;
+  const bool two_streams = step_bytes >= kLongStepBytes && g.tiles * g.steps * step_bytes >= kMemoryBytes;
+  if (call.batch == 1 && !two_streams) blocking.tiles = std::min(blocking.tiles, kernels.column_tiles);
   blocking.chunk_steps = g.steps;
   if (call.batch > kUncutColumns && g.steps > kUncutSteps) {
     const int64_t chunks = (g.steps + kChunkSteps - 1) / kChunkSteps;
-    blocking.chunk_steps = (g.steps + chunks - 1) / chunks;
+    blocking.chunk_steps = round_up((g.steps + chunks - 1) / chunks, kWideStep / kStep);
   }
   blocking.direct = kernels.x_dtype == call.dtype && g.in % kStep == 0;
+  // a read that straddles two lines takes twice as long
+  const int64_t size = element_bytes(call.dtype);
+  const bool lines = reinterpret_cast<uintptr_t>(call.x) % 64 == 0 && call.ldx * size % 64 == 0;
+  blocking.direct_wide = blocking.direct && lines && g.in % kWideStep == 0;
   return blocking;
 }
 
-// Columns [first, first + count) of x, steps [step, step_end), as a dense zero-padded panel of the kernels' type.
+// Columns [first, first + count) of x, from `step` on, as a dense zero-padded panel of `width` columns and the kernels'
+// type.
 void fill_panel(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call, int64_t first,
-                int64_t count, int64_t step, int64_t step_end, void* panel) {
-  const int64_t width = (step_end - step) * kStep;
+                int64_t count, int64_t step, int64_t width, void* panel) {
   const int64_t used = std::min(width, g.in - step * kStep);
   const int64_t size = element_bytes(call.dtype);
   for (int64_t i = 0; i < count; ++i) {
@@ -75,9 +85,10 @@ void fill_panel(const Isa& isa, const KernelSet& kernels, const Geometry& g, con
   }
 }
 
-// The largest micro-kernel that cuts what is left into even parts: 9 columns are 5 and 4, not 8 and 1.
-int next_columns(const Micro* micro, int64_t left) {
-  const int64_t parts = (left + kMostColumns - 1) / kMostColumns;
+// The micro-kernel, of at most `most` columns, that cuts what is left into even parts: 9 columns are 5 and 4, not 8
+// and 1.
+int next_columns(const Micro* micro, int64_t most, int64_t left) {
+  const int64_t parts = (left + most - 1) / most;
   auto columns = static_cast<int>((left + parts - 1) / parts);
   while (!micro[columns]) --columns;
   return columns;
@@ -86,7 +97,10 @@ int next_columns(const Micro* micro, int64_t left) {
 class TaskRunner {
  public:
   TaskRunner(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call)
-      : isa_(isa), kernels_(kernels), g_(g), call_(call), blocking_(make_blocking(kernels, g, call)) {}
+      : isa_(isa), kernels_(kernels), g_(g), call_(call), blocking_(make_blocking(kernels, g, call)) {
+    const sparsecomp_epilogue& last = call.epilogue;
+    plain_ = call.dtype == kernels.y_dtype && last.activation == SPARSECOMP_NO_ACTIVATION && !last.row_scales;
+  }
 
   // False if there is no memory for the workspace.
   bool run(const Task& task) const {
@@ -94,15 +108,18 @@ class TaskRunner {
     const int64_t columns = task.column_end - task.column;
     const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
     Buffers buffers;
-    if (kernels_.decoded && columns >= kDecodeColumns && g_.slots % 2 == 0) {
+    const bool fits = columns < kMostWideColumns || (columns == kMostWideColumns && g_.steps <= kWidestSteps);
+    buffers.wide = kernels_.wide && columns > kMostColumns && fits && kernels_.wide->micro[columns];
+    if (!buffers.wide && kernels_.decoded && columns >= kDecodeColumns && g_.slots % 2 == 0) {
       buffers.indices = static_cast<uint8_t*>(index_space.reserve(blocking_.tiles * kDecodeSteps * step_index_bytes()));
       if (!buffers.indices) return false;
     }
     // pieces that are decoded are short anyway
     const int64_t chunk_steps = buffers.indices ? g_.steps : blocking_.chunk_steps;
     void* panel = nullptr;
-    if (!blocking_.direct) {
-      panel = panel_space.reserve(std::max<int64_t>(64, columns * chunk_steps * kStep * x_size));
+    const int64_t unit = buffers.wide ? kWideStep : kStep;
+    if (!(buffers.wide ? blocking_.direct_wide : blocking_.direct)) {
+      panel = panel_space.reserve(std::max<int64_t>(64, columns * round_up(chunk_steps * kStep, unit) * x_size));
       if (!panel) return false;
     }
     const int64_t kept_tiles = chunk_steps < g_.steps ? task.tile_end - task.tile : buffers.indices ? kMostTiles : 0;
@@ -117,9 +134,9 @@ class TaskRunner {
       const uint8_t* x = static_cast<const uint8_t*>(call_.x) + (task.column * call_.ldx + step * kStep) * x_size;
       int64_t ldx = call_.ldx;
       if (panel) {
-        fill_panel(isa_, kernels_, g_, call_, task.column, columns, step, step_end, panel);
+        ldx = round_up((step_end - step) * kStep, unit);
+        fill_panel(isa_, kernels_, g_, call_, task.column, columns, step, ldx, panel);
         x = static_cast<const uint8_t*>(panel);
-        ldx = (step_end - step) * kStep;
       }
       run_chunk(task, step, step_end, x, ldx, buffers);
       step = step_end;
@@ -132,6 +149,7 @@ class TaskRunner {
     float* sums = nullptr;       // of all batch columns of a task, where the columns of the weight are cut; or nullptr
     int64_t tile_sums = 0;       // floats in `sums` from a tile to the next, 0 if they share their place
     uint8_t* indices = nullptr;  // decoded positions, or nullptr for kernels that decode themselves
+    bool wide = false;           // the kernels of WideSet
   };
 
   int64_t step_index_bytes() const { return g_.slots / 2 * kTile * 4; }
@@ -147,7 +165,8 @@ class TaskRunner {
     args.ldx = ldx;
     args.indices = buffers.indices;
     for (int64_t tile = task.tile; tile < task.tile_end;) {
-      int tiles = std::max(1, static_cast<int>(std::min<int64_t>(blocking_.tiles, task.tile_end - tile)));
+      const int most_tiles = buffers.wide ? 1 : blocking_.tiles;
+      int tiles = std::max(1, static_cast<int>(std::min<int64_t>(most_tiles, task.tile_end - tile)));
       while (tiles > 1 && !kernels[tiles][1]) --tiles;
       int64_t step = chunk;
       do {
@@ -168,8 +187,9 @@ class TaskRunner {
                                      buffers.indices + t * args.index_stride);
         }
         const int64_t x_columns = (step - chunk) * kStep;
-        run_columns(kernels[tiles], task, tile, tiles, step_end == g_.steps, x, x_columns,
-                    buffers.sums ? buffers.sums + (tile - task.tile) * buffers.tile_sums : nullptr, &args);
+        run_columns(buffers.wide ? kernels_.wide->micro : kernels[tiles],
+                    buffers.wide ? kMostWideColumns : kMostColumns, task, tile, tiles, step_end == g_.steps, x,
+                    x_columns, buffers.sums ? buffers.sums + (tile - task.tile) * buffers.tile_sums : nullptr, &args);
         step = step_end;
       } while (step < chunk_end);
       tile += tiles;
@@ -177,22 +197,29 @@ class TaskRunner {
   }
 
   // All batch columns over the same weights; `x` from its column `x_columns` on. `done`: the sums are complete then.
-  void run_columns(const Micro* micro, const Task& task, int64_t tile, int tiles, bool done, const uint8_t* x,
+  void run_columns(const Micro* micro, int most, const Task& task, int64_t tile, int tiles, bool done, const uint8_t* x,
                    int64_t x_columns, float* sums, MicroArgs* args) const {
     const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
     alignas(64) float local[kMostColumns * kMostTiles * kTile];
+    static_assert(kMostWideColumns <= kMostColumns * kMostTiles, "the sums of one wide tile fit");
     for (int64_t column = task.column; column < task.column_end;) {
-      const int columns = next_columns(micro, task.column_end - column);
+      const int columns = next_columns(micro, most, task.column_end - column);
       args->x = x + ((column - task.column) * args->ldx + x_columns) * x_size;
       args->sums = sums ? sums : local;
       args->stream = column == task.column;
+      args->y = nullptr;
       if (done) {
-        const int64_t size = element_bytes(call_.dtype);
-        prefetch_rows(static_cast<const uint8_t*>(call_.y) + (column * call_.ldy + tile * kTile) * size,
-                      call_.ldy * size, columns, std::min<int64_t>(tiles * kTile, g_.out - tile * kTile) * size);
+        const int64_t row = tile * kTile, size = element_bytes(call_.dtype);
+        uint8_t* y = static_cast<uint8_t*>(call_.y) + (column * call_.ldy + row) * size;
+        prefetch_rows(y, call_.ldy * size, columns, std::min<int64_t>(tiles * kTile, g_.out - row) * size);
+        if (plain_ && row + tiles * kTile <= g_.out) {
+          args->y = y;
+          args->ldy = call_.ldy;
+          args->bias = epilogue_at(call_.epilogue, row, call_.dtype).bias;
+        }
       }
       micro[columns](*args);
-      if (done) finish(args->sums, tile, tiles, column, columns);
+      if (done && !args->y) finish(args->sums, tile, tiles, column, columns);
       if (sums) sums += columns * tiles * kTile;
       column += columns;
     }
@@ -218,6 +245,7 @@ class TaskRunner {
   const Geometry& g_;
   const LinearCall& call_;
   Blocking blocking_;
+  bool plain_;  // y is nothing but sum and bias, and the kernels write it
 };
 
 }  // namespace

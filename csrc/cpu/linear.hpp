@@ -23,6 +23,8 @@ struct LinearCall {
 
 constexpr int kMostTiles = 4;
 constexpr int kMostColumns = 8;
+constexpr int kMostWideColumns = 16;
+constexpr int kWideStep = 2 * kStep;
 
 // One micro-kernel call: T tiles of rows by NB batch columns over `steps` column steps.
 struct MicroArgs {
@@ -36,7 +38,12 @@ struct MicroArgs {
   int64_t steps;
   float* sums;  // [NB][T * 16], contiguous
   bool add;     // `sums` holds the sums of earlier columns, to be added to
-  bool stream;  // these weights are used for the first time: prefetch them, and the first of the next call's
+  // Where these are the last columns, and y is nothing but sum and bias in KernelSet::y_dtype: y of the first row and
+  // column, ldy elements apart, to be written in place of `sums`, and the bias of the first row. Else nullptr.
+  void* y;
+  int64_t ldy;
+  const void* bias;  // or nullptr
+  bool stream;       // these weights are used for the first time: prefetch them, and the first of the next call's
   const uint8_t* next_values;
   const uint8_t* next_metadata;
   const uint8_t* indices;  // of the first tile and step, for the kernels of DecodedSet only
@@ -53,11 +60,21 @@ struct DecodedSet {
   Micro micro[kMostTiles + 1][kMostColumns + 1];
 };
 
+// Micro-kernels of one tile and all columns of a batch that is a little larger than kMostColumns; micro[NB] may be
+// nullptr. They read two steps of x at once, which should be a line: rows of x are readable up to a multiple of
+// kWideStep columns. The kernel of kMostWideColumns has no registers for x and wants it in the L1 cache.
+struct WideSet {
+  Micro micro[kMostWideColumns + 1];
+};
+
 // The micro-kernels of one geometry; micro[T][NB] may be nullptr, but micro[1][1] exists.
 struct KernelSet {
   int x_dtype;  // SPARSECOMP_F32 or SPARSECOMP_BF16: what x must be converted to
   Micro micro[kMostTiles + 1][kMostColumns + 1];
   const DecodedSet* decoded;  // with the same T and NB, or nullptr
+  const WideSet* wide;        // or nullptr
+  int column_tiles;           // tiles of a call for a batch of one column: more are more streams of memory
+  int y_dtype;                // what the kernels can write themselves, see MicroArgs::y; -1: nothing
 };
 
 // y[column][0..rows) = epilogue(sums[column][0..rows)), in `dtype`; rows of `sums` are `ld` apart, and whole tiles of

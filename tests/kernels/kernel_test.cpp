@@ -93,9 +93,9 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
   Buffer scales(g.out * 4);
   scales.fill_numbers(SPARSECOMP_F32);
   const bool has_scales = uniform(0, 1) == 1;
-  const sparsecomp_epilogue epilogue{has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr,
-                                     has_bias ? bias.data : nullptr,
-                                     static_cast<int32_t>(uniform(SPARSECOMP_NO_ACTIVATION, SPARSECOMP_SILU))};
+  const sparsecomp_epilogue epilogue{
+      has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr, has_bias ? bias.data : nullptr,
+      uniform(0, 1) == 1 ? SPARSECOMP_NO_ACTIVATION : static_cast<int32_t>(uniform(SPARSECOMP_RELU, SPARSECOMP_SILU))};
   const int done =
       by_panels
           ? multiply_by_panels(weight, g,
@@ -137,6 +137,24 @@ void compare_widths() {
                                units * kUnit - uniform(0, kUnit - 1), uniform(0, 2), static_cast<int>(uniform(1, 3)),
                                true, true);
       }
+    }
+  }
+}
+
+// Every number of batch columns that a micro-kernel takes; rows of x that begin on lines and are read in place, and
+// any.
+void compare_columns() {
+  constexpr int64_t kMostColumnsAtOnce = 16;
+  for (const int32_t* pattern : kPanelPatterns) {
+    for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
+      for (int64_t batch = 1; batch <= kMostColumnsAtOnce + 1; ++batch) {
+        const int64_t in = 16 * uniform(1, 10);
+        compare_with_reference({uniform(1, 70), in, pattern[0], pattern[1], 1, dtype}, batch, in % 32, 1,
+                               uniform(0, 1) == 1);
+        compare_with_reference({uniform(1, 40), uniform(1, 180), pattern[0], pattern[1], 1, dtype}, batch,
+                               uniform(0, 3), static_cast<int>(uniform(1, 2)), uniform(0, 1) == 1);
+      }
+      compare_with_reference({uniform(1, 40), 1120, pattern[0], pattern[1], 1, dtype}, kMostColumnsAtOnce, 0, 1, true);
     }
   }
 }
@@ -294,6 +312,7 @@ int main() {
   check_refusals();
   check_unnamed_columns();
   compare_widths();
+  compare_columns();
   compare_random(600);
   std::printf("%s: %d failures\n", sparsecomp_isa(), failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

@@ -6,10 +6,22 @@
 #include "../dispatch.hpp"
 #include "../measure.hpp"
 #include "avx512_common.hpp"
+#include "convert_avx512.hpp"
 #include "panel_sets.hpp"
 
 namespace sparsecomp {
 namespace {
+
+struct Bf16Y {
+  static constexpr int kDtype = SPARSECOMP_BF16;
+  static __m512 load(const void* from, int64_t index) {
+    return widen_vector(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(from) + index)), kDtype);
+  }
+  static void store(__m512 value, void* to, int64_t index) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(to) + index), narrow_vector(value, kDtype));
+  }
+};
 
 // Registers for T = 2, NB = 8: 16 sums, 8 activations (the 16 of a step, twice, so that bit 4 of a word index does not
 // matter), 2 index words, a value, an index and the permuted activations.
@@ -17,6 +29,7 @@ struct DotProduct {
   using X = uint16_t;
   using Vector = __m512i;
   using Base = uint16_t;
+  using Y = Bf16Y;
   static constexpr int kXDtype = SPARSECOMP_BF16;
   static constexpr int kWeightBytes = 2;
 
@@ -26,6 +39,8 @@ struct DotProduct {
 
   template <int M, int N>
   static constexpr const DecodedSet* decoded();
+  template <int M, int N>
+  static constexpr const WideSet* wide();
 
   template <int M>
   static constexpr bool kReadsBases = M < 8;
@@ -63,18 +78,20 @@ struct DotProduct {
     }
   }
 
-  // Word indices of two slots, the first in the low half, the second in the high one.
+  // Word indices of two slots, the first in the low half, the second in the high one; `first` is added to both.
   template <int M, class Shape, int NB>
-  static __m512i columns(__m512i word, const Base* bases) {
+  static __m512i columns(__m512i word, const Base* bases, int first = 0) {
     int32_t base;
     std::memcpy(&base, bases, sizeof(base));
+    base += first * 0x10001;
     if (kTable<Shape, NB>) {  // a permute reads the low four bits only
       const __m512i pairs = _mm512_setr_epi32(0x00000, 0x00001, 0x00002, 0x00003, 0x10000, 0x10001, 0x10002, 0x10003,
                                               0x20000, 0x20001, 0x20002, 0x20003, 0x30000, 0x30001, 0x30002, 0x30003);
       return _mm512_or_si512(_mm512_permutexvar_epi32(word, pairs), _mm512_set1_epi32(base));
     }
     const __m512i both = kHalves<Shape, NB> ? word : in_halves<Shape>(word);
-    if (M == 16) return both;
+    // of 16 activations that are there twice
+    if (M == 16 && NB <= kMostColumns) return both;
     // (both & mask) | base
     return _mm512_ternarylogic_epi32(both, _mm512_set1_epi32((M - 1) * 0x10001), _mm512_set1_epi32(base), 0xea);
   }
@@ -116,12 +133,12 @@ void decoded_micro(const MicroArgs& args) {
   const uint8_t *values = args.values, *indices = args.indices;
   const auto* x = static_cast<const DotProduct::X*>(args.x);
   Prefetcher prefetch(args);
-  __m512 sums[T][NB];
+  __m512 sums[T][NB][1];
   SPARSECOMP_UNROLL
   for (int t = 0; t < T; ++t) {
     SPARSECOMP_UNROLL
     for (int b = 0; b < NB; ++b)
-      sums[t][b] = args.add ? _mm512_loadu_ps(args.sums + (b * T + t) * kTile) : _mm512_setzero_ps();
+      sums[t][b][0] = args.add ? _mm512_loadu_ps(args.sums + (b * T + t) * kTile) : _mm512_setzero_ps();
   }
   for (int64_t step = 0; step < args.steps; ++step) {
     __m512i xs[NB];
@@ -140,8 +157,8 @@ void decoded_micro(const MicroArgs& args) {
         const __m512i index = _mm512_loadu_si512(indices + t * args.index_stride + pair * kTile * 4);
         SPARSECOMP_UNROLL
         for (int b = 0; b < NB; ++b)
-          sums[t][b] =
-              _mm512_dpbf16_ps(sums[t][b], value, reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, xs[b])));
+          sums[t][b][0] = _mm512_dpbf16_ps(sums[t][b][0], value,
+                                           reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, xs[b])));
       }
     };
     if constexpr (kPairs != 0) {
@@ -154,11 +171,7 @@ void decoded_micro(const MicroArgs& args) {
     indices += g.slots / 2 * kTile * 4;
     x += kStep;
   }
-  SPARSECOMP_UNROLL
-  for (int t = 0; t < T; ++t) {
-    SPARSECOMP_UNROLL
-    for (int b = 0; b < NB; ++b) _mm512_storeu_ps(args.sums + (b * T + t) * kTile, sums[t][b]);
-  }
+  end_micro<DotProduct::Y>(args, sums);
 }
 
 template <int kPairs, int T, int NB>
@@ -186,6 +199,90 @@ constexpr const DecodedSet* DotProduct::decoded() {
     return nullptr;
   else
     return &kDecoded<M, N>;
+}
+
+// One tile by NB columns. Registers hold 32 activations of a column, for two steps; kFromMemory: none are left for
+// activations, and each permute reads its own from memory.
+template <int M, int N, int NB, bool kFromMemory>
+void wide_micro(const MicroArgs& args) {
+  using Shape = StepShape<M, N, DotProduct::Base>;
+  const Geometry& g = *args.geometry;
+  constexpr Shape known(N == 0 ? 1 : N);
+  const Shape shape = N == 0 ? Shape(g.n) : known;
+  const int full_words = Shape::kStatic ? Shape::kFullWords : g.full_words;
+  const int rest_bytes = Shape::kStatic ? Shape::kRestBytes : g.rest_bytes;
+  constexpr int block_bytes = (Shape::kSlots * DotProduct::kWeightBytes * kTile + 63) / 64 * 64;
+  const uint8_t *values = args.values, *metadata = args.metadata;
+  const auto* x = static_cast<const DotProduct::X*>(args.x);
+  Prefetcher prefetch(args);
+  __m512 sums[1][NB][1];
+  SPARSECOMP_UNROLL
+  for (int b = 0; b < NB; ++b) sums[0][b][0] = args.add ? _mm512_loadu_ps(args.sums + b * kTile) : _mm512_setzero_ps();
+  const auto multiply_step = [&](int half) __attribute__((always_inline)) {
+    if (args.stream) {
+      prefetch.template tile<Shape::kStatic ? block_bytes : 0>(0);
+      prefetch.advance();
+    }
+    const auto load_word = [&](int word) {
+      return DotProduct::first<Shape, NB>(load_index_word(metadata, word, full_words, rest_bytes));
+    };
+    const auto multiply = [&](int slot, bool odd, __m512i word) __attribute__((always_inline)) {
+      const auto value = reinterpret_cast<__m512bh>(_mm512_loadu_si512(values + slot / 2 * kTile * 4));
+      const __m512i index = DotProduct::columns<M, Shape, NB>(word, shape.bases + slot, half * kStep);
+      if (kFromMemory) __asm__("" : "+r"(x));
+      SPARSECOMP_UNROLL
+      for (int b = 0; b < NB; ++b) {
+        const __m512i both = _mm512_loadu_si512(x + b * args.ldx);
+        const __m512i activations =
+            odd ? _mm512_permutexvar_epi16(index, both) : _mm512_maskz_permutexvar_epi16(0x55555555, index, both);
+        sums[0][b][0] = _mm512_dpbf16_ps(sums[0][b][0], value, reinterpret_cast<__m512bh>(activations));
+      }
+    };
+    if constexpr (Shape::kStatic) {
+      __m512i word = load_word(0);
+      SPARSECOMP_UNROLL
+      for (int slot = 0; slot < Shape::kSlots; slot += 2, word = DotProduct::next<Shape, NB>(word))
+        multiply(slot, slot + 1 < Shape::kSlots, word);
+    } else {
+      for (int i = 0, slot = 0; i < g.words; ++i) {
+        __m512i word = load_word(i);
+        const int end = g.slots < slot + Shape::kWordSlots ? g.slots : slot + Shape::kWordSlots;
+        for (; slot + 1 < end; slot += 2, word = DotProduct::next<Shape, NB>(word)) multiply(slot, true, word);
+        if (slot < end) multiply(slot++, false, word);
+      }
+    }
+    values += g.value_bytes;
+    metadata += g.metadata_bytes;
+  };
+  for (int64_t step = 0; step + 1 < args.steps; step += 2, x += kWideStep) {
+    multiply_step(0);
+    multiply_step(1);
+  }
+  if (args.steps % 2 != 0) multiply_step(0);
+  end_micro<DotProduct::Y>(args, sums);
+}
+
+template <int M, int N, int NB>
+constexpr void fill_wide(Micro* row) {
+  row[NB] = wide_micro<M, N, NB, false>;
+  if constexpr (NB > kMostColumns + 1) fill_wide<M, N, NB - 1>(row);
+}
+
+// Of 16 columns only those whose positions take much decoding: to the others two kernels of eight are equal.
+template <int M, int N>
+constexpr WideSet make_wide() {
+  WideSet set{};
+  fill_wide<M, N, kMostWideColumns - 1>(set.micro);
+  if constexpr (M < 16 && kStep / M * N == 8) set.micro[kMostWideColumns] = wide_micro<M, N, kMostWideColumns, true>;
+  return set;
+}
+
+template <int M, int N>
+constexpr WideSet kWide = make_wide<M, N>();
+
+template <int M, int N>
+constexpr const WideSet* DotProduct::wide() {
+  return &kWide<M, N>;
 }
 
 const KernelSet* select(const Geometry& g) {

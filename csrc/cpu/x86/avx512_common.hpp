@@ -43,8 +43,35 @@ struct StepShape : StepGeometry<M, N> {
   }
 };
 
+// Steps of a round of the loop: so many that a lone sum has eight chains.
+template <class Shape, class Product>
+constexpr int unrolled_steps(int sums) {
+  return sums == 1 && Shape::kStatic ? (Product::kXDtype == SPARSECOMP_F32 ? 8 : 16) / Shape::kSlots : 1;
+}
+
+// The chains of each sum together, to y with the bias where it is for the kernel to write, else to args.sums. `Y` reads
+// and writes 16 elements of KernelSet::y_dtype.
+template <class Y, int T, int NB, int C>
+inline void end_micro(const MicroArgs& args, const __m512 (&sums)[T][NB][C]) {
+  SPARSECOMP_UNROLL
+  for (int t = 0; t < T; ++t) {
+    const __m512 bias = args.y && args.bias ? Y::load(args.bias, t * kTile) : _mm512_setzero_ps();
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      __m512 sum = sums[t][b][0];
+      SPARSECOMP_UNROLL
+      for (int c = 1; c < C; ++c) sum = _mm512_add_ps(sum, sums[t][b][c]);
+      if (args.y)
+        Y::store(_mm512_add_ps(sum, bias), args.y, b * args.ldy + t * kTile);
+      else
+        _mm512_storeu_ps(args.sums + (b * T + t) * kTile, sum);
+    }
+  }
+}
+
 // T tiles by NB batch columns. `Product` multiplies a pair of slots of one tile:
 //   Product::X, Product::Vector   element and register of x; load(pointer) takes 16 elements
+//   Product::Y                    what it writes: kDtype, and load and store of 16 elements
 //   Product::Base                 what holds the first column of a slot's group
 //   Product::kReadsBases<M>       whether the bases of a step find no registers beside the most sums
 //   Product::first<Shape, NB>(word)   an index word as pair() wants it; next<Shape, NB>(word): for the next pair
@@ -53,7 +80,8 @@ template <class Product, int M, int N, int T, int NB>
 void micro(const MicroArgs& args) {
   using Shape = StepShape<M, N, typename Product::Base>;
   // few columns: several sums each, or the latency of the multiply-add shows
-  constexpr int kChains = T * NB == 1 ? 4 : NB <= 2 ? 2 : 1;
+  constexpr int kChains = T * NB == 1 ? 8 : NB <= 2 ? 2 : 1;
+  constexpr int kUnrolled = unrolled_steps<Shape, Product>(T * NB);
   const Geometry& g = *args.geometry;
   constexpr Shape known(N == 0 ? 1 : N);
   const Shape shape = N == 0 ? Shape(g.n) : known;
@@ -77,7 +105,7 @@ void micro(const MicroArgs& args) {
     }
   }
 
-  for (int64_t step = 0; step < args.steps; ++step) {
+  const auto multiply_step = [&](int unrolled) {
     typename Product::Vector xs[NB];
     SPARSECOMP_UNROLL
     for (int b = 0; b < NB; ++b) xs[b] = Product::load(x + b * args.ldx);
@@ -107,7 +135,8 @@ void micro(const MicroArgs& args) {
     if constexpr (Shape::kStatic) {
       load_words(0);
       SPARSECOMP_UNROLL
-      for (int slot = 0; slot < Shape::kSlots; slot += 2) multiply(slot, slot + 1 < Shape::kSlots, slot / 2 % kChains);
+      for (int slot = 0; slot < Shape::kSlots; slot += 2)
+        multiply(slot, slot + 1 < Shape::kSlots, (unrolled * Shape::kSlots + slot) / 2 % kChains);
     } else {
       for (int word = 0, slot = 0; word < g.words; ++word) {
         load_words(word);
@@ -119,40 +148,32 @@ void micro(const MicroArgs& args) {
     values += g.value_bytes;
     metadata += g.metadata_bytes;
     x += kStep;
-  }
-
-  SPARSECOMP_UNROLL
-  for (int t = 0; t < T; ++t) {
-    SPARSECOMP_UNROLL
-    for (int b = 0; b < NB; ++b) {
-      __m512 sum = sums[t][b][0];
+  };
+  int64_t step = 0;
+  if constexpr (kUnrolled > 1) {
+    for (; step + kUnrolled <= args.steps; step += kUnrolled) {
       SPARSECOMP_UNROLL
-      for (int c = 1; c < kChains; ++c) sum = _mm512_add_ps(sum, sums[t][b][c]);
-      _mm512_storeu_ps(args.sums + (b * T + t) * kTile, sum);
+      for (int i = 0; i < kUnrolled; ++i) multiply_step(i);
     }
   }
+  for (; step < args.steps; ++step) multiply_step(0);
+
+  end_micro<typename Product::Y>(args, sums);
 }
 
-// Patterns with a compile-time N have a kernel for every column count, the others for powers of two.
-template <class Product, int M, int N, int T>
+template <class Product, int M, int N, int T, int NB>
 constexpr void fill_columns(Micro* row) {
-  row[1] = micro<Product, M, N, T, 1>;
-  row[2] = micro<Product, M, N, T, 2>;
-  row[4] = micro<Product, M, N, T, 4>;
-  row[8] = micro<Product, M, N, T, 8>;
-  if constexpr (N != 0) {
-    row[3] = micro<Product, M, N, T, 3>;
-    row[5] = micro<Product, M, N, T, 5>;
-    row[6] = micro<Product, M, N, T, 6>;
-    row[7] = micro<Product, M, N, T, 7>;
-  }
+  row[NB] = micro<Product, M, N, T, NB>;
+  if constexpr (NB > 1) fill_columns<Product, M, N, T, NB - 1>(row);
 }
 
 template <class Product, int M, int N>
 constexpr KernelSet make_set() {
-  KernelSet set{Product::kXDtype, {}, Product::template decoded<M, N>()};
-  fill_columns<Product, M, N, 1>(set.micro[1]);
-  fill_columns<Product, M, N, 2>(set.micro[2]);
+  KernelSet set{
+      Product::kXDtype,  {}, Product::template decoded<M, N>(), Product::template wide<M, N>(), N == 0 ? 2 : 1,
+      Product::Y::kDtype};
+  fill_columns<Product, M, N, 1, kMostColumns>(set.micro[1]);
+  fill_columns<Product, M, N, 2, kMostColumns>(set.micro[2]);
   return set;
 }
 
