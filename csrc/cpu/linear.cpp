@@ -117,8 +117,9 @@ class TaskRunner {
     // pieces that are decoded are short anyway
     const int64_t chunk_steps = buffers.indices ? g_.steps : blocking_.chunk_steps;
     void* panel = nullptr;
-    const int64_t unit = buffers.wide ? kWideStep : kStep;
-    if (!(buffers.wide ? blocking_.direct_wide : blocking_.direct)) {
+    const bool lines = buffers.wide || buffers.indices;
+    const int64_t unit = lines ? kWideStep : kStep;
+    if (!(lines ? blocking_.direct_wide : blocking_.direct)) {
       panel = panel_space.reserve(std::max<int64_t>(64, columns * round_up(chunk_steps * kStep, unit) * x_size));
       if (!panel) return false;
     }

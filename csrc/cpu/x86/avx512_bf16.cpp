@@ -119,7 +119,8 @@ void decode(const Geometry& g, const uint8_t* metadata, int64_t steps, uint8_t* 
       const int end = slots < slot + shape.kWordSlots ? slots : slot + shape.kWordSlots;
       SPARSECOMP_UNROLL
       for (; slot < end; slot += 2, indices += kTile * 4) {
-        _mm512_storeu_si512(indices, DotProduct::columns<M, Shape, kMostColumns>(positions, shape.bases + slot));
+        _mm512_storeu_si512(indices, DotProduct::columns<M, Shape, kMostWideColumns>(positions, shape.bases + slot,
+                                                                                     step % 2 * kStep));
         positions = DotProduct::next<Shape, kMostColumns>(positions);
       }
     }
@@ -140,37 +141,41 @@ void decoded_micro(const MicroArgs& args) {
     for (int b = 0; b < NB; ++b)
       sums[t][b][0] = args.add ? _mm512_loadu_ps(args.sums + (b * T + t) * kTile) : _mm512_setzero_ps();
   }
-  for (int64_t step = 0; step < args.steps; ++step) {
+  const auto multiply_steps = [&](int count) __attribute__((always_inline)) {
     __m512i xs[NB];
     SPARSECOMP_UNROLL
-    for (int b = 0; b < NB; ++b) xs[b] = DotProduct::load(x + b * args.ldx);
-    if (args.stream) {
-      SPARSECOMP_UNROLL
-      for (int t = 0; t < T; ++t) prefetch.template tile<0>(t);
-      prefetch.advance();
-    }
-    const auto multiply = [&](int pair) __attribute__((always_inline)) {
-      SPARSECOMP_UNROLL
-      for (int t = 0; t < T; ++t) {
-        const auto value =
-            reinterpret_cast<__m512bh>(_mm512_loadu_si512(values + t * args.value_stride + pair * kTile * 4));
-        const __m512i index = _mm512_loadu_si512(indices + t * args.index_stride + pair * kTile * 4);
+    for (int b = 0; b < NB; ++b) xs[b] = _mm512_loadu_si512(x + b * args.ldx);
+    for (int i = 0; i < count; ++i) {
+      if (args.stream) {
         SPARSECOMP_UNROLL
-        for (int b = 0; b < NB; ++b)
-          sums[t][b][0] = _mm512_dpbf16_ps(sums[t][b][0], value,
-                                           reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, xs[b])));
+        for (int t = 0; t < T; ++t) prefetch.template tile<0>(t);
+        prefetch.advance();
       }
-    };
-    if constexpr (kPairs != 0) {
-      SPARSECOMP_UNROLL
-      for (int pair = 0; pair < kPairs; ++pair) multiply(pair);
-    } else {
-      for (int pair = 0; pair < g.slots / 2; ++pair) multiply(pair);
+      const auto multiply = [&](int pair) __attribute__((always_inline)) {
+        SPARSECOMP_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const auto value =
+              reinterpret_cast<__m512bh>(_mm512_loadu_si512(values + t * args.value_stride + pair * kTile * 4));
+          const __m512i index = _mm512_loadu_si512(indices + t * args.index_stride + pair * kTile * 4);
+          SPARSECOMP_UNROLL
+          for (int b = 0; b < NB; ++b)
+            sums[t][b][0] =
+                _mm512_dpbf16_ps(sums[t][b][0], value, reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, xs[b])));
+        }
+      };
+      if constexpr (kPairs != 0) {
+        SPARSECOMP_UNROLL
+        for (int pair = 0; pair < kPairs; ++pair) multiply(pair);
+      } else {
+        for (int pair = 0; pair < g.slots / 2; ++pair) multiply(pair);
+      }
+      values += g.value_bytes;
+      indices += g.slots / 2 * kTile * 4;
     }
-    values += g.value_bytes;
-    indices += g.slots / 2 * kTile * 4;
-    x += kStep;
-  }
+    x += kWideStep;
+  };
+  for (int64_t step = 0; step + 1 < args.steps; step += 2) multiply_steps(2);
+  if (args.steps % 2 != 0) multiply_steps(1);
   end_micro<DotProduct::Y>(args, sums);
 }
 
