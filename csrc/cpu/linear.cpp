@@ -34,8 +34,7 @@ constexpr int64_t kDecodeSteps = 24;
 int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
 struct Blocking {
-  bool direct;       // micro-kernels read x where it is
-  bool direct_wide;  // those of WideSet too
+  bool direct;  // micro-kernels read x where it is
   int64_t chunk_steps;
   int tiles;  // of a micro-kernel call
 };
@@ -55,13 +54,12 @@ Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const Linear
   blocking.chunk_steps = g.steps;
   if (call.batch > kUncutColumns && g.steps > kUncutSteps) {
     const int64_t chunks = (g.steps + kChunkSteps - 1) / kChunkSteps;
-    blocking.chunk_steps = round_up((g.steps + chunks - 1) / chunks, kWideStep / kStep);
+    blocking.chunk_steps = round_up((g.steps + chunks - 1) / chunks, kMostSpan);
   }
-  blocking.direct = kernels.x_dtype == call.dtype && g.in % kStep == 0;
-  // a read that straddles two lines takes twice as long
+  // a read of two steps that straddles lines takes twice as long
   const int64_t size = element_bytes(call.dtype);
   const bool lines = reinterpret_cast<uintptr_t>(call.x) % 64 == 0 && call.ldx * size % 64 == 0;
-  blocking.direct_wide = blocking.direct && lines && g.in % kWideStep == 0;
+  blocking.direct = kernels.x_dtype == call.dtype && g.in % (kernels.span * kStep) == 0 && (kernels.span == 1 || lines);
   return blocking;
 }
 
@@ -117,9 +115,8 @@ class TaskRunner {
     // pieces that are decoded are short anyway
     const int64_t chunk_steps = buffers.indices ? g_.steps : blocking_.chunk_steps;
     void* panel = nullptr;
-    const bool lines = buffers.wide || buffers.indices;
-    const int64_t unit = lines ? kWideStep : kStep;
-    if (!(lines ? blocking_.direct_wide : blocking_.direct)) {
+    const int64_t unit = kernels_.span * kStep;
+    if (!blocking_.direct) {
       panel = panel_space.reserve(std::max<int64_t>(64, columns * round_up(chunk_steps * kStep, unit) * x_size));
       if (!panel) return false;
     }

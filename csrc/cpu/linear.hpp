@@ -24,7 +24,7 @@ struct LinearCall {
 constexpr int kMostTiles = 4;
 constexpr int kMostColumns = 8;
 constexpr int kMostWideColumns = 16;
-constexpr int kWideStep = 2 * kStep;
+constexpr int kMostSpan = 2;
 
 // One micro-kernel call: T tiles of rows by NB batch columns over `steps` column steps.
 struct MicroArgs {
@@ -61,8 +61,7 @@ struct DecodedSet {
 };
 
 // Micro-kernels of one tile and all columns of a batch that is a little larger than kMostColumns; micro[NB] may be
-// nullptr. They read two steps of x at once, which should be a line: rows of x are readable up to a multiple of
-// kWideStep columns. The kernel of kMostWideColumns has no registers for x and wants it in the L1 cache.
+// nullptr. The kernel of kMostWideColumns has no registers for x and wants it in the L1 cache.
 struct WideSet {
   Micro micro[kMostWideColumns + 1];
 };
@@ -70,6 +69,7 @@ struct WideSet {
 // The micro-kernels of one geometry; micro[T][NB] may be nullptr, but micro[1][1] exists.
 struct KernelSet {
   int x_dtype;  // SPARSECOMP_F32 or SPARSECOMP_BF16: what x must be converted to
+  int span;     // steps of x that are read at once: rows of x are readable up to a multiple of these
   Micro micro[kMostTiles + 1][kMostColumns + 1];
   const DecodedSet* decoded;  // with the same T and NB, or nullptr
   const WideSet* wide;        // or nullptr

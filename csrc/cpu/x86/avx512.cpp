@@ -69,8 +69,14 @@ struct Product {
   using Y = FloatY;
   static constexpr int kXDtype = SPARSECOMP_F32;
   static constexpr int kWeightBytes = Values::kBytes;
+  template <class Shape>
+  static constexpr int kSpan = 1;
+  static constexpr int kSlotsOfSum = 1;
 
-  static Vector load(const X* x) { return _mm512_loadu_ps(x); }
+  template <int Span>
+  static Vector load(const X* x) {
+    return _mm512_loadu_ps(x);
+  }
 
   // a shift for 8 permutes: no gain
   template <int M, int N>

@@ -23,8 +23,8 @@ struct Bf16Y {
   }
 };
 
-// Registers for T = 2, NB = 8: 16 sums, 8 activations (the 16 of a step, twice, so that bit 4 of a word index does not
-// matter), 2 index words, a value, an index and the permuted activations.
+// Registers for T = 2, NB = 8: 16 sums, 8 of activations, 2 index words, a value, an index and the permuted
+// activations.
 struct DotProduct {
   using X = uint16_t;
   using Vector = __m512i;
@@ -32,8 +32,13 @@ struct DotProduct {
   using Y = Bf16Y;
   static constexpr int kXDtype = SPARSECOMP_BF16;
   static constexpr int kWeightBytes = 2;
+  static constexpr int kSlotsOfSum = 2;
 
+  // 32 activations; or 16 twice, so that bit 4 of a word index does not matter: that saves groups of 16 a mask, but
+  // such a load waits for the pipes of the permutes.
+  template <int Span>
   static Vector load(const X* x) {
+    if constexpr (Span == 2) return _mm512_loadu_si512(x);
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
 
@@ -54,6 +59,10 @@ struct DotProduct {
   template <class Shape, int NB>
   static constexpr bool kHalves = Shape::kStatic && Shape::kSlots * Shape::kBits <= 16 && !kTable<Shape, NB>;
 
+  // Loops of unknown length gain nothing from 32 at once.
+  template <class Shape>
+  static constexpr int kSpan = !Shape::kStatic || (Shape::kBits == 4 && Shape::kSlots > 4) ? 1 : kMostSpan;
+
   template <class Shape, int NB>
   static __m512i first(__m512i word) {
     return kHalves<Shape, NB> ? in_halves<Shape>(word) : word;
@@ -69,7 +78,7 @@ struct DotProduct {
   static inline void pair(const uint8_t* block, int slot, bool odd, __m512i word, const Base* bases, int chain,
                           const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {
     const auto value = reinterpret_cast<__m512bh>(_mm512_loadu_si512(block + slot / 2 * kTile * 4));
-    const __m512i index = columns<M, Shape, NB>(word, bases + slot);
+    const __m512i index = columns<M, Shape, NB, kSpan<Shape>>(word, bases + slot);
     SPARSECOMP_UNROLL
     for (int b = 0; b < NB; ++b) {
       const __m512i activations =
@@ -78,20 +87,18 @@ struct DotProduct {
     }
   }
 
-  // Word indices of two slots, the first in the low half, the second in the high one; `first` is added to both.
-  template <int M, class Shape, int NB>
-  static __m512i columns(__m512i word, const Base* bases, int first = 0) {
+  // Word indices of two slots, the first in the low half, the second in the high one.
+  template <int M, class Shape, int NB, int Span>
+  static __m512i columns(__m512i word, const Base* bases) {
     int32_t base;
     std::memcpy(&base, bases, sizeof(base));
-    base += first * 0x10001;
-    if (kTable<Shape, NB>) {  // a permute reads the low four bits only
+    if (kTable<Shape, NB>) {  // a permute of 16 lanes reads the low four bits only
       const __m512i pairs = _mm512_setr_epi32(0x00000, 0x00001, 0x00002, 0x00003, 0x10000, 0x10001, 0x10002, 0x10003,
                                               0x20000, 0x20001, 0x20002, 0x20003, 0x30000, 0x30001, 0x30002, 0x30003);
       return _mm512_or_si512(_mm512_permutexvar_epi32(word, pairs), _mm512_set1_epi32(base));
     }
     const __m512i both = kHalves<Shape, NB> ? word : in_halves<Shape>(word);
-    // of 16 activations that are there twice
-    if (M == 16 && NB <= kMostColumns) return both;
+    if (M == 16 && Span == 1) return both;
     // (both & mask) | base
     return _mm512_ternarylogic_epi32(both, _mm512_set1_epi32((M - 1) * 0x10001), _mm512_set1_epi32(base), 0xea);
   }
@@ -119,8 +126,8 @@ void decode(const Geometry& g, const uint8_t* metadata, int64_t steps, uint8_t* 
       const int end = slots < slot + shape.kWordSlots ? slots : slot + shape.kWordSlots;
       SPARSECOMP_UNROLL
       for (; slot < end; slot += 2, indices += kTile * 4) {
-        _mm512_storeu_si512(indices, DotProduct::columns<M, Shape, kMostWideColumns>(positions, shape.bases + slot,
-                                                                                     step % 2 * kStep));
+        _mm512_storeu_si512(
+            indices, DotProduct::columns<M, Shape, kMostColumns, kMostSpan>(positions, shape.bases[step % 2] + slot));
         positions = DotProduct::next<Shape, kMostColumns>(positions);
       }
     }
@@ -159,8 +166,8 @@ void decoded_micro(const MicroArgs& args) {
           const __m512i index = _mm512_loadu_si512(indices + t * args.index_stride + pair * kTile * 4);
           SPARSECOMP_UNROLL
           for (int b = 0; b < NB; ++b)
-            sums[t][b][0] =
-                _mm512_dpbf16_ps(sums[t][b][0], value, reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, xs[b])));
+            sums[t][b][0] = _mm512_dpbf16_ps(sums[t][b][0], value,
+                                             reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, xs[b])));
         }
       };
       if constexpr (kPairs != 0) {
@@ -172,7 +179,7 @@ void decoded_micro(const MicroArgs& args) {
       values += g.value_bytes;
       indices += g.slots / 2 * kTile * 4;
     }
-    x += kWideStep;
+    x += kMostSpan * kStep;
   };
   for (int64_t step = 0; step + 1 < args.steps; step += 2) multiply_steps(2);
   if (args.steps % 2 != 0) multiply_steps(1);
@@ -233,7 +240,7 @@ void wide_micro(const MicroArgs& args) {
     };
     const auto multiply = [&](int slot, bool odd, __m512i word) __attribute__((always_inline)) {
       const auto value = reinterpret_cast<__m512bh>(_mm512_loadu_si512(values + slot / 2 * kTile * 4));
-      const __m512i index = DotProduct::columns<M, Shape, NB>(word, shape.bases + slot, half * kStep);
+      const __m512i index = DotProduct::columns<M, Shape, NB, kMostSpan>(word, shape.bases[half] + slot);
       if (kFromMemory) __asm__("" : "+r"(x));
       SPARSECOMP_UNROLL
       for (int b = 0; b < NB; ++b) {
@@ -259,7 +266,7 @@ void wide_micro(const MicroArgs& args) {
     values += g.value_bytes;
     metadata += g.metadata_bytes;
   };
-  for (int64_t step = 0; step + 1 < args.steps; step += 2, x += kWideStep) {
+  for (int64_t step = 0; step + 1 < args.steps; step += 2, x += kMostSpan * kStep) {
     multiply_step(0);
     multiply_step(1);
   }

@@ -36,17 +36,19 @@ template <int M, int N, class Base>
 struct StepShape : StepGeometry<M, N> {
   static_assert(StepShape::kSlots <= StepShape::kWordSlots, "static shapes have one index word");
 
-  Base bases[kStep + 1];  // for each slot, the first column of its group
+  Base bases[kMostSpan][kStep + 1];  // of the steps in a register of x: for each slot, the first column of its group
 
   constexpr explicit StepShape(int n) : bases{} {
-    for (int slot = 0; slot <= kStep; ++slot) bases[slot] = static_cast<Base>(slot / n * M);
+    for (int step = 0; step < kMostSpan; ++step)
+      for (int slot = 0; slot <= kStep; ++slot) bases[step][slot] = static_cast<Base>(step * kStep + slot / n * M);
   }
 };
 
-// Steps of a round of the loop: so many that a lone sum has eight chains.
+// Steps of a round of the loop: those of a register of x, and so many that a lone sum has eight chains.
 template <class Shape, class Product>
-constexpr int unrolled_steps(int sums) {
-  return sums == 1 && Shape::kStatic ? (Product::kXDtype == SPARSECOMP_F32 ? 8 : 16) / Shape::kSlots : 1;
+constexpr int round_steps(int sums) {
+  const int chained = sums == 1 && Shape::kStatic ? 8 * Product::kSlotsOfSum / Shape::kSlots : 1;
+  return chained > Product::template kSpan<Shape> ? chained : Product::template kSpan<Shape>;
 }
 
 // The chains of each sum together, to y with the bias where it is for the kernel to write, else to args.sums. `Y` reads
@@ -70,7 +72,9 @@ inline void end_micro(const MicroArgs& args, const __m512 (&sums)[T][NB][C]) {
 }
 
 // T tiles by NB batch columns. `Product` multiplies a pair of slots of one tile:
-//   Product::X, Product::Vector   element and register of x; load(pointer) takes 16 elements
+//   Product::kSpan<Shape>         steps of x that a register holds
+//   Product::X, Product::Vector   element and register of x, which load<span>(pointer) takes
+//   Product::kSlotsOfSum          slots that one instruction adds to a sum
 //   Product::Y                    what it writes: kDtype, and load and store of 16 elements
 //   Product::Base                 what holds the first column of a slot's group
 //   Product::kReadsBases<M>       whether the bases of a step find no registers beside the most sums
@@ -81,7 +85,7 @@ void micro(const MicroArgs& args) {
   using Shape = StepShape<M, N, typename Product::Base>;
   // few columns: several sums each, or the latency of the multiply-add shows
   constexpr int kChains = T * NB == 1 ? 8 : NB <= 2 ? 2 : 1;
-  constexpr int kUnrolled = unrolled_steps<Shape, Product>(T * NB);
+  constexpr int kSpan = Product::template kSpan<Shape>, kRound = round_steps<Shape, Product>(T * NB);
   const Geometry& g = *args.geometry;
   constexpr Shape known(N == 0 ? 1 : N);
   const Shape shape = N == 0 ? Shape(g.n) : known;
@@ -105,58 +109,65 @@ void micro(const MicroArgs& args) {
     }
   }
 
-  const auto multiply_step = [&](int unrolled) {
+  // `first`: of the round
+  const auto multiply_steps = [&](int first, int count) __attribute__((always_inline)) {
     typename Product::Vector xs[NB];
     SPARSECOMP_UNROLL
-    for (int b = 0; b < NB; ++b) xs[b] = Product::load(x + b * args.ldx);
-    if (args.stream) {
-      SPARSECOMP_UNROLL
-      for (int t = 0; t < T; ++t) prefetch.template tile<Shape::kStatic ? block_bytes : 0>(t);
-      prefetch.advance();
-    }
-    const typename Product::Base* bases = shape.bases;
-    // read where they are used: in registers they would push out sums
-    if (Product::template kReadsBases<M> && T > 1 && NB == kMostColumns) __asm__("" : "+r"(bases));
-    __m512i index[T];
-    const auto load_words = [&](int word) {
-      SPARSECOMP_UNROLL
-      for (int t = 0; t < T; ++t)
-        index[t] = Product::template first<Shape, NB>(
-            load_index_word(metadata + t * args.metadata_stride, word, full_words, rest_bytes));
-    };
-    const auto multiply = [&](int slot, bool odd, int chain) {
-      SPARSECOMP_UNROLL
-      for (int t = 0; t < T; ++t) {
-        Product::template pair<M, Shape>(values + t * args.value_stride, slot, odd, index[t], bases, chain, xs,
-                                         sums[t]);
-        index[t] = Product::template next<Shape, NB>(index[t]);
+    for (int b = 0; b < NB; ++b) xs[b] = Product::template load<kSpan>(x + b * args.ldx);
+    SPARSECOMP_UNROLL
+    for (int step = 0; step < count; ++step) {
+      if (args.stream) {
+        SPARSECOMP_UNROLL
+        for (int t = 0; t < T; ++t) prefetch.template tile<Shape::kStatic ? block_bytes : 0>(t);
+        prefetch.advance();
       }
-    };
-    if constexpr (Shape::kStatic) {
-      load_words(0);
-      SPARSECOMP_UNROLL
-      for (int slot = 0; slot < Shape::kSlots; slot += 2)
-        multiply(slot, slot + 1 < Shape::kSlots, (unrolled * Shape::kSlots + slot) / 2 % kChains);
-    } else {
-      for (int word = 0, slot = 0; word < g.words; ++word) {
-        load_words(word);
-        const int end = g.slots < slot + Shape::kWordSlots ? g.slots : slot + Shape::kWordSlots;
-        for (; slot + 1 < end; slot += 2) multiply(slot, true, 0);
-        if (slot < end) multiply(slot++, false, 0);
+      const typename Product::Base* bases = shape.bases[step];
+      // read where they are used: in registers they would push out sums
+      if (Product::template kReadsBases<M> && T > 1 && NB == kMostColumns) __asm__("" : "+r"(bases));
+      __m512i index[T];
+      const auto load_words = [&](int word) {
+        SPARSECOMP_UNROLL
+        for (int t = 0; t < T; ++t)
+          index[t] = Product::template first<Shape, NB>(
+              load_index_word(metadata + t * args.metadata_stride, word, full_words, rest_bytes));
+      };
+      const auto multiply = [&](int slot, bool odd, int chain) {
+        SPARSECOMP_UNROLL
+        for (int t = 0; t < T; ++t) {
+          Product::template pair<M, Shape>(values + t * args.value_stride, slot, odd, index[t], bases, chain, xs,
+                                           sums[t]);
+          index[t] = Product::template next<Shape, NB>(index[t]);
+        }
+      };
+      if constexpr (Shape::kStatic) {
+        load_words(0);
+        SPARSECOMP_UNROLL
+        for (int slot = 0; slot < Shape::kSlots; slot += 2)
+          multiply(slot, slot + 1 < Shape::kSlots, ((first + step) * Shape::kSlots + slot) / 2 % kChains);
+      } else {
+        for (int word = 0, slot = 0; word < g.words; ++word) {
+          load_words(word);
+          const int end = g.slots < slot + Shape::kWordSlots ? g.slots : slot + Shape::kWordSlots;
+          for (; slot + 1 < end; slot += 2) multiply(slot, true, 0);
+          if (slot < end) multiply(slot++, false, 0);
+        }
       }
+      values += g.value_bytes;
+      metadata += g.metadata_bytes;
     }
-    values += g.value_bytes;
-    metadata += g.metadata_bytes;
-    x += kStep;
+    x += kSpan * kStep;
   };
   int64_t step = 0;
-  if constexpr (kUnrolled > 1) {
-    for (; step + kUnrolled <= args.steps; step += kUnrolled) {
-      SPARSECOMP_UNROLL
-      for (int i = 0; i < kUnrolled; ++i) multiply_step(i);
-    }
+  for (; step + kRound <= args.steps; step += kRound) {
+    SPARSECOMP_UNROLL
+    for (int first = 0; first < kRound; first += kSpan) multiply_steps(first, kSpan);
   }
-  for (; step < args.steps; ++step) multiply_step(0);
+  if constexpr (kRound > kSpan) {
+    for (; step + kSpan <= args.steps; step += kSpan) multiply_steps(0, kSpan);
+  }
+  if constexpr (kSpan > 1) {
+    if (step < args.steps) multiply_steps(0, 1);
+  }
 
   end_micro<typename Product::Y>(args, sums);
 }
@@ -169,9 +180,13 @@ constexpr void fill_columns(Micro* row) {
 
 template <class Product, int M, int N>
 constexpr KernelSet make_set() {
-  KernelSet set{
-      Product::kXDtype,  {}, Product::template decoded<M, N>(), Product::template wide<M, N>(), N == 0 ? 2 : 1,
-      Product::Y::kDtype};
+  KernelSet set{};
+  set.x_dtype = Product::kXDtype;
+  set.span = Product::kXDtype == SPARSECOMP_F32 ? 1 : kMostSpan;
+  set.decoded = Product::template decoded<M, N>();
+  set.wide = Product::template wide<M, N>();
+  set.column_tiles = N == 0 ? 2 : 1;
+  set.y_dtype = Product::Y::kDtype;
   fill_columns<Product, M, N, 1, kMostColumns>(set.micro[1]);
   fill_columns<Product, M, N, 2, kMostColumns>(set.micro[2]);
   return set;
