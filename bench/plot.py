@@ -17,6 +17,8 @@ _WIDTH, _HEIGHT = 760, 380
 _FONT = 'font-family="sans-serif" font-size="13"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 170, 56, 56
 # colours that stay apart for readers who do not see red and green as different
+# the spread reaches so many times the highest figure at most, and is cut there
+_MOST_SPREAD = 1.5
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
@@ -33,7 +35,10 @@ def limit_plot(result: dict[str, Any], shape: tuple[int, int], dtype: str, threa
     drawn = {pattern for pattern, count in counts.most_common(len(_COLOURS)) if count >= min(3, max(counts.values()))}
     chosen = [each for each in chosen if each.row["pattern"] in drawn]
     batches = sorted({int(each.row["batch"]) for each in chosen})
-    top = max(2.5, math.ceil(2 * max(max(each.speedup, each.row["bound"]) for each in chosen)) / 2)
+    highest = max(max(each.speedup, each.row["bound"]) for each in chosen)
+    # the spread too, but a bar of noise must not flatten all the rest
+    top = min(max(highest, *(each.spread[1] for each in chosen)), _MOST_SPREAD * highest)
+    top = max(2.5, math.ceil(2 * top) / 2)
     frame = _Frame(batches, top)
     title = f"Speedup over the best dense engine, {shape[0]} x {shape[1]}, {dtype}, {_threads(threads)}"
     parts = [
