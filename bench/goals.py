@@ -87,8 +87,15 @@ CURVE = Settings(
 )
 
 
-def parts(threads: tuple[int, ...]) -> list[Settings]:
-    """The sweeps that measure every goal, each case once, and the curve of N:16 on one thread."""
+# for all engines of a row: on several threads a sample takes some 20 ms, most of it untimed
+_SECONDS = 1.0
+
+
+def parts(threads: tuple[int, ...], seconds: float | None = None) -> list[Settings]:
+    """The sweeps that measure every goal, each case once, and the curve of N:16 on one thread.
+
+    ``seconds`` for all engines of a row of the former, 1 if None.
+    """
     cases: dict[tuple[str, tuple[int, int], str, int], dict[str, None]] = {}
     for goal in GOALS:
         for shape in goal.shapes:
@@ -106,6 +113,7 @@ def parts(threads: tuple[int, ...]) -> list[Settings]:
                 dtypes=(dtype,),
                 patterns=patterns,
                 threads=threads,
+                seconds=_SECONDS if seconds is None else seconds,
             )
             for (dtype, shape, weights, patterns), batches in groups.items()
         ),

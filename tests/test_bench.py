@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import signal
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,22 @@ def test_every_call_is_timed_equally_often() -> None:
     assert counts["a"] > timings["a"].samples
     for timing in timings.values():
         assert 0 < timing.low <= timing.median <= timing.high
+
+
+def test_calls_after_a_sleep_are_untimed_for_a_while() -> None:
+    begun: list[float] = []
+
+    def call() -> None:
+        begun.append(time.perf_counter())
+        time.sleep(1e-3)
+
+    sampler = harness.Sampler(call, after_sleep=True)
+    sampler()
+    begun.clear()
+    start = time.perf_counter()
+    assert sampler() >= 1e-3
+    # the timed call is the last one
+    assert begun[-1] - start >= harness.AFTER_SLEEP_S
 
 
 def test_threads_and_cores_come_back() -> None:

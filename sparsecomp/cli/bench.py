@@ -28,7 +28,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
         "--goals", action="store_true", help="measure what the kernels are held to, and say where each goal stands"
     )
     parser.add_argument("--threads", type=_numbers, metavar="LIST", help="default: 1 and all cores")
-    parser.add_argument("--seconds", type=float, metavar="S", help="time for all engines of one row (default 0.6)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="time for all engines of a row (0.6; goals: 1)")
     parser.add_argument(
         "--output", metavar="FILE", help="write the result as JSON; auto: bench/results/DATE-CPU-gemm.json"
     )
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.goals:
         if given := [name for name in ("shapes", "batches", "cold_batches", "dtypes", "patterns") if chosen[name]]:
             raise ModelError(f"--goals sets {', '.join(given)} itself; leave either out")
-        parts = goals.parts(chosen["threads"])
+        parts = goals.parts(chosen["threads"], arguments.seconds)
     else:
         parts = [sweep.Settings(**{name: value for name, value in chosen.items() if value is not None})]
     used = {dtype for part in parts for dtype in part.dtypes}
