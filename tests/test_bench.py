@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 import signal
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
