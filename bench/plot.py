@@ -16,9 +16,9 @@ from .report import Comparison, comparisons
 _WIDTH, _HEIGHT = 760, 380
 _FONT = 'font-family="sans-serif" font-size="13"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 170, 56, 56
-# colours that stay apart for readers who do not see red and green as different
 # the spread reaches so many times the highest figure at most, and is cut there
 _MOST_SPREAD = 1.5
+# colours that stay apart for readers who do not see red and green as different
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 

@@ -69,7 +69,7 @@ struct WideSet {
 // The micro-kernels of one geometry; micro[T][NB] may be nullptr, but micro[1][1] exists.
 struct KernelSet {
   int x_dtype;  // SPARSECOMP_F32 or SPARSECOMP_BF16: what x must be converted to
-  int span;     // steps of x that are read at once: rows of x are readable up to a multiple of these
+  int span;     // the most steps of x that its kernels read at once: rows are readable up to a multiple of these
   Micro micro[kMostTiles + 1][kMostColumns + 1];
   const DecodedSet* decoded;  // with the same T and NB, or nullptr
   const WideSet* wide;        // or nullptr

@@ -189,6 +189,12 @@ void compare_random(int count) {
   // long enough to be cut along the columns
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8})
     compare_with_reference({20, 6500, 2, 4, 1, dtype}, 18, 1, 2, true);
+  // cut where the halves would have an odd number of steps, which two at a time cannot take
+  for (const int64_t in : {6417, 6432, 6432, 6432}) {
+    for (const int32_t n : {8, 13}) compare_with_reference({40, in, n, 16, 1, SPARSECOMP_BF16}, 18, 0, 1, true);
+    // tasks of 16 and 9 columns
+    compare_with_reference({40, in, 1, 16, 1, SPARSECOMP_BF16}, 25, 0, 8, true);
+  }
 }
 
 // Inf in a column that no slot names must not be seen, also where kernels take slots in pairs and their number is odd.
