@@ -5,14 +5,13 @@
 
 #include "block.hpp"
 #include "parallel.hpp"
+#include "rounding.hpp"
 
 namespace sparsecomp {
 namespace {
 
 // Below this many stored weights a second thread costs more than it saves.
 constexpr int64_t kManyWeights = 1 << 18;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls `visit(offset, row, column, count)` for runs of neighbouring weights of a block, padding left out. Offsets are
 // in elements from the block's first vector; a strip is `strip_stride` after the one before.

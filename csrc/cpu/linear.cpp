@@ -7,6 +7,7 @@
 #include "output.hpp"
 #include "parallel.hpp"
 #include "partition.hpp"
+#include "rounding.hpp"
 #include "workspace.hpp"
 
 namespace sparsecomp {
@@ -30,8 +31,6 @@ constexpr int64_t kDecodeColumns = 16;
 constexpr int64_t kWidestSteps = 64;
 // Two tiles of so many column steps and their decoded positions stay in the L1 cache.
 constexpr int64_t kDecodeSteps = 24;
-
-int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
 struct Blocking {
   bool direct;  // micro-kernels read x where it is

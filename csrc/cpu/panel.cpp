@@ -6,6 +6,7 @@
 
 #include "parallel.hpp"
 #include "partition.hpp"
+#include "rounding.hpp"
 #include "workspace.hpp"
 
 namespace sparsecomp {
@@ -21,8 +22,6 @@ constexpr int64_t kGroupBytes = 2 << 20;
 // Bytes of a row of x that are asked for ahead of their packing.
 constexpr int64_t kPackAhead = 256;
 constexpr int kMostLanes = 16;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The batch, cut into panels of nearly equal width.
 struct Panels {

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "rounding.hpp"
+
 namespace sparsecomp {
 namespace {
 
@@ -15,9 +17,6 @@ constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kPanelTasksPerThread = 2;
 constexpr int64_t kTileUnit = 2;   // tiles a micro-kernel takes at once
 constexpr int64_t kBatchUnit = 8;  // columns a micro-kernel takes at once
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t unit) { return divide_up(a, unit) * unit; }
 
 }  // namespace
 

@@ -241,6 +241,7 @@ void wide_micro(const MicroArgs& args) {
     const auto multiply = [&](int slot, bool odd, __m512i word) __attribute__((always_inline)) {
       const auto value = reinterpret_cast<__m512bh>(_mm512_loadu_si512(values + slot / 2 * kTile * 4));
       const __m512i index = DotProduct::columns<M, Shape, NB, kMostSpan>(word, shape.bases[half] + slot);
+      // or GCC would load all activations once, and spill sums for them
       if (kFromMemory) __asm__("" : "+r"(x));
       SPARSECOMP_UNROLL
       for (int b = 0; b < NB; ++b) {
