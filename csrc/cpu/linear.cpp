@@ -25,12 +25,6 @@ constexpr int64_t kUncutColumns = 16;
 // waits for memory and nothing else: where a step is so many bytes (fp32 8:16), two streams are faster than one.
 constexpr int64_t kMemoryBytes = 24 << 20;
 constexpr int64_t kLongStepBytes = 576;
-// From this many batch columns on, decoding the positions of a tile beforehand pays.
-constexpr int64_t kDecodeColumns = 16;
-// So many column steps of kMostWideColumns columns of x stay in the L1 cache.
-constexpr int64_t kWidestSteps = 64;
-// Two tiles of so many column steps and their decoded positions stay in the L1 cache.
-constexpr int64_t kDecodeSteps = 24;
 
 struct Blocking {
   bool direct;  // micro-kernels read x where it is
@@ -82,10 +76,9 @@ void fill_panel(const Isa& isa, const KernelSet& kernels, const Geometry& g, con
   }
 }
 
-// The micro-kernel, of at most `most` columns, that cuts what is left into even parts: 9 columns are 5 and 4, not 8
-// and 1.
-int next_columns(const Micro* micro, int64_t most, int64_t left) {
-  const int64_t parts = (left + most - 1) / most;
+// The micro-kernel that cuts the columns left into even parts: 9 columns are 5 and 4, not 8 and 1.
+int next_columns(const Micro* micro, int64_t left) {
+  const int64_t parts = (left + kMostColumns - 1) / kMostColumns;
   auto columns = static_cast<int>((left + parts - 1) / parts);
   while (!micro[columns]) --columns;
   return columns;
@@ -101,33 +94,24 @@ class TaskRunner {
 
   // False if there is no memory for the workspace.
   bool run(const Task& task) const {
-    static thread_local Workspace panel_space, sums_space, index_space;
+    static thread_local Workspace panel_space, sums_space;
     const int64_t columns = task.column_end - task.column;
     const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
-    Buffers buffers;
-    const bool fits = columns < kMostWideColumns || (columns == kMostWideColumns && g_.steps <= kWidestSteps);
-    buffers.wide = kernels_.wide && columns > kMostColumns && fits && kernels_.wide->micro[columns];
-    if (!buffers.wide && kernels_.decoded && columns >= kDecodeColumns && g_.slots % 2 == 0) {
-      buffers.indices = static_cast<uint8_t*>(index_space.reserve(blocking_.tiles * kDecodeSteps * step_index_bytes()));
-      if (!buffers.indices) return false;
-    }
-    // pieces that are decoded are short anyway
-    const int64_t chunk_steps = buffers.indices ? g_.steps : blocking_.chunk_steps;
-    void* panel = nullptr;
     const int64_t unit = kernels_.span * kStep;
+    void* panel = nullptr;
     if (!blocking_.direct) {
-      panel = panel_space.reserve(std::max<int64_t>(64, columns * round_up(chunk_steps * kStep, unit) * x_size));
+      const int64_t width = round_up(blocking_.chunk_steps * kStep, unit);
+      panel = panel_space.reserve(std::max<int64_t>(64, columns * width * x_size));
       if (!panel) return false;
     }
-    const int64_t kept_tiles = chunk_steps < g_.steps ? task.tile_end - task.tile : buffers.indices ? kMostTiles : 0;
-    if (kept_tiles) {
-      buffers.sums = static_cast<float*>(sums_space.reserve(kept_tiles * kTile * columns * 4));
-      if (!buffers.sums) return false;
+    float* sums = nullptr;  // of all batch columns of the task, where the columns of the weight are cut
+    if (blocking_.chunk_steps < g_.steps) {
+      sums = static_cast<float*>(sums_space.reserve((task.tile_end - task.tile) * kTile * columns * 4));
+      if (!sums) return false;
     }
-    buffers.tile_sums = chunk_steps < g_.steps ? columns * kTile : 0;
     int64_t step = 0;
     do {  // once even if there are no columns: y is the bias then
-      const int64_t step_end = std::min(g_.steps, step + chunk_steps);
+      const int64_t step_end = std::min(g_.steps, step + blocking_.chunk_steps);
       const uint8_t* x = static_cast<const uint8_t*>(call_.x) + (task.column * call_.ldx + step * kStep) * x_size;
       int64_t ldx = call_.ldx;
       if (panel) {
@@ -135,73 +119,47 @@ class TaskRunner {
         fill_panel(isa_, kernels_, g_, call_, task.column, columns, step, ldx, panel);
         x = static_cast<const uint8_t*>(panel);
       }
-      run_chunk(task, step, step_end, x, ldx, buffers);
+      run_chunk(task, step, step_end, x, ldx, sums);
       step = step_end;
     } while (step < g_.steps);
     return true;
   }
 
  private:
-  struct Buffers {
-    float* sums = nullptr;       // of all batch columns of a task, where the columns of the weight are cut; or nullptr
-    int64_t tile_sums = 0;       // floats in `sums` from a tile to the next, 0 if they share their place
-    uint8_t* indices = nullptr;  // decoded positions, or nullptr for kernels that decode themselves
-    bool wide = false;           // the kernels of WideSet
-  };
-
-  int64_t step_index_bytes() const { return g_.slots / 2 * kTile * 4; }
-
   // Steps [chunk, chunk_end) of all tiles: a tile's weights stay in the cache while the batch passes over them.
-  void run_chunk(const Task& task, int64_t chunk, int64_t chunk_end, const uint8_t* x, int64_t ldx,
-                 const Buffers& buffers) const {
-    const auto& kernels = buffers.indices ? kernels_.decoded->micro : kernels_.micro;
+  void run_chunk(const Task& task, int64_t chunk, int64_t chunk_end, const uint8_t* x, int64_t ldx, float* sums) const {
     MicroArgs args;
     args.geometry = &g_;
     args.value_stride = g_.steps * g_.value_bytes;
     args.metadata_stride = g_.steps * g_.metadata_bytes;
     args.ldx = ldx;
-    args.indices = buffers.indices;
+    args.steps = chunk_end - chunk;
+    args.add = chunk > 0;
     for (int64_t tile = task.tile; tile < task.tile_end;) {
-      const int most_tiles = buffers.wide ? 1 : blocking_.tiles;
-      int tiles = std::max(1, static_cast<int>(std::min<int64_t>(most_tiles, task.tile_end - tile)));
-      while (tiles > 1 && !kernels[tiles][1]) --tiles;
-      int64_t step = chunk;
-      do {
-        const int64_t step_end = buffers.indices ? std::min(chunk_end, step + kDecodeSteps) : chunk_end;
-        args.steps = step_end - step;
-        args.add = step > 0;
-        args.values = call_.values + tile * args.value_stride + step * g_.value_bytes;
-        args.metadata = call_.metadata + tile * args.metadata_stride + step * g_.metadata_bytes;
-        const bool tile_done = step_end == chunk_end, last = tile_done && tile + tiles == task.tile_end;
-        const int64_t next_tile = last ? task.tile : tile_done ? tile + tiles : tile;
-        const int64_t next_step = last || !tile_done ? std::max<int64_t>(0, std::min(step_end, g_.steps - 1)) : chunk;
-        args.next_values = call_.values + next_tile * args.value_stride + next_step * g_.value_bytes;
-        args.next_metadata = call_.metadata + next_tile * args.metadata_stride + next_step * g_.metadata_bytes;
-        if (buffers.indices) {
-          args.index_stride = args.steps * step_index_bytes();
-          for (int t = 0; t < tiles; ++t)
-            kernels_.decoded->decode(g_, args.metadata + t * args.metadata_stride, args.steps,
-                                     buffers.indices + t * args.index_stride);
-        }
-        const int64_t x_columns = (step - chunk) * kStep;
-        run_columns(buffers.wide ? kernels_.wide->micro : kernels[tiles],
-                    buffers.wide ? kMostWideColumns : kMostColumns, task, tile, tiles, step_end == g_.steps, x,
-                    x_columns, buffers.sums ? buffers.sums + (tile - task.tile) * buffers.tile_sums : nullptr, &args);
-        step = step_end;
-      } while (step < chunk_end);
+      int tiles = std::max(1, static_cast<int>(std::min<int64_t>(blocking_.tiles, task.tile_end - tile)));
+      while (tiles > 1 && !kernels_.micro[tiles][1]) --tiles;
+      args.values = call_.values + tile * args.value_stride + chunk * g_.value_bytes;
+      args.metadata = call_.metadata + tile * args.metadata_stride + chunk * g_.metadata_bytes;
+      const bool last = tile + tiles == task.tile_end;
+      const int64_t next_tile = last ? task.tile : tile + tiles;
+      const int64_t next_step = last ? std::max<int64_t>(0, std::min(chunk_end, g_.steps - 1)) : chunk;
+      args.next_values = call_.values + next_tile * args.value_stride + next_step * g_.value_bytes;
+      args.next_metadata = call_.metadata + next_tile * args.metadata_stride + next_step * g_.metadata_bytes;
+      run_columns(task, tile, tiles, chunk_end == g_.steps, x,
+                  sums ? sums + (tile - task.tile) * kTile * (task.column_end - task.column) : nullptr, &args);
       tile += tiles;
     }
   }
 
-  // All batch columns over the same weights; `x` from its column `x_columns` on. `done`: the sums are complete then.
-  void run_columns(const Micro* micro, int most, const Task& task, int64_t tile, int tiles, bool done, const uint8_t* x,
-                   int64_t x_columns, float* sums, MicroArgs* args) const {
+  // All batch columns over the same weights. `done`: the sums are complete then.
+  void run_columns(const Task& task, int64_t tile, int tiles, bool done, const uint8_t* x, float* sums,
+                   MicroArgs* args) const {
     const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
+    const Micro* micro = kernels_.micro[tiles];
     alignas(64) float local[kMostColumns * kMostTiles * kTile];
-    static_assert(kMostWideColumns <= kMostColumns * kMostTiles, "the sums of one wide tile fit");
     for (int64_t column = task.column; column < task.column_end;) {
-      const int columns = next_columns(micro, most, task.column_end - column);
-      args->x = x + ((column - task.column) * args->ldx + x_columns) * x_size;
+      const int columns = next_columns(micro, task.column_end - column);
+      args->x = x + (column - task.column) * args->ldx * x_size;
       args->sums = sums ? sums : local;
       args->stream = column == task.column;
       args->y = nullptr;

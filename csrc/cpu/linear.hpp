@@ -23,7 +23,6 @@ struct LinearCall {
 
 constexpr int kMostTiles = 4;
 constexpr int kMostColumns = 8;
-constexpr int kMostWideColumns = 16;
 constexpr int kMostSpan = 2;
 
 // One micro-kernel call: T tiles of rows by NB batch columns over `steps` column steps.
@@ -46,35 +45,17 @@ struct MicroArgs {
   bool stream;       // these weights are used for the first time: prefetch them, and the first of the next call's
   const uint8_t* next_values;
   const uint8_t* next_metadata;
-  const uint8_t* indices;  // of the first tile and step, for the kernels of DecodedSet only
-  int64_t index_stride;    // bytes from a tile to the next
 };
 
 using Micro = void (*)(const MicroArgs&);
-
-// Micro-kernels that read positions as the permutes want them, where many batch columns share the work of decoding.
-// For an even number of slots.
-struct DecodedSet {
-  // [steps][slots / 2][16 rows] indices of 4 bytes from the metadata of so many steps of a tile
-  void (*decode)(const Geometry& g, const uint8_t* metadata, int64_t steps, uint8_t* indices);
-  Micro micro[kMostTiles + 1][kMostColumns + 1];
-};
-
-// Micro-kernels of one tile and all columns of a batch that is a little larger than kMostColumns; micro[NB] may be
-// nullptr. The kernel of kMostWideColumns has no registers for x and wants it in the L1 cache.
-struct WideSet {
-  Micro micro[kMostWideColumns + 1];
-};
 
 // The micro-kernels of one geometry; micro[T][NB] may be nullptr, but micro[1][1] exists.
 struct KernelSet {
   int x_dtype;  // SPARSECOMP_F32 or SPARSECOMP_BF16: what x must be converted to
   int span;     // the most steps of x that its kernels read at once: rows are readable up to a multiple of these
   Micro micro[kMostTiles + 1][kMostColumns + 1];
-  const DecodedSet* decoded;  // with the same T and NB, or nullptr
-  const WideSet* wide;        // or nullptr
-  int column_tiles;           // tiles of a call for a batch of one column: more are more streams of memory
-  int y_dtype;                // what the kernels can write themselves, see MicroArgs::y; -1: nothing
+  int column_tiles;  // tiles of a call for a batch of one column: more are more streams of memory
+  int y_dtype;       // what the kernels can write themselves, see MicroArgs::y; -1: nothing
 };
 
 // y[column][0..rows) = epilogue(sums[column][0..rows)), in `dtype`; rows of `sums` are `ld` apart, and whole tiles of

@@ -157,7 +157,7 @@ void micro(const MicroArgs& args) {
 
 template <class Values, int M, int N>
 constexpr KernelSet make_set() {
-  KernelSet set{SPARSECOMP_F32, 1, {}, nullptr, nullptr, 1, -1};
+  KernelSet set{SPARSECOMP_F32, 1, {}, 1, -1};
   set.micro[1][1] = micro<Values, M, N, 1>;
   set.micro[1][2] = micro<Values, M, N, 2>;
   set.micro[1][3] = micro<Values, M, N, 3>;

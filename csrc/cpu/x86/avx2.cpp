@@ -77,7 +77,7 @@ void micro(const MicroArgs& args) {
   int bases[kStep];
   for (int slot = 0; slot < kStep; ++slot) bases[slot] = slot / g.n * M;
 
-  Prefetcher prefetch(args);
+  Prefetcher prefetch(args, g.value_bytes, g.metadata_bytes);
 
   __m256 sums[kHalves][NB][kChains];
   SPARSECOMP_UNROLL
@@ -160,7 +160,7 @@ void micro(const MicroArgs& args) {
 
 template <class Values, int M, int N>
 constexpr KernelSet make_set() {
-  KernelSet set{SPARSECOMP_F32, 1, {}, nullptr, nullptr, 1, -1};
+  KernelSet set{SPARSECOMP_F32, 1, {}, 1, -1};
   set.micro[1][1] = micro<Values, M, N, 1>;
   set.micro[1][2] = micro<Values, M, N, 2>;
   set.micro[1][3] = micro<Values, M, N, 3>;

@@ -69,7 +69,7 @@ struct Product {
   using Y = FloatY;
   static constexpr int kXDtype = SPARSECOMP_F32;
   static constexpr int kWeightBytes = Values::kBytes;
-  template <class Shape>
+  template <class Shape, int NB>
   static constexpr int kSpan = 1;
   static constexpr int kSlotsOfSum = 1;
 
@@ -78,39 +78,35 @@ struct Product {
     return _mm512_loadu_ps(x);
   }
 
-  // a shift for 8 permutes: no gain
-  template <int M, int N>
-  static constexpr const DecodedSet* decoded() {
-    return nullptr;
-  }
-
-  // 3-10% faster than two tiles up to 11 columns where weights come from a cache, 5-10% slower where from memory
-  template <int M, int N>
-  static constexpr const WideSet* wide() {
-    return nullptr;
-  }
-
   template <int M>
   static constexpr bool kReadsBases = M < 16;
 
+  // groups of 8 gain 3-9%; to 8:16 and 4:16, which decode by a shift alone, stores are more work than that, and 2:4
+  // gains nothing
   template <class Shape, int NB>
+  static constexpr bool kAhead = Shape::kStatic && Shape::kBits == 3 && NB > 4;
+
+  template <class Shape>
   static __m512i first(__m512i word) {
     return word;
   }
-  template <class Shape, int NB>
-  static __m512i next(__m512i word) {
-    return _mm512_srli_epi32(word, 2 * Shape::kBits);
+  template <class Shape>
+  static __m512i later(__m512i word, int slots) {
+    return slots == 0 ? word : _mm512_srli_epi32(word, slots * Shape::kBits);
+  }
+  template <int M, class Shape, int NB>
+  static __m512i columns(__m512i word, const Base* bases) {
+    return slot_columns<M>(word, *bases);
   }
 
-  template <int M, class Shape, int NB, int C>
-  static inline void pair(const uint8_t* block, int slot, bool odd, __m512i word, const Base* bases, int chain,
+  template <class Shape, int NB, int C>
+  static inline void pair(const uint8_t* block, int slot, bool odd, const __m512i (&indices)[2], int chain,
                           const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {
     const typename Values::Raw raw = Values::load(block, slot);
-    multiply<NB, C>(Values::even(raw), slot_columns<M>(word, bases[slot]), 2 * chain % C, xs, sums);
+    multiply<NB, C>(Values::even(raw), indices[0], 2 * chain % C, xs, sums);
     if (!odd) return;
     const typename Values::Raw next = Values::kPaired ? raw : Values::load(block, slot + 1);
-    const __m512i index = slot_columns<M>(_mm512_srli_epi32(word, Shape::kBits), bases[slot + 1]);
-    multiply<NB, C>(Values::odd(next), index, (2 * chain + 1) % C, xs, sums);
+    multiply<NB, C>(Values::odd(next), indices[1], (2 * chain + 1) % C, xs, sums);
   }
 
  private:

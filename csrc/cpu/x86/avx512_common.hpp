@@ -45,10 +45,11 @@ struct StepShape : StepGeometry<M, N> {
 };
 
 // Steps of a round of the loop: those of a register of x, and so many that a lone sum has eight chains.
-template <class Shape, class Product>
-constexpr int round_steps(int sums) {
-  const int chained = sums == 1 && Shape::kStatic ? 8 * Product::kSlotsOfSum / Shape::kSlots : 1;
-  return chained > Product::template kSpan<Shape> ? chained : Product::template kSpan<Shape>;
+template <class Shape, class Product, int T, int NB>
+constexpr int round_steps() {
+  constexpr int kChained = T * NB == 1 && Shape::kStatic ? 8 * Product::kSlotsOfSum / Shape::kSlots : 1;
+  constexpr int kSpan = Product::template kSpan<Shape, NB>;
+  return kChained > kSpan ? kChained : kSpan;
 }
 
 // The chains of each sum together, to y with the bias where it is for the kernel to write, else to args.sums. `Y` reads
@@ -72,31 +73,42 @@ inline void end_micro(const MicroArgs& args, const __m512 (&sums)[T][NB][C]) {
 }
 
 // T tiles by NB batch columns. `Product` multiplies a pair of slots of one tile:
-//   Product::kSpan<Shape>         steps of x that a register holds
+//   Product::kSpan<Shape, NB>     steps of x that a register holds
 //   Product::X, Product::Vector   element and register of x, which load<span>(pointer) takes
-//   Product::kSlotsOfSum          slots that one instruction adds to a sum
+//   Product::kSlotsOfSum          slots that one instruction adds to a sum, a unit: 1 or 2
 //   Product::Y                    what it writes: kDtype, and load and store of 16 elements
 //   Product::Base                 what holds the first column of a slot's group
 //   Product::kReadsBases<M>       whether the bases of a step find no registers beside the most sums
-//   Product::first<Shape, NB>(word)   an index word as pair() wants it; next<Shape, NB>(word): for the next pair
-//   Product::pair<M, Shape>(block, slot, odd, word, bases, chain, xs, sums)   `odd`: slot + 1 exists too
+//   Product::kAhead<Shape, NB>    whether the indices of a step are made during the one before it
+//   Product::first<Shape>(word)   an index word as columns() wants it; later<Shape>(word, slots): so many slots later
+//   Product::columns<M, Shape, NB>(word, bases)   indices of the unit in the lowest bits, as its permutes want them
+//   Product::pair<Shape>(block, slot, odd, indices, chain, xs, sums)   `odd`: slot + 1 exists too
 template <class Product, int M, int N, int T, int NB>
 void micro(const MicroArgs& args) {
   using Shape = StepShape<M, N, typename Product::Base>;
   // few columns: several sums each, or the latency of the multiply-add shows
   constexpr int kChains = T * NB == 1 ? 8 : NB <= 2 ? 2 : 1;
-  constexpr int kSpan = Product::template kSpan<Shape>, kRound = round_steps<Shape, Product>(T * NB);
+  constexpr int kSpan = Product::template kSpan<Shape, NB>, kRound = round_steps<Shape, Product, T, NB>();
+  constexpr int kUnit = Product::kSlotsOfSum;
+  constexpr bool kAhead = Product::template kAhead<Shape, NB>;
+  static_assert(!kAhead || (Shape::kStatic && Shape::kSlots % 2 == 0), "whole pairs, of a known number");
   const Geometry& g = *args.geometry;
   constexpr Shape known(N == 0 ? 1 : N);
   const Shape shape = N == 0 ? Shape(g.n) : known;
   const int full_words = Shape::kStatic ? Shape::kFullWords : g.full_words;
   const int rest_bytes = Shape::kStatic ? Shape::kRestBytes : g.rest_bytes;
-  constexpr int block_bytes = (Shape::kSlots * Product::kWeightBytes * kTile + 63) / 64 * 64;
+  constexpr int kBlockBytes = Shape::kStatic ? Shape::kSlots * Product::kWeightBytes * kTile : 0;
+  static_assert(kBlockBytes % 64 == 0, "whole lines");
+  const int64_t value_bytes = Shape::kStatic ? kBlockBytes : g.value_bytes;
+  const int64_t metadata_bytes = Shape::kStatic ? Shape::kMetadataBytes : g.metadata_bytes;
   const uint8_t* values = args.values;
   const uint8_t* metadata = args.metadata;
+  // copies: for all the compiler knows, stores of indices change args
+  const int64_t value_stride = args.value_stride, metadata_stride = args.metadata_stride;
+  const int64_t ldx = args.ldx;
   const auto* x = static_cast<const typename Product::X*>(args.x);
 
-  Prefetcher prefetch(args, T * NB == 1 ? kPrefetchOneTile : kPrefetchBytes);
+  Prefetcher prefetch(args, value_bytes, metadata_bytes, T * NB == 1 ? kPrefetchOneTile : kPrefetchBytes);
 
   __m512 sums[T][NB][kChains];
   SPARSECOMP_UNROLL
@@ -109,51 +121,92 @@ void micro(const MicroArgs& args) {
     }
   }
 
+  __m512i word[T];
+  const auto load_words = [&](const uint8_t* block, int i) __attribute__((always_inline)) {
+    SPARSECOMP_UNROLL
+    for (int t = 0; t < T; ++t)
+      word[t] = Product::template first<Shape>(load_index_word(block + t * metadata_stride, i, full_words, rest_bytes));
+  };
+  // Calls each(slot, odd) for the pairs of a step, whose positions are those in word[t], from metadata `block`, if it
+  // moves on.
+  const auto walk = [&](const uint8_t* block, const auto& each) __attribute__((always_inline)) {
+    if constexpr (Shape::kStatic) {
+      load_words(block, 0);
+      SPARSECOMP_UNROLL
+      for (int slot = 0; slot < Shape::kSlots; slot += 2) each(slot, slot + 1 < Shape::kSlots);
+    } else {
+      for (int i = 0, slot = 0; i < g.words; ++i) {
+        load_words(block, i);
+        const int end = g.slots < slot + Shape::kWordSlots ? g.slots : slot + Shape::kWordSlots;
+        for (; slot + 1 < end; slot += 2) each(slot, true);
+        if (slot < end) each(slot++, false);
+      }
+    }
+  };
+  // here and not later: the shift would keep the next pair waiting
+  const auto move_on = [&](int t)
+                           __attribute__((always_inline)) { word[t] = Product::template later<Shape>(word[t], 2); };
+  // Made ahead: the indices of the next step, and those of this one that are not used yet. A permute that had to wait
+  // for its index would keep those behind it waiting.
+  alignas(64) uint8_t indices[kAhead ? Shape::kSlots / kUnit * T * 64 : 1];
+  uint8_t* ahead = indices;
+  const auto place = [&](int t, int slot) { return ahead + (slot / kUnit * T + t) * 64; };
+  // The index of the unit at `slot`, `later` slots behind the first of its pair.
+  const auto make_index = [&](int t, int slot, int later,
+                              const typename Product::Base* bases) __attribute__((always_inline)) {
+    return Product::template columns<M, Shape, NB>(Product::template later<Shape>(word[t], later), bases + slot);
+  };
+  if constexpr (kAhead) {
+    if (args.steps > 0) {
+      walk(metadata, [&](int slot, bool) __attribute__((always_inline)) {
+        SPARSECOMP_UNROLL
+        for (int t = 0; t < T; ++t) {
+          for (int u = 0; u < 2; u += kUnit)
+            _mm512_store_si512(place(t, slot + u), make_index(t, slot + u, u, shape.bases[0]));
+          move_on(t);
+        }
+      });
+    }
+  }
+
+  const uint8_t* last_metadata = metadata + (args.steps > 0 ? args.steps - 1 : 0) * metadata_bytes;
   // `first`: of the round
   const auto multiply_steps = [&](int first, int count) __attribute__((always_inline)) {
     typename Product::Vector xs[NB];
     SPARSECOMP_UNROLL
-    for (int b = 0; b < NB; ++b) xs[b] = Product::template load<kSpan>(x + b * args.ldx);
+    for (int b = 0; b < NB; ++b) xs[b] = Product::template load<kSpan>(x + b * ldx);
     SPARSECOMP_UNROLL
     for (int step = 0; step < count; ++step) {
       if (args.stream) {
         SPARSECOMP_UNROLL
-        for (int t = 0; t < T; ++t) prefetch.template tile<Shape::kStatic ? block_bytes : 0>(t);
+        for (int t = 0; t < T; ++t) prefetch.template tile<kBlockBytes>(t);
         prefetch.advance();
       }
-      const typename Product::Base* bases = shape.bases[step];
+      const typename Product::Base* bases = shape.bases[kAhead ? (step + 1) % kSpan : step];
       // read where they are used: in registers they would push out sums
       if (Product::template kReadsBases<M> && T > 1 && NB == kMostColumns) __asm__("" : "+r"(bases));
-      __m512i index[T];
-      const auto load_words = [&](int word) {
-        SPARSECOMP_UNROLL
-        for (int t = 0; t < T; ++t)
-          index[t] = Product::template first<Shape, NB>(
-              load_index_word(metadata + t * args.metadata_stride, word, full_words, rest_bytes));
-      };
-      const auto multiply = [&](int slot, bool odd, int chain) {
-        SPARSECOMP_UNROLL
-        for (int t = 0; t < T; ++t) {
-          Product::template pair<M, Shape>(values + t * args.value_stride, slot, odd, index[t], bases, chain, xs,
-                                           sums[t]);
-          index[t] = Product::template next<Shape, NB>(index[t]);
-        }
-      };
-      if constexpr (Shape::kStatic) {
-        load_words(0);
-        SPARSECOMP_UNROLL
-        for (int slot = 0; slot < Shape::kSlots; slot += 2)
-          multiply(slot, slot + 1 < Shape::kSlots, ((first + step) * Shape::kSlots + slot) / 2 % kChains);
-      } else {
-        for (int word = 0, slot = 0; word < g.words; ++word) {
-          load_words(word);
-          const int end = g.slots < slot + Shape::kWordSlots ? g.slots : slot + Shape::kWordSlots;
-          for (; slot + 1 < end; slot += 2) multiply(slot, true, 0);
-          if (slot < end) multiply(slot++, false, 0);
-        }
-      }
-      values += g.value_bytes;
-      metadata += g.metadata_bytes;
+      // in memory: GCC would keep the indices in registers
+      if (kAhead) __asm__("" : "+r"(ahead));
+      walk(kAhead && metadata < last_metadata ? metadata + metadata_bytes : metadata,
+           [&](int slot, bool odd) __attribute__((always_inline)) {
+             const int chain = Shape::kStatic ? ((first + step) * Shape::kSlots + slot) / 2 % kChains : 0;
+             SPARSECOMP_UNROLL
+             for (int t = 0; t < T; ++t) {
+               __m512i index[2 / kUnit];
+               for (int u = 0; u < (odd ? 2 : 1); u += kUnit) {
+                 if (kAhead) {
+                   index[u] = _mm512_load_si512(place(t, slot + u));
+                   _mm512_store_si512(place(t, slot + u), make_index(t, slot + u, u, bases));
+                 } else {
+                   index[u] = make_index(t, slot + u, u, bases);
+                 }
+               }
+               move_on(t);
+               Product::template pair<Shape>(values + t * value_stride, slot, odd, index, chain, xs, sums[t]);
+             }
+           });
+      values += value_bytes;
+      metadata += metadata_bytes;
     }
     x += kSpan * kStep;
   };
@@ -183,8 +236,6 @@ constexpr KernelSet make_set() {
   KernelSet set{};
   set.x_dtype = Product::kXDtype;
   set.span = Product::kXDtype == SPARSECOMP_F32 ? 1 : kMostSpan;
-  set.decoded = Product::template decoded<M, N>();
-  set.wide = Product::template wide<M, N>();
   set.column_tiles = N == 0 ? 2 : 1;
   set.y_dtype = Product::Y::kDtype;
   fill_columns<Product, M, N, 1, kMostColumns>(set.micro[1]);

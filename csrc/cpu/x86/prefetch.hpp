@@ -16,12 +16,14 @@ constexpr int64_t kPrefetchOneTile = 6144;
 
 class Prefetcher {
  public:
-  explicit Prefetcher(const MicroArgs& args, int64_t ahead = kPrefetchBytes) : args_(args) {
-    const int64_t blocks = ahead / args.geometry->value_bytes + 1;
+  // `value_bytes`, `metadata_bytes`: of a block, as args.geometry has them.
+  Prefetcher(const MicroArgs& args, int64_t value_bytes, int64_t metadata_bytes, int64_t ahead = kPrefetchBytes)
+      : args_(args), value_bytes_(value_bytes), metadata_bytes_(metadata_bytes) {
+    const int64_t blocks = ahead / value_bytes + 1;
     if (blocks < args.steps) {
       left_ = args.steps - blocks;
-      values_ = args.values + blocks * args.geometry->value_bytes;
-      metadata_ = args.metadata + blocks * args.geometry->metadata_bytes;
+      values_ = args.values + blocks * value_bytes;
+      metadata_ = args.metadata + blocks * metadata_bytes;
     } else {
       jump();
     }
@@ -31,15 +33,15 @@ class Prefetcher {
   template <int Bytes>
   void tile(int t) const {
     const uint8_t* block = values_ + t * args_.value_stride;
-    const int64_t bytes = Bytes ? Bytes : args_.geometry->value_bytes;
+    const int64_t bytes = Bytes ? Bytes : value_bytes_;
     for (int64_t byte = 0; byte < bytes; byte += 64)
       _mm_prefetch(reinterpret_cast<const char*>(block + byte), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(metadata_ + t * args_.metadata_stride), _MM_HINT_T0);
   }
 
   void advance() {
-    values_ += args_.geometry->value_bytes;
-    metadata_ += args_.geometry->metadata_bytes;
+    values_ += value_bytes_;
+    metadata_ += metadata_bytes_;
     if (--left_ == 0) jump();
   }
 
@@ -51,6 +53,7 @@ class Prefetcher {
   }
 
   const MicroArgs& args_;
+  int64_t value_bytes_, metadata_bytes_;
   const uint8_t* values_;
   const uint8_t* metadata_;
   int64_t left_;  // steps until the next tiles
