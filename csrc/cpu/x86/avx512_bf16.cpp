@@ -18,8 +18,10 @@ struct Bf16Y {
     return widen_vector(
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(from) + index)), kDtype);
   }
+  // Denormal numbers become zero, as in the dot product.
   static void store(__m512 value, void* to, int64_t index) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(to) + index), narrow_vector(value, kDtype));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(to) + index),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
   }
 };
 
