@@ -13,6 +13,12 @@ namespace sparsecomp {
 namespace {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using ThreadNumber = int (*)();
+
+struct Gomp {
+  GompParallel parallel;
+  ThreadNumber thread_number;
+};
 
 // A child made by fork() has none of the workers that libgomp still counts on, and would wait for them for ever: it
 // starts threads of its own. Registered at load, as torch may have used libgomp before we do.
@@ -20,29 +26,63 @@ std::atomic<bool> forked{false};
 const int handler_missing = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 // Looked up anew until found: whoever brings libgomp may be loaded after us.
-GompParallel gomp_parallel() {
-  if (handler_missing != 0 || forked.load(std::memory_order_relaxed)) return nullptr;
-  static std::atomic<GompParallel> found{nullptr};
-  GompParallel function = found.load(std::memory_order_relaxed);
-  if (!function) {
-    function = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    found.store(function, std::memory_order_relaxed);
+Gomp find_gomp() {
+  if (handler_missing != 0 || forked.load(std::memory_order_relaxed)) return {};
+  static std::atomic<GompParallel> parallel{nullptr};
+  static std::atomic<ThreadNumber> thread_number{nullptr};
+  Gomp found{parallel.load(std::memory_order_acquire), thread_number.load(std::memory_order_relaxed)};
+  if (!found.parallel) {
+    found.parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found.thread_number = reinterpret_cast<ThreadNumber>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    if (!found.parallel || !found.thread_number) return {};
+    thread_number.store(found.thread_number, std::memory_order_relaxed);
+    parallel.store(found.parallel, std::memory_order_release);
   }
-  return function;
+  return found;
 }
 
-struct Work {
-  std::atomic<int64_t> next{0};
-  int64_t tasks;
-  void (*function)(const void*, int64_t);
-  const void* context;
+// Each thread has a share of the tasks, the same at every call, so that it finds what they read in its own caches; when
+// its share is done it claims what is left of the others'.
+class Work {
+ public:
+  Work(int threads, int64_t tasks, void (*function)(const void*, int64_t), const void* context)
+      : shares_(static_cast<int>(std::min<int64_t>({threads, tasks, kMostShares}))),
+        tasks_(tasks),
+        function_(function),
+        context_(context) {
+    for (int i = 0; i < shares_; ++i) next_[i].task.store(first(i), std::memory_order_relaxed);
+  }
+
+  // However many threads there really are, every task is claimed exactly once.
+  void claim(int thread) {
+    for (int i = 0; i < shares_; ++i) {
+      const int share = (thread + i) % shares_;
+      std::atomic<int64_t>& next = next_[share].task;
+      const int64_t end = first(share + 1);
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < end;) function_(context_, task);
+    }
+  }
+
+  ThreadNumber thread_number = nullptr;
+
+ private:
+  static constexpr int64_t kMostShares = 64;
+  struct alignas(64) Counter {  // a line of its own
+    std::atomic<int64_t> task;
+  };
+
+  int64_t first(int share) const { return tasks_ * share / shares_; }
+
+  const int shares_;
+  const int64_t tasks_;
+  void (*const function_)(const void*, int64_t);
+  const void* const context_;
+  Counter next_[kMostShares];
 };
 
-// However many threads the runtime really gives, every task is claimed exactly once.
-void claim_tasks(void* data) {
+void claim_in_team(void* data) {
   auto& work = *static_cast<Work*>(data);
-  for (int64_t task; (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.tasks;)
-    work.function(work.context, task);
+  work.claim(work.thread_number());
 }
 
 }  // namespace
@@ -58,24 +98,22 @@ void run_tasks(int threads, int64_t tasks, void (*function)(const void*, int64_t
     for (int64_t task = 0; task < tasks; ++task) function(context, task);
     return;
   }
-  Work work;
-  work.tasks = tasks;
-  work.function = function;
-  work.context = context;
-  if (GompParallel parallel = gomp_parallel()) {
+  Work work(threads, tasks, function, context);
+  if (const Gomp gomp = find_gomp(); gomp.parallel) {
+    work.thread_number = gomp.thread_number;
     // also for fewer tasks: a smaller team makes libgomp end its other workers, and start them anew for torch
-    parallel(claim_tasks, &work, static_cast<unsigned>(threads), 0);
+    gomp.parallel(claim_in_team, &work, static_cast<unsigned>(threads), 0);
     return;
   }
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   std::vector<std::thread> helpers;
   try {
     helpers.reserve(static_cast<size_t>(threads - 1));
-    for (int i = 1; i < threads; ++i) helpers.emplace_back(claim_tasks, &work);
+    for (int i = 1; i < threads; ++i) helpers.emplace_back([&work, i] { work.claim(i); });
   } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
     // there are no more threads, or there is no memory for them; those that run, and this one, claim the rest
   }
-  claim_tasks(&work);
+  work.claim(0);
   for (std::thread& helper : helpers) helper.join();
 }
 
