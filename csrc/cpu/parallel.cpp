@@ -45,8 +45,11 @@ Gomp find_gomp() {
 // its share is done it claims what is left of the others'.
 class Work {
  public:
-  Work(int threads, int64_t tasks, void (*function)(const void*, int64_t), const void* context)
-      : shares_(static_cast<int>(std::min<int64_t>({threads, tasks, kMostShares}))),
+  // `thread_number`: of the calling thread in its team, for claim_in_team.
+  Work(int threads, int64_t tasks, void (*function)(const void*, int64_t), const void* context,
+       ThreadNumber thread_number)
+      : thread_number(thread_number),
+        shares_(static_cast<int>(std::min<int64_t>({threads, tasks, kMostShares}))),
         tasks_(tasks),
         function_(function),
         context_(context) {
@@ -63,7 +66,7 @@ class Work {
     }
   }
 
-  ThreadNumber thread_number = nullptr;
+  const ThreadNumber thread_number;
 
  private:
   static constexpr int64_t kMostShares = 64;
@@ -98,9 +101,9 @@ void run_tasks(int threads, int64_t tasks, void (*function)(const void*, int64_t
     for (int64_t task = 0; task < tasks; ++task) function(context, task);
     return;
   }
-  Work work(threads, tasks, function, context);
-  if (const Gomp gomp = find_gomp(); gomp.parallel) {
-    work.thread_number = gomp.thread_number;
+  const Gomp gomp = find_gomp();
+  Work work(threads, tasks, function, context, gomp.thread_number);
+  if (gomp.parallel) {
     // also for fewer tasks: a smaller team makes libgomp end its other workers, and start them anew for torch
     gomp.parallel(claim_in_team, &work, static_cast<unsigned>(threads), 0);
     return;

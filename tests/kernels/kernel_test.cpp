@@ -1,19 +1,22 @@
 // Compares the instruction set in use (SPARSECOMP_ISA) with the scalar reference on random weights and shapes, with
 // every buffer exactly as large as the contract says, so that a sanitizer or a guard page sees any access beyond it.
-// Also tests the partition of work for core counts that this machine does not have.
+// Also tests the partition of work, and tasks on threads, for core counts that this machine does not have.
 //   cmake --workflow --preset sanitize
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "dispatch.hpp"
 #include "layout.hpp"
 #include "numbers.hpp"
 #include "pages.hpp"
 #include "panel.hpp"
+#include "parallel.hpp"
 #include "partition.hpp"
 #include "reference.hpp"
 #include "sparsecomp.h"
@@ -305,6 +308,25 @@ void check_pages() {
   }
 }
 
+// Every task runs once, and is done when the call returns, also where threads outnumber tasks or the shares they have.
+void check_tasks() {
+  for (const int threads : {0, 1, 2, 3, 64, 65, 130}) {
+    for (const int64_t tasks : {0, 1, 2, 5, 64, 65, 129, 1000}) {
+      std::vector<std::atomic<int>> runs(static_cast<size_t>(tasks));
+      std::vector<int64_t> seen(static_cast<size_t>(tasks), -1);
+      parallel_for(threads, tasks, [&](int64_t task) {
+        ++runs[static_cast<size_t>(task)];
+        seen[static_cast<size_t>(task)] = task;
+      });
+      for (int64_t task = 0; task < tasks; ++task) {
+        const auto at = static_cast<size_t>(task);
+        CHECK(runs[at] == 1 && seen[at] == task, "task %lld of %lld on %d threads ran %d times",
+              static_cast<long long>(task), static_cast<long long>(tasks), threads, runs[at].load());
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -313,6 +335,7 @@ int main() {
     return kSkipped;
   }
   check_partition();
+  check_tasks();
   check_numbers();
   check_pages();
   check_refusals();

@@ -81,7 +81,7 @@ struct Product {
   template <int M>
   static constexpr bool kReadsBases = M < 16;
 
-  // groups of 8 gain 3-9%; to 8:16 and 4:16, which decode by a shift alone, stores are more work than that, and 2:4
+  // groups of 8 gain up to 8%; to 8:16 and 4:16, which decode by a shift alone, stores are more work than that, and 2:4
   // gains nothing
   template <class Shape, int NB>
   static constexpr bool kAhead = Shape::kStatic && Shape::kBits == 3 && NB > 4;
