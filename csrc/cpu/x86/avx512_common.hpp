@@ -103,7 +103,7 @@ void micro(const MicroArgs& args) {
   const int64_t metadata_bytes = Shape::kStatic ? Shape::kMetadataBytes : g.metadata_bytes;
   const uint8_t* values = args.values;
   const uint8_t* metadata = args.metadata;
-  // copies: for all the compiler knows, stores of indices change args
+  // copied, because the compiler must take stores of indices for changes of args
   const int64_t value_stride = args.value_stride, metadata_stride = args.metadata_stride;
   const int64_t ldx = args.ldx;
   const auto* x = static_cast<const typename Product::X*>(args.x);
@@ -127,8 +127,8 @@ void micro(const MicroArgs& args) {
     for (int t = 0; t < T; ++t)
       word[t] = Product::template first<Shape>(load_index_word(block + t * metadata_stride, i, full_words, rest_bytes));
   };
-  // Calls each(slot, odd) for the pairs of a step, whose positions are those in word[t], from metadata `block`, if it
-  // moves on.
+  // Calls each(slot, odd) for every pair of a step. Positions come from the metadata at `block`; those of the pair are
+  // in the lowest bits of word[t], provided that each() moves on.
   const auto walk = [&](const uint8_t* block, const auto& each) __attribute__((always_inline)) {
     if constexpr (Shape::kStatic) {
       load_words(block, 0);
@@ -185,7 +185,7 @@ void micro(const MicroArgs& args) {
       const typename Product::Base* bases = shape.bases[kAhead ? (step + 1) % kSpan : step];
       // read where they are used: in registers they would push out sums
       if (Product::template kReadsBases<M> && T > 1 && NB == kMostColumns) __asm__("" : "+r"(bases));
-      // in memory: GCC would keep the indices in registers
+      // another address, for all GCC knows: it would keep the indices in registers and spill sums for them
       if (kAhead) __asm__("" : "+r"(ahead));
       walk(kAhead && metadata < last_metadata ? metadata + metadata_bytes : metadata,
            [&](int slot, bool odd) __attribute__((always_inline)) {
