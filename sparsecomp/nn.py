@@ -19,7 +19,7 @@ from sparsecomp import ops
 from sparsecomp.activations import activate, require_activation
 from sparsecomp.backends import registry
 from sparsecomp.backends.registry import Kernel, Weight
-from sparsecomp.eager import eager_product
+from sparsecomp.eager import eager_product, plain_call, quick_call
 from sparsecomp.errors import ModelError, SparsecompError
 from sparsecomp.pack.format import PackedWeight, pack, part_names
 from sparsecomp.pack.move import moved, zero_weight
@@ -61,6 +61,11 @@ class SparseLinear(nn.Module):
     dense_above: int | None
     _preferred: str | None = None
     bias: nn.Parameter | None
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        """A subclass with a ``__call__`` of its own costs all layers their quick call, so that it can be compiled."""
+        super().__init_subclass__(**named)
+        plain_call(SparseLinear, cls)
 
     def __init__(  # noqa: D107  (the class says it)
         self,
@@ -397,3 +402,6 @@ class SparseLinear(nn.Module):
             f"pattern={self.pattern}, {activation}dtype={self.dtype}, {weights}kernel={self.kernel.backend}, "
             f"bytes={self.kernel.nbytes} of {dense} dense"
         )
+
+
+quick_call(SparseLinear, "_eager", "dense_above")

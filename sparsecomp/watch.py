@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -15,8 +16,15 @@ WATCHERS: tuple[Callable[[], object], ...] = (
     torch._C._len_torch_dispatch_stack,
     torch._C._is_torch_function_mode_enabled,
     torch._C._is_any_autocast_enabled,
-    torch._C._get_tracing_state,
+    torch._C._is_tracing,
     _peek_interpreter_stack,
+)
+
+
+# Each gives something other than None while it wants to see the frames of Python that a call makes.
+CALL_WATCHERS: tuple[Callable[[], object], ...] = (
+    sys.getprofile,
+    torch._C._dynamo.eval_frame.get_eval_frame_callback,
 )
 
 

@@ -8,8 +8,10 @@
 // Functions of torch may let other threads run, so addresses are taken last, and checked there.
 #include "eager.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 #include "arguments.hpp"
@@ -23,13 +25,17 @@ namespace {
 constexpr const char* kFunctionsName = "sparsecomp._native.torch_functions";
 constexpr const char* kProductName = "sparsecomp._native.eager_product";
 
+// Products of no more multiply-adds than this, zeros counted, keep the interpreter's lock where vectors compute them:
+// they take 2 to 14 us, and to release it and take it again costs 0.04.
+constexpr int64_t kShort = 1 << 18;
+
 // Functions of torch, and the names of two attributes.
 struct Functions {
   dlpack::View view;
   Reference tensor, parameter;  // types
   Reference watchers;           // a tuple of functions without arguments
   Reference levels;             // the namespace of torch.autograd.forward_ad
-  Reference grad_enabled, threads, is_negated, new_empty, contiguous;
+  Reference grad_enabled, threads, is_negated, make, contiguous;
   Reference current_level_name, requires_grad_name;
 };
 
@@ -42,6 +48,7 @@ struct Product {
   sparsecomp_nm nm;
   sparsecomp_block blocks;
   int64_t out, columns;
+  int64_t short_rows;  // up to so many, the interpreter's lock is kept
   Reference out_size;
   Py_ssize_t count;  // of tensors: values, metadata, and scales or none
   std::array<PyObject*, 3> tensors;
@@ -164,9 +171,9 @@ Verdict examine(const Product& p, PyObject* x, PyObject* bias, PyObject* dense_a
   return row_count(*x_view) >= from ? Verdict::kOtherwise : Verdict::kRun;
 }
 
-// x.new_empty(*x.shape[:-1], out): sizes as arguments, which torch reads faster than a tuple of them.
+// x.new(*x.shape[:-1], out): sizes as arguments, which torch reads faster than a tuple of them.
 PyObject* empty_result(const Product& p, PyObject* x, const dlpack::Tensor& view) {
-  PyObject* make = p.torch->new_empty.get();
+  PyObject* make = p.torch->make.get();
   if (view.dims == 2) {
     const Reference rows(PyLong_FromLongLong(view.shape[0]));
     if (!rows) return nullptr;
@@ -224,16 +231,15 @@ PyObject* run(const Product& p, PyObject* x, dlpack::Tensor x_view, PyObject* bi
   const float* scales = p.count == 3 ? reinterpret_cast<const float*>(dlpack::start(views[2])) : nullptr;
   const sparsecomp_epilogue epilogue = {scales, bias_start, p.activation};
   void* result = static_cast<char*>(y_view.data) + y_view.byte_offset;
-  int code;
-  Py_BEGIN_ALLOW_THREADS;
-  if (p.block) {
-    code = sparsecomp_block_linear(&p.blocks, dlpack::start(views[0]), dlpack::start(views[1]), p.dtype,
-                                   dlpack::start(x_view), step, rows, &epilogue, result, p.out, thread_count(wanted));
-  } else {
-    code = sparsecomp_nm_linear(&p.nm, dlpack::start(views[0]), dlpack::start(views[1]), p.dtype, dlpack::start(x_view),
-                                step, rows, &epilogue, result, p.out, thread_count(wanted));
-  }
-  Py_END_ALLOW_THREADS;
+  const bool released = rows > p.short_rows;
+  PyThreadState* thread = released ? PyEval_SaveThread() : nullptr;
+  const int code =
+      p.block
+          ? sparsecomp_block_linear(&p.blocks, dlpack::start(views[0]), dlpack::start(views[1]), p.dtype,
+                                    dlpack::start(x_view), step, rows, &epilogue, result, p.out, thread_count(wanted))
+          : sparsecomp_nm_linear(&p.nm, dlpack::start(views[0]), dlpack::start(views[1]), p.dtype,
+                                 dlpack::start(x_view), step, rows, &epilogue, result, p.out, thread_count(wanted));
+  if (released) PyEval_RestoreThread(thread);
   return code == SPARSECOMP_OK ? y.release() : raise_code(code);
 }
 
@@ -306,6 +312,8 @@ bool describe(Product* p, PyObject* arguments) {
     raise_code(SPARSECOMP_INVALID);
     return false;
   }
+  const bool vectors = std::string_view(sparsecomp_isa()) != "reference";
+  p->short_rows = vectors ? kShort / std::max<int64_t>(1, p->out * p->columns) : 0;
   p->out_size.own(PyLong_FromLongLong(p->out));
   return static_cast<bool>(p->out_size);
 }
@@ -350,7 +358,7 @@ PyObject* torch_functions(PyObject*, PyObject* const* args, Py_ssize_t given) {
   torch->view = table->view;
   Reference* const fields[] = {&torch->tensor,     &torch->parameter, &torch->watchers,
                                &torch->levels,     &torch->threads,   &torch->grad_enabled,
-                               &torch->is_negated, &torch->new_empty, &torch->contiguous};
+                               &torch->is_negated, &torch->make,      &torch->contiguous};
   static_assert(sizeof(fields) / sizeof(fields[0]) == kGiven - 1, "one field for every argument but the capsule");
   for (Py_ssize_t i = 1; i < kGiven; ++i) fields[i - 1]->share(args[i]);
   torch->current_level_name.own(PyUnicode_InternFromString("_current_level"));
@@ -382,4 +390,12 @@ PyObject* eager_product(PyObject*, PyObject* const* args, Py_ssize_t given) {
   p->otherwise = args[6];
   const Reference self(PyTuple_Pack(3, owner.get(), args[4], args[6]));
   return self ? PyCFunction_NewEx(&call_definition, self.get(), nullptr) : nullptr;
+}
+
+PyObject* call_product(PyObject* product, PyObject* x, PyObject* bias, PyObject* dense_above) {
+  if (PyCFunction_CheckExact(product) && PyCFunction_GetFunction(product) == call_definition.ml_meth) {
+    PyObject* const args[] = {x, bias, dense_above};
+    return call(PyCFunction_GetSelf(product), args, 3);
+  }
+  return PyObject_CallFunctionObjArgs(product, x, bias, dense_above, nullptr);
 }

@@ -7,6 +7,7 @@
 
 #include "arguments.hpp"
 #include "eager.hpp"
+#include "layer_call.hpp"
 #include "sparsecomp.h"
 
 namespace {
@@ -247,11 +248,16 @@ PyMethodDef methods[] = {
     fast("measure_read_bandwidth", measure_read_bandwidth, "measure_read_bandwidth(threads) -> float: bytes/s."),
     fast("torch_functions", torch_functions,
          "torch_functions(DLPack table, Tensor, Parameter, watchers, namespace of forward_ad, get_num_threads, "
-         "is_grad_enabled, Tensor.is_neg, Tensor.new_empty, Tensor.contiguous) -> for eager_product, or None if the "
+         "is_grad_enabled, Tensor.is_neg, Tensor.new, Tensor.contiguous) -> for eager_product, or None if the "
          "table is of another version."),
     fast("eager_product", eager_product,
          "eager_product(torch_functions(...), is block, (" WEIGHT "), x dtype, tensors, activation, otherwise) -> "
          "product(x, bias, dense_above), which calls otherwise for gradients and from dense_above rows on."),
+    fast(
+        "layer_call", layer_call,
+        "layer_call(class of the layer, nn.Module, its globals, watchers, name of the product, name of dense_above) -> "
+        "__call__ for the class, which calls the product at once where nothing surrounds the call. A watcher is a "
+        "function that gives None where it does not watch."),
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,

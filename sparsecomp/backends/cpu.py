@@ -31,13 +31,22 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8
 
 
 @lru_cache(maxsize=1)
-def native() -> ModuleType | str:
-    """The compiled extension, or the reason why it cannot be used here."""
+def extension() -> ModuleType | str:
+    """The compiled extension, whose kernels may refuse this machine, or the reason why there is none."""
     try:
-        module = import_module("sparsecomp._native")
-        module.isa()
+        return import_module("sparsecomp._native")
     except ImportError as error:
         return f"the compiled extension is not there ({error}); install the package with a C++ compiler available"
+
+
+@lru_cache(maxsize=1)
+def native() -> ModuleType | str:
+    """The compiled extension, or the reason why its kernels cannot be used here."""
+    module = extension()
+    if isinstance(module, str):
+        return module
+    try:
+        module.isa()
     except RuntimeError as error:
         return f"the compiled extension refuses this machine: {error}"
     return module
@@ -56,7 +65,8 @@ def _torch_functions() -> object | None:
     table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if table is None:
         return None
-    functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, Tensor.new_empty, Tensor.contiguous
+    # new makes what new_empty makes, 0.05 us faster
+    functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, Tensor.new, Tensor.contiguous
     namespace = vars(torch.autograd.forward_ad)
     found: object | None = _require_native().torch_functions(
         table, Tensor, torch.nn.Parameter, WATCHERS, namespace, *functions
