@@ -96,11 +96,13 @@ def wait_until_idle() -> None:
         quiet = quiet + 1 if used < _IDLE * passed else 0
 
 
-def measure(samplers: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, Timing]:
+def measure(
+    samplers: Mapping[str, Callable[[], float]], seconds: float, counts: Callable[[], bool] = lambda: True
+) -> dict[str, Timing]:
     """Take a sample (seconds of one call) of each in turn, again and again, for about ``seconds`` in all.
 
     Every round starts with another of them, so that drift of the clock and what a neighbour leaves in the caches fall
-    on all alike.
+    on all alike. ``counts`` is asked after every round and drops it with False; its time is added.
     """
     names = list(samplers)
     for sampler in samplers.values():
@@ -109,9 +111,14 @@ def measure(samplers: Mapping[str, Callable[[], float]], seconds: float) -> dict
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < MIN_REPETITIONS or (rounds < MAX_REPETITIONS and time.perf_counter() < end):
-        for i in range(len(names)):
-            name = names[(i + rounds) % len(names)]
-            samples[name].append(samplers[name]())
+        start = time.perf_counter()
+        order = [names[(i + rounds) % len(names)] for i in range(len(names))]
+        taken = {name: samplers[name]() for name in order}
+        if not counts():
+            end += time.perf_counter() - start
+            continue
+        for name, sample in taken.items():
+            samples[name].append(sample)
         rounds += 1
     return {name: _timing(taken) for name, taken in samples.items()}
 

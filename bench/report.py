@@ -100,6 +100,12 @@ def render(result: dict[str, Any]) -> str:
         parts.append(curve)
     for name, reason in result["missing"].items():
         parts.append(f"left out: {name}: {reason}")
+    for threads, seen in result.get("shared_cores", {}).items():
+        end = "; then patience was at its end, and later rounds were kept unseen" if seen["gave_up"] else ""
+        parts.append(
+            f"{threads} threads: cores of this machine shared one for a while; {seen['dropped_rounds']} rounds were "
+            f"measured again after {seen['waited_s']} s{end}"
+        )
     return "\n\n".join(parts)
 
 

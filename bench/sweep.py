@@ -22,6 +22,7 @@ from sparsecomp.device import Device, detect
 from sparsecomp.display import progress
 from sparsecomp.errors import SparsecompError
 
+from .cores import Cores
 from .engines import DTYPES, INT8, Engine, SparseEngine, dense_engines
 from .harness import Timing, measure
 from .machine import describe
@@ -63,6 +64,7 @@ def sweep(*parts: Settings) -> dict[str, Any]:
     machine = describe(device, counts)
     missing: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
+    cores: dict[int, Cores] = {}
     for threads in counts:
         groups = [
             (part, shape, dtype)
@@ -75,6 +77,7 @@ def sweep(*parts: Settings) -> dict[str, Any]:
         sparse = {pattern: SparseEngine(pattern) for pattern in patterns}
         engines = [*dense_engines(), *sparse.values()]
         makes = {engine.name: partial(Product, engine, threads) for engine in engines}
+        cores[threads] = Cores(threads)
         with workers(makes, threads, [engine.name for engine in engines if engine.openmp]) as started:
             for part, shape, dtype in progress(groups, f"measuring, {threads} thread(s)"):
                 wanted = [*dense_engines(), *(sparse[pattern] for pattern in part.patterns)]
@@ -84,7 +87,7 @@ def sweep(*parts: Settings) -> dict[str, Any]:
                 asked = {engine.name: started[engine.name] for engine in ready}
                 # weights of an earlier shape would fill the memory
                 ask_all((worker for name, worker in started.items() if name not in asked), "clear")
-                rows.extend(_rows(part, device, ready, asked, shape, dtype, threads))
+                rows.extend(_rows(part, device, ready, asked, shape, dtype, threads, cores[threads]))
     return {
         "format": FORMAT,
         "kind": "gemm",
@@ -92,6 +95,7 @@ def sweep(*parts: Settings) -> dict[str, Any]:
         "machine": machine,
         "settings": [asdict(part) for part in parts],
         "missing": missing,
+        "shared_cores": {str(threads): each.record() for threads, each in cores.items() if each.dropped_rounds},
         "rows": rows,
     }
 
@@ -118,6 +122,7 @@ def _rows(
     shape: tuple[int, int],
     dtype: str,
     threads: int,
+    cores: Cores,
 ) -> Iterator[dict[str, Any]]:
     copies = _copies(settings, device, shape, dtype)
     ask_all(asked.values(), "load", shape, dtype, copies)
@@ -127,7 +132,7 @@ def _rows(
         errors = ask_all(asked.values(), "bind", batch, count)
         _check(errors, dtype, f"{shape[0]}x{shape[1]}, batch {batch}, {threads} threads")
         samplers = {name: partial(worker.ask, "sample") for name, worker in asked.items()}
-        timings = measure(samplers, settings.seconds)
+        timings = measure(samplers, settings.seconds, cores)
         for engine in engines:
             row: dict[str, Any] = {
                 "out": shape[0],

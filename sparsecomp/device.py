@@ -24,6 +24,7 @@ from sparsecomp.patterns import NM
 
 _CAPABILITY = {"AVX512": "avx512", "AVX2": "avx2"}
 _CACHE_INDEX = Path("/sys/devices/system/cpu/cpu0/cache")
+_FLOPS_ROUND_US = 20_000
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -175,7 +176,7 @@ def _size(count: int) -> str:
 def _measure_flops(place: str, dtype: torch.dtype, threads: int) -> float:
     module = native()
     if place == "cpu" and isinstance(module, ModuleType) and dtype in DTYPE_CODES:
-        return float(module.measure_flops(DTYPE_CODES[dtype], threads))
+        return float(module.measure_flops(DTYPE_CODES[dtype], threads, _FLOPS_ROUND_US))
     side = 1024 if place == "cpu" else 8192
     a, b = (torch.ones(side, side, device=place, dtype=dtype) for _ in range(2))
     return 2.0 * side**3 / _best_seconds(lambda: a @ b, place)

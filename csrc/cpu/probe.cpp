@@ -15,7 +15,6 @@
 
 namespace {
 
-constexpr double kSeconds = 0.02;
 constexpr int kRounds = 3;
 
 // Independent chains of multiply-adds that the compiler turns into the baseline vector code of the build.
@@ -49,7 +48,7 @@ double sparsecomp::clock_seconds() {
 
 extern "C" {
 
-double sparsecomp_measure_flops(int32_t dtype, int threads) {
+double sparsecomp_measure_flops(int32_t dtype, int threads, double seconds) {
   threads = sparsecomp::resolve_threads(threads);
   const sparsecomp::Isa* isa = sparsecomp::dispatch().isa;
   const auto probe = isa ? isa->flops : baseline_flops;
@@ -57,7 +56,7 @@ double sparsecomp_measure_flops(int32_t dtype, int threads) {
   for (int round = 0; round < kRounds; ++round) {
     std::vector<double> rates(static_cast<size_t>(threads), 0.0);
     sparsecomp::parallel_for(threads, threads,
-                             [&](int64_t i) { rates[static_cast<size_t>(i)] = probe(dtype, kSeconds); });
+                             [&](int64_t i) { rates[static_cast<size_t>(i)] = probe(dtype, seconds); });
     double total = 0;
     for (double rate : rates) total += rate;
     best = std::max(best, total);

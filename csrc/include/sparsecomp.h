@@ -108,8 +108,9 @@ SPARSECOMP_API int sparsecomp_block_linear(const sparsecomp_block* weight, const
                                            const sparsecomp_epilogue* epilogue, void* y, int64_t ldy, int threads);
 
 /* Measured peaks of this machine, for the roofline bound. */
-SPARSECOMP_API double sparsecomp_measure_flops(int32_t dtype, int threads); /* multiply-adds count as 2, per second */
-SPARSECOMP_API double sparsecomp_measure_read_bandwidth(int threads);       /* bytes per second, DRAM */
+/* Multiply-adds in registers, each counted as 2, per second: the best of three rounds of so many seconds. */
+SPARSECOMP_API double sparsecomp_measure_flops(int32_t dtype, int threads, double seconds);
+SPARSECOMP_API double sparsecomp_measure_read_bandwidth(int threads); /* bytes per second, DRAM */
 
 #ifdef __cplusplus
 }

@@ -187,11 +187,11 @@ PyObject* block_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* measure_flops(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  std::array<int64_t, 2> v;
+  std::array<int64_t, 3> v;
   if (!read_integers("measure_flops", args, given, &v)) return nullptr;
   double rate;
   Py_BEGIN_ALLOW_THREADS;
-  rate = sparsecomp_measure_flops(static_cast<int32_t>(v[0]), thread_count(v[1]));
+  rate = sparsecomp_measure_flops(static_cast<int32_t>(v[0]), thread_count(v[1]), 1e-6 * static_cast<double>(v[2]));
   Py_END_ALLOW_THREADS;
   return PyFloat_FromDouble(rate);
 }
@@ -244,7 +244,9 @@ PyMethodDef methods[] = {
          "block_linear(" BLOCK_WEIGHT
          ", values, metadata, x dtype, x, ldx, batch, row_scales or 0, bias or 0, activation, y, ldy, threads):"
          " as nm_linear."),
-    fast("measure_flops", measure_flops, "measure_flops(dtype, threads) -> float: FLOP/s of multiply-adds."),
+    fast("measure_flops", measure_flops,
+         "measure_flops(dtype, threads, microseconds of a round) -> float: FLOP/s of multiply-adds, the best of three "
+         "rounds."),
     fast("measure_read_bandwidth", measure_read_bandwidth, "measure_read_bandwidth(threads) -> float: bytes/s."),
     fast("torch_functions", torch_functions,
          "torch_functions(DLPack table, Tensor, Parameter, watchers, namespace of forward_ad, get_num_threads, "

@@ -1,0 +1,84 @@
+"""Samples that were taken while cores of the machine shared one are dropped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pytest
+
+from sparsecomp.bench import cores, harness
+from sparsecomp.bench.cores import Cores
+
+APART, CLOCKED_DOWN, SHARED = [2.4, 2.3], [2.1, 2.0], [1.3, 1.0]
+
+
+class _Machine:
+    """Two cores, and what each pair of looks at them finds; then they are apart."""
+
+    def __init__(self, *looks: list[float]) -> None:
+        self.looks = list(looks)
+
+    def __call__(self, asked: Sequence[int]) -> list[float]:
+        assert list(asked) in ([3, 5], [5])
+        if len(asked) == 1:
+            return [2.4]
+        return self.looks.pop(0) if self.looks else APART
+
+
+@pytest.fixture(autouse=True)
+def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 3})
+    monkeypatch.setattr(cores, "_PAUSE_S", 0.001)
+
+
+@pytest.mark.parametrize("looks", [[APART], [CLOCKED_DOWN], [SHARED, APART], [SHARED, SHARED, CLOCKED_DOWN]])
+def test_cores_that_are_apart_count(looks: list[list[float]]) -> None:
+    machine = _Machine(*looks)
+    found = Cores(2, machine)
+    assert found() and not machine.looks
+    assert found.record() == {"dropped_rounds": 0, "waited_s": 0.0, "gave_up": False}
+
+
+def test_shared_cores_are_waited_for() -> None:
+    machine = _Machine(*[SHARED] * 7)
+    found = Cores(2, machine)
+    assert not found() and not machine.looks
+    assert found()
+    record = found.record()
+    assert record["dropped_rounds"] == 1 and found.waited_s >= 0.002 and not record["gave_up"]
+
+
+def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "MOST_PATIENCE_S", 0.05)
+    found = Cores(2, _Machine(*[SHARED] * 10**6))
+    assert not found()
+    assert found() and found() and found.record()["gave_up"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_core_and_cores_that_are_not_there_are_never_waited_for(threads: int) -> None:
+    assert Cores(threads, _Machine(*[SHARED] * 9))()
+
+
+def test_rounds_that_do_not_count_are_taken_again() -> None:
+    answers = [True, False, False] + [True] * harness.MIN_REPETITIONS
+    calls: list[str] = []
+
+    def sample(name: str) -> float:
+        calls.append(name)
+        return len(calls) * 1.0
+
+    timings = harness.measure({"a": lambda: sample("a"), "b": lambda: sample("b")}, 0.0, lambda: answers.pop(0))
+    assert timings["a"].samples == timings["b"].samples == harness.MIN_REPETITIONS
+    # one untimed each, a round that counts (3 and 4), two that do not (5 to 8), and six that do
+    assert timings["a"].low > 8 and timings["b"].low > 8, "the second smallest of seven"
+    assert len(calls) == 2 * (1 + 2 + harness.MIN_REPETITIONS)
+
+
+def test_real_cores_have_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    mine = sorted(os.sched_getaffinity(0))
+    rates = cores._rates(mine[:2])
+    assert len(rates) == len(mine[:2]) and all(rate > 0 for rate in rates)
+    assert sorted(os.sched_getaffinity(0)) == mine
