@@ -1,7 +1,8 @@
-"""Whether the cores of this machine compute beside each other, which those of a virtual machine do not always.
+"""Whether the cores of this machine compute at full rate beside each other, which those of a virtual machine may not.
 
-Two of them may lie on one physical core for seconds or minutes: two threads are then no faster than one, in every
-engine alike, and what is measured says nothing of engines. Takes a number of threads. Knows nothing of what is timed.
+For a tenth of a second or for minutes two of them may lie on one physical core, or one beside a neighbour's: two
+threads are then as fast as one or one and a half, in every engine alike, and what is measured says nothing of engines.
+Takes a number of threads. Knows nothing of what is timed.
 """
 
 from __future__ import annotations
@@ -13,37 +14,42 @@ from collections.abc import Callable, Sequence
 
 from sparsecomp.backends.cpu import native
 
-# of what each does alone; two that share a core get half, and the clock falls by a tenth where both are busy
+# of the best rate seen; cores that share a physical one get half, and the clock falls by a tenth where all are busy
 _LEAST_SHARE = 0.75
 _ROUND_US = 1000
-_LOOKS = 3
-_PAUSE_S = 0.25
-# in all: where cores stay together, the rest is measured as it is, and the result says so
+_FIRST_LOOKS = 5
+_PAUSE_S = 0.05
+# in all: where cores stay shared, the rest is measured as it is, and the result says so
 MOST_PATIENCE_S = 180.0
 
 Rates = Callable[[Sequence[int]], list[float]]  # multiply-adds per second of each core, all at once
 
 
 class Cores:
-    """Called after a round of samples: whether they count. If not, it has waited until the cores were apart again."""
+    """Called after a round of samples: whether they count. If not, it has waited until no core was shared any more."""
 
     def __init__(self, threads: int, rates: Rates | None = None) -> None:
         """``threads`` cores are asked for; one core, or a machine without as many, is never waited for."""
         cores = sorted(os.sched_getaffinity(0))[:threads]
         self._cores = cores if 1 < threads == len(cores) else []
         self._rates = rates or _rates
+        self._best = 0.0
         self.dropped_rounds = 0
         self.waited_s = 0.0
 
     def __call__(self) -> bool:
-        """True where the cores are apart, and always once the patience is used up."""
-        if not self._cores or self.waited_s >= MOST_PATIENCE_S or self._apart():
+        """True where every core is at its full rate, and always once the patience is used up."""
+        if not self._cores or self.waited_s >= MOST_PATIENCE_S:
+            return True
+        if not self._best:
+            self._best = max(self._rates([core])[0] for core in self._cores for _ in range(_FIRST_LOOKS))
+        if self._unshared():
             return True
         self.dropped_rounds += 1
         start = time.perf_counter()
         while self.waited_s + time.perf_counter() - start < MOST_PATIENCE_S:
             time.sleep(_PAUSE_S)
-            if self._apart():
+            if self._unshared():
                 break
         self.waited_s += time.perf_counter() - start
         return False
@@ -53,13 +59,10 @@ class Cores:
         gave_up = self.waited_s >= MOST_PATIENCE_S
         return {"dropped_rounds": self.dropped_rounds, "waited_s": round(self.waited_s, 1), "gave_up": gave_up}
 
-    def _apart(self) -> bool:
-        for _ in range(_LOOKS):  # a moment in which something else runs is not what is looked for
-            together = self._rates(self._cores)
-            alone = self._rates(self._cores[-1:])
-            if min(together) >= _LEAST_SHARE * alone[0]:
-                return True
-        return False
+    def _unshared(self) -> bool:
+        rates = self._rates(self._cores)
+        self._best = max(self._best, *rates)
+        return min(rates) >= _LEAST_SHARE * self._best
 
 
 def _rates(cores: Sequence[int]) -> list[float]:

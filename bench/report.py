@@ -103,7 +103,7 @@ def render(result: dict[str, Any]) -> str:
     for threads, seen in result.get("shared_cores", {}).items():
         end = "; then patience was at its end, and later rounds were kept unseen" if seen["gave_up"] else ""
         parts.append(
-            f"{threads} threads: cores of this machine shared one for a while; {seen['dropped_rounds']} rounds were "
+            f"{threads} threads: cores of this machine were shared for a while; {seen['dropped_rounds']} rounds were "
             f"measured again after {seen['waited_s']} s{end}"
         )
     return "\n\n".join(parts)
