@@ -19,6 +19,12 @@ constexpr int64_t kSumsBytes = 192 << 10;
 // Panels are packed for as many batch columns at a time as are still near when the last rows of the weight pass over
 // them: of the L3 cache, which others use too, a small part.
 constexpr int64_t kGroupBytes = 2 << 20;
+// What another thread has packed must be fetched from that one's cache, and taken back at the next call: some percent
+// of a product where the cores share a cache, half of it where they do not. So each thread packs for itself where a
+// panel, and the weight if it meets several, stay in its L2 cache; and if all threads must pack the only panel, where
+// each has rows enough to use it for.
+constexpr int64_t kOwnBytes = 512 << 10;
+constexpr int64_t kOwnRows = 192;
 // Bytes of a row of x that are asked for ahead of their packing.
 constexpr int64_t kPackAhead = 256;
 constexpr int kMostLanes = 16;
@@ -43,40 +49,69 @@ class Runner {
       : isa_(isa), kernels_(kernels), g_(g), call_(call), panels_(kernels, call.batch) {
     widest_ = panels_.widest();
     block_steps_ = std::max<int64_t>(1, kBlockBytes / (widest_ * kStep * 4));
-    const int64_t near = kGroupBytes / std::max<int64_t>(1, widest_ * g.steps * kStep * 4);
+    const int64_t work = g.tiles * kTile * g.steps * g.slots * call.batch;
+    threads_ = worth_threads(work) ? call.threads : 1;
+    const int64_t panel_bytes = std::max<int64_t>(1, widest_ * g.steps * kStep * 4);
+    const int64_t weight_bytes = g.tiles * g.steps * (g.value_bytes + g.metadata_bytes);
+    own_ = threads_ > 1 && panel_bytes <= kOwnBytes &&
+           (panels_.count < threads_ ? panels_.count == 1 && g.out >= threads_ * kOwnRows : weight_bytes <= kOwnBytes);
+    const int64_t near = kGroupBytes / panel_bytes;
     // few rows: several panels at a time, or threads have nothing to do
     group_ = std::clamp<int64_t>(std::max(near, divide_up(2 * call.threads, std::max<int64_t>(1, g.tiles))), 1,
                                  panels_.count);
+    tile_block_ =
+        panel_tile_block(g.tiles, kSumsBytes / (kTile * widest_ * 4), own_ ? panels_.count : group_, threads_);
+    row_tasks_ = divide_up(g.tiles, tile_block_);
   }
 
-  int run() {
+  int run() { return own_ ? run_own() : run_shared(); }
+
+ private:
+  // Panels packed by all threads, a group at a time: the weights of a task stay in the cache while they pass over them.
+  int run_shared() {
     static thread_local Workspace packed_space;
     const int64_t panel_elements = widest_ * g_.steps * kStep;
     auto* packed = static_cast<float*>(packed_space.reserve(std::max<int64_t>(1, group_ * panel_elements) * 4));
     if (!packed) return SPARSECOMP_NO_MEMORY;
-    const int64_t work = g_.tiles * kTile * g_.steps * g_.slots * call_.batch;
-    const int threads = worth_threads(work) ? call_.threads : 1;
-    const int64_t tile_block = panel_tile_block(g_.tiles, kSumsBytes / (kTile * widest_ * 4), group_, threads);
-    const int64_t row_tasks = divide_up(g_.tiles, tile_block);
     const int64_t pack_steps = std::max<int64_t>(1, block_steps_ * 4);
     const int64_t pack_tasks = divide_up(g_.steps, pack_steps);
     std::atomic<bool> complete{true};
     for (int64_t first = 0; first < panels_.count; first += group_) {
       const int64_t count = std::min(group_, panels_.count - first);
-      parallel_for(threads, pack_tasks * count, [&](int64_t index) {
+      parallel_for(threads_, pack_tasks * count, [&](int64_t index) {
         const int64_t panel = index / pack_tasks, step = index % pack_tasks * pack_steps;
         pack(first + panel, step, std::min(g_.steps, step + pack_steps), packed + panel * panel_elements);
       });
-      parallel_for(threads, row_tasks * count, [&](int64_t index) {
-        const int64_t panel = index % count, tile = index / count * tile_block;
-        if (!multiply(first + panel, tile, std::min(g_.tiles, tile + tile_block), packed + panel * panel_elements))
+      parallel_for(threads_, row_tasks_ * count, [&](int64_t index) {
+        const int64_t panel = index % count;
+        if (!multiply(first + panel, index / count, packed + panel * panel_elements))
           complete.store(false, std::memory_order_relaxed);
       });
     }
     return complete.load() ? SPARSECOMP_OK : SPARSECOMP_NO_MEMORY;
   }
 
- private:
+  // Panels packed by the threads that multiply them: the tasks of one follow each other.
+  int run_own() {
+    static std::atomic<uint64_t> last_call{0};
+    const uint64_t call = last_call.fetch_add(1, std::memory_order_relaxed) + 1;
+    std::atomic<bool> complete{true};
+    parallel_for(threads_, panels_.count * row_tasks_, [&](int64_t index) {
+      static thread_local Workspace space;
+      static thread_local uint64_t packed_call = 0;
+      static thread_local int64_t packed_panel = 0;
+      const int64_t panel = index / row_tasks_;
+      auto* packed = static_cast<float*>(space.reserve(widest_ * g_.steps * kStep * 4));
+      if (packed && !(packed_call == call && packed_panel == panel)) {
+        pack(panel, 0, g_.steps, packed);
+        packed_call = call;
+        packed_panel = panel;
+      }
+      if (!packed || !multiply(panel, index % row_tasks_, packed)) complete.store(false, std::memory_order_relaxed);
+    });
+    return complete.load() ? SPARSECOMP_OK : SPARSECOMP_NO_MEMORY;
+  }
+
   // Columns of a panel that are transposed; the others, after them, are not.
   int64_t transposed(int64_t panel) const {
     return panels_.width(panel) - kernels_.permuted[panels_.width_units(panel)];
@@ -128,9 +163,10 @@ class Runner {
     }
   }
 
-  // False if there is no memory for the workspace.
-  bool multiply(int64_t panel, int64_t tile, int64_t tile_end, const float* packed) const {
+  // One panel by one of the row tasks. False if there is no memory for the workspace.
+  bool multiply(int64_t panel, int64_t row_task, const float* packed) const {
     static thread_local Workspace sums_space, values_space;
+    const int64_t tile = row_task * tile_block_, tile_end = std::min(g_.tiles, tile + tile_block_);
     const int64_t width = panels_.width(panel);
     const bool widens = kernels_.x_dtype == SPARSECOMP_F32 && g_.dtype != SPARSECOMP_F32;
     auto* sums = static_cast<float*>(sums_space.reserve((tile_end - tile) * kTile * width * 4));
@@ -236,6 +272,9 @@ class Runner {
   int64_t widest_;       // columns of the widest panel
   int64_t block_steps_;  // column steps that stay in the L1 cache
   int64_t group_;        // panels packed at a time
+  int64_t tile_block_, row_tasks_;
+  int threads_;
+  bool own_;  // every thread packs for itself
 };
 
 }  // namespace

@@ -189,6 +189,14 @@ void compare_random(int count) {
   }
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16})  // in several tasks
     compare_with_reference({500, 300, 2, 4, dtype == SPARSECOMP_BF16 ? 4 : 1, dtype}, 144, 1, 2, true);
+  // panels packed by the thread that multiplies them (one by two threads; three, of which two share one), and by all
+  for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_BF16, SPARSECOMP_I8}) {
+    const int32_t mask_rows = dtype == SPARSECOMP_BF16 ? 4 : 1;
+    compare_with_reference({400, 160, 2, 4, mask_rows, dtype}, 90, 1, 2, true);
+    for (const int threads : {2, 3, 8})
+      compare_with_reference({200, 160, 2, 4, mask_rows, dtype}, 330, 1, threads, true);
+  }
+  compare_with_reference({900, 640, 8, 16, 1, SPARSECOMP_F32}, 260, 0, 2, true);
   // long enough to be cut along the columns
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8})
     compare_with_reference({20, 6500, 2, 4, 1, dtype}, 18, 1, 2, true);
