@@ -13,13 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_REPETITIONS = 7
+MIN_REPETITIONS = 11
 MAX_REPETITIONS = 2000
 # a sample shorter than this is made of several calls, so that the clock does not matter
 SHORTEST_SAMPLE_S = 500e-6
 # after their threads have slept, engines need so long to be at full speed again: in the first millisecond a product on
 # two threads takes 1.1 to 2 times as long as from the fifth to tenth on
 AFTER_SLEEP_S = 0.01
+# and then give so many samples at a time, of which the middle one counts, unless that takes longer than this
+_SAMPLES_AWAKE = 5
+_LONGEST_AWAKE_S = 0.005
 _MOST_CALLS = 200
 _STEP_S = 0.002
 _QUIET_STEPS = 2
@@ -59,10 +62,12 @@ class Sampler:
     def __init__(self, call: Callable[[], object], after_sleep: bool = False) -> None:
         """How many calls make a sample is found out at the first.
 
-        ``after_sleep``: threads sleep between samples (``wait_until_idle``), so that more calls are untimed.
+        ``after_sleep``: threads sleep between samples (``wait_until_idle``), so that more calls are untimed, and the
+        sample is the median of several.
         """
         self._call = call
         self._untimed_s = AFTER_SLEEP_S if after_sleep else 0.0
+        self._samples = _SAMPLES_AWAKE if after_sleep else 1
         self._count = 0
 
     def __call__(self) -> float:
@@ -74,9 +79,12 @@ class Sampler:
         self._run()
         while time.perf_counter() < end:
             self._call()
-        start = time.perf_counter()
-        self._run()
-        return (time.perf_counter() - start) / self._count
+        times: list[float] = []
+        while len(times) < self._samples and sum(times) < _LONGEST_AWAKE_S:
+            start = time.perf_counter()
+            self._run()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[len(times) // 2] / self._count
 
     def _run(self) -> None:
         for _ in range(self._count):
