@@ -3,10 +3,9 @@
 // torch exports or traces is the product's to see.
 //
 // The object is for the class of the layer: Python's call of a layer finds it in its slot. Whoever asks for the
-// attribute
-// `__call__`, of a layer or of its class, is to get what a class without it would have, as tracers and compilers read
-// it, follow it and compare it with that of nn.Module. sparsecomp/eager.py gives the type that `__get__` in Python, as
-// TorchDynamo follows no other; so the type must stay mutable.
+// attribute `__call__`, of a layer or of its class, is to get what a class without it would have, as tracers and
+// compilers read it, follow it and compare it with that of nn.Module. sparsecomp/eager.py gives the type that `__get__`
+// in Python, as TorchDynamo follows no other; so the type must stay mutable.
 #include "layer_call.hpp"
 
 #include <array>
