@@ -107,12 +107,14 @@ def _overall(result: dict[str, Any]) -> str:
     found = [each for each in comparisons(result) if each.row["pattern"] in patterns]
     means = " and ".join(f"{_mean(found, pattern)} for {pattern}" for pattern in patterns)
     verdicts = [each.verdict for each in found]
+    slower, unclear = verdicts.count("loses") or "none", verdicts.count("unclear") or "none"
     return (
         f"Over the {len(found)} rows of these patterns in that run ({_values(found, 'out', 'in')} shapes, batch "
         f"{min(each.row['batch'] for each in found)} to {max(each.row['batch'] for each in found)}, fp32 and bf16, "
         f"{_values(found, 'threads')} thread counts) the geometric mean is {means}; "
-        f"dense was faster in {verdicts.count('loses')} of them ({verdicts.count('unclear')} more are too noisy to "
-        "tell), and `sc.compile` leaves layers dense where it measures that."
+        f"dense was faster in {slower} of them ({unclear} more "
+        f"{'is' if unclear == 1 else 'are'} too noisy to tell), and `sc.compile` leaves layers dense where it measures "
+        "that."
     )
 
 

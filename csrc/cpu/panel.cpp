@@ -20,9 +20,9 @@ constexpr int64_t kSumsBytes = 192 << 10;
 // them: of the L3 cache, which others use too, a small part.
 constexpr int64_t kGroupBytes = 2 << 20;
 // What another thread has packed must be fetched from that one's cache, and taken back at the next call: some percent
-// of a product where the cores share a cache, half of it where they do not. So each thread packs for itself where a
-// panel, and the weight if it meets several, stay in its L2 cache; and if all threads must pack the only panel, where
-// each has rows enough to use it for.
+// of a product, and more than a third of it when a virtual machine's cores seemed to share no cache. So each thread
+// packs for itself where a panel, and the weight if it meets several, stay in its L2 cache; and if all threads must
+// pack the only panel, where each has rows enough to use it for.
 constexpr int64_t kOwnBytes = 512 << 10;
 constexpr int64_t kOwnRows = 192;
 // Bytes of a row of x that are asked for ahead of their packing.
