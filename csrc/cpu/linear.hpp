@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "layout.hpp"
+#include "processor.hpp"
 
 namespace sparsecomp {
 
@@ -89,7 +90,7 @@ struct PanelSet;
 struct Isa {
   const char* name;
   const KernelSet* (*select)(const Geometry& g);
-  const PanelSet* (*select_panels)(const Geometry& g);  // nullptr where there are none for the geometry
+  const PanelSet* (*select_panels)(const Geometry& g, const Processor&);  // nullptr: none for the geometry
   void (*widen)(const void* from, int dtype, float* to, int64_t count);
   void (*finish)(const FinishArgs& args);
   double (*flops)(int dtype, double seconds);            // measured, of independent multiply-adds on this thread

@@ -6,14 +6,13 @@
 
 #include "parallel.hpp"
 #include "partition.hpp"
+#include "processor.hpp"
 #include "rounding.hpp"
 #include "workspace.hpp"
 
 namespace sparsecomp {
 namespace {
 
-// The columns of a panel that all rows of a task pass over stay in the L1 cache, beside the weights of a tile.
-constexpr int64_t kBlockBytes = 32 << 10;
 // The sums of a task stay in the L2 cache.
 constexpr int64_t kSumsBytes = 192 << 10;
 // Panels are packed for as many batch columns at a time as are still near when the last rows of the weight pass over
@@ -45,10 +44,10 @@ struct Panels {
 
 class Runner {
  public:
-  Runner(const Isa& isa, const PanelSet& kernels, const Geometry& g, const LinearCall& call)
+  Runner(const Isa& isa, const PanelSet& kernels, const Geometry& g, const LinearCall& call, const Processor& processor)
       : isa_(isa), kernels_(kernels), g_(g), call_(call), panels_(kernels, call.batch) {
     widest_ = panels_.widest();
-    block_steps_ = std::max<int64_t>(1, kBlockBytes / (widest_ * kStep * 4));
+    block_steps_ = std::max<int64_t>(1, processor.l1_bytes * 2 / 3 / (widest_ * kStep * 4));
     const int64_t work = g.tiles * kTile * g.steps * g.slots * call.batch;
     threads_ = worth_threads(work) ? call.threads : 1;
     const int64_t panel_bytes = std::max<int64_t>(1, widest_ * g.steps * kStep * 4);
@@ -270,7 +269,7 @@ class Runner {
   const LinearCall& call_;
   const Panels panels_;
   int64_t widest_;       // columns of the widest panel
-  int64_t block_steps_;  // column steps that stay in the L1 cache
+  int64_t block_steps_;  // column steps of a panel that stay in the L1 cache, beside the weights of a tile
   int64_t group_;        // panels packed at a time
   int64_t tile_block_, row_tasks_;
   int threads_;
@@ -279,8 +278,9 @@ class Runner {
 
 }  // namespace
 
-int panel_linear(const Isa& isa, const PanelSet& kernels, const Geometry& g, const LinearCall& call) {
-  return Runner(isa, kernels, g, call).run();
+int panel_linear(const Isa& isa, const PanelSet& kernels, const Geometry& g, const LinearCall& call,
+                 const Processor& processor) {
+  return Runner(isa, kernels, g, call, processor).run();
 }
 
 }  // namespace sparsecomp

@@ -1,7 +1,7 @@
 // The product over transposed panels of x, for batches that fill registers: lanes are batch columns, a kept weight is
 // broadcast, and its position says which row of the panel the multiply-add reads. No permutes, so the limit is loads.
-// A set may leave the last columns of a panel as they are in x, for its micro-kernels to permute meanwhile.
-// Owns packing of x, blocking, threads and ragged edges; its micro-kernels see whole tiles and whole vectors only.
+// A set may leave the last columns of a panel as they are in x, for its micro-kernels to permute meanwhile; Intel's do
+// not. Owns packing of x, blocking, threads and ragged edges; its micro-kernels see whole tiles and whole vectors only.
 #pragma once
 
 #include <cstdint>
@@ -56,6 +56,7 @@ static inline bool panels_pay(const PanelSet& kernels, int64_t out, int64_t batc
 }
 
 // SPARSECOMP_OK or SPARSECOMP_NO_MEMORY.
-int panel_linear(const Isa& isa, const PanelSet& kernels, const Geometry& g, const LinearCall& call);
+int panel_linear(const Isa& isa, const PanelSet& kernels, const Geometry& g, const LinearCall& call,
+                 const Processor& processor);
 
 }  // namespace sparsecomp

@@ -3,6 +3,8 @@
 //
 //   Vector::Register, Vector::kLanes, zero(), load(pointer), store(pointer, v), broadcast(float)
 //   Vector::multiply_add(a, b, sum)   a * b + sum
+//   Vector::kOneRegister              whether the address of a multiply-add's operand is one register and a
+//                                     displacement: Intel's processors take it apart if it has two
 #pragma once
 
 #include <cstring>
@@ -51,10 +53,10 @@ SPARSECOMP_INLINE const float* vector_at(const float* group, int c, uint64_t off
 }
 
 // One slot of R rows by C vectors; `bits` holds the positions of the rows, or of all of them if they share a mask: then
-// a row of the panel is loaded once for all.
+// a row of the panel is loaded once for all. `group`: elements from `panel` to the slot's group.
 template <class Vector, int R, int C, bool kShared>
-SPARSECOMP_INLINE void multiply_slot(const float* values, const float* group, const uint64_t* bits, int shift, int mask,
-                                     typename Vector::Register (&sums)[R][C]) {
+SPARSECOMP_INLINE void multiply_slot(const float* values, const float* panel, int64_t group, const uint64_t* bits,
+                                     int shift, int mask, typename Vector::Register (&sums)[R][C]) {
   constexpr int64_t kRowBytes = int64_t{C} * Vector::kLanes * 4;
   if constexpr (kShared) {
     const uint64_t offset = row_offset<kRowBytes>(bits[0], shift, mask);
@@ -63,7 +65,7 @@ SPARSECOMP_INLINE void multiply_slot(const float* values, const float* group, co
     for (int r = 0; r < R; ++r) weights[r] = Vector::broadcast(values[r]);
     SPARSECOMP_UNROLL
     for (int c = 0; c < C; ++c) {
-      const typename Vector::Register activations = Vector::load(vector_at<Vector>(group, c, offset));
+      const typename Vector::Register activations = Vector::load(vector_at<Vector>(panel + group, c, offset));
       SPARSECOMP_UNROLL
       for (int r = 0; r < R; ++r) sums[r][c] = Vector::multiply_add(weights[r], activations, sums[r][c]);
     }
@@ -72,9 +74,14 @@ SPARSECOMP_INLINE void multiply_slot(const float* values, const float* group, co
     for (int r = 0; r < R; ++r) {
       const uint64_t offset = row_offset<kRowBytes>(bits[r], shift, mask);
       const typename Vector::Register weight = Vector::broadcast(values[r]);
+      const float* row = vector_at<Vector>(panel, 0, offset);
+      if constexpr (Vector::kOneRegister) __asm__("" : "+r"(row));
       SPARSECOMP_UNROLL
-      for (int c = 0; c < C; ++c)
-        sums[r][c] = Vector::multiply_add(weight, Vector::load(vector_at<Vector>(group, c, offset)), sums[r][c]);
+      for (int c = 0; c < C; ++c) {
+        const float* at =
+            Vector::kOneRegister ? row + group + c * Vector::kLanes : vector_at<Vector>(panel + group, c, offset);
+        sums[r][c] = Vector::multiply_add(weight, Vector::load(at), sums[r][c]);
+      }
     }
   }
 }
@@ -149,12 +156,12 @@ struct FloatRows {
       if constexpr (N != 0) {
         SPARSECOMP_UNROLL
         for (int slot = 0; slot < Step::kSlots; ++slot)
-          multiply_slot<Vector, R, C, kShared>(values + slot * kTile, panel + slot / N * M * kWidth, bits,
+          multiply_slot<Vector, R, C, kShared>(values + slot * kTile, panel, slot / N * M * kWidth, bits,
                                                slot * Step::kBits, M - 1, sums);
       } else {
         for (int slot = 0; slot < g.slots; ++slot) {  // one loop: nested ones, over groups and slots, mispredict
           const float* group = panel + (M == 16 ? 0 : args.groups[slot]);
-          multiply_slot<Vector, R, C, kShared>(values + slot * kTile, group, bits, 0, M - 1, sums);
+          multiply_slot<Vector, R, C, kShared>(values + slot * kTile, group, 0, bits, 0, M - 1, sums);
           SPARSECOMP_UNROLL
           for (int r = 0; r < kMasks; ++r) bits[r] >>= Step::kBits;
         }

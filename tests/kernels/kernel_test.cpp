@@ -47,18 +47,19 @@ void fill_positions(const Geometry& g, Buffer* metadata) {
   }
 }
 
-// The product over panels where the instruction set has one for the weight, whether it pays or not; else what is
-// chosen.
-int multiply_by_panels(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& call) {
+// The product over panels where the instruction set has one for the weight on a processor, whether it pays or not; else
+// what is chosen.
+int multiply_by_panels(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& call,
+                       const Processor& processor) {
   const Isa* isa = dispatch().isa;
-  const PanelSet* panels = isa ? isa->select_panels(g) : nullptr;
-  if (panels && call.batch >= panels->least_batch) return panel_linear(*isa, *panels, g, call);
+  const PanelSet* panels = isa ? isa->select_panels(g, processor) : nullptr;
+  if (panels && call.batch >= panels->least_batch) return panel_linear(*isa, *panels, g, call, processor);
   return sparsecomp_nm_linear(&weight, call.values, call.metadata, call.dtype, call.x, call.ldx, call.batch,
                               &call.epilogue, call.y, call.ldy, call.threads);
 }
 
 void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t gap, int threads, bool has_bias,
-                            bool by_panels = false) {
+                            const Processor* panels_of = nullptr) {
   Geometry g;
   CHECK(make_geometry(weight, &g), "geometry");
   const int size = element_bytes(g.dtype);
@@ -100,9 +101,10 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
       has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr, has_bias ? bias.data : nullptr,
       uniform(0, 1) == 1 ? SPARSECOMP_NO_ACTIVATION : static_cast<int32_t>(uniform(SPARSECOMP_RELU, SPARSECOMP_SILU))};
   const int done =
-      by_panels
+      panels_of
           ? multiply_by_panels(weight, g,
-                               {values.data, metadata.data, dtype, x.data, ldx, batch, epilogue, y.data, ldy, threads})
+                               {values.data, metadata.data, dtype, x.data, ldx, batch, epilogue, y.data, ldy, threads},
+                               *panels_of)
           : sparsecomp_nm_linear(&weight, values.data, metadata.data, dtype, x.data, ldx, batch, &epilogue, y.data, ldy,
                                  threads);
   CHECK(done == SPARSECOMP_OK, "%s", name.c_str());
@@ -129,16 +131,19 @@ constexpr int32_t kPanelPatterns[][2] = {{1, 2}, {1, 4},  {2, 4},  {3, 4},   {2,
                                          {6, 8}, {4, 16}, {8, 16}, {10, 16}, {12, 16}};
 
 // Every width of a panel, alone and beside others, with columns left empty in its transposed and its permuted part; the
-// weights are longer than what a micro-kernel takes at a time.
+// weights are longer than what a micro-kernel takes at a time. The panels of every kind of processor.
 void compare_widths() {
-  constexpr int64_t kUnit = 8, kLeastUnits = 8, kMostUnitsAlone = 16;
+  constexpr int64_t kUnit = 8, kLeastUnits = 2, kMostUnitsAlone = 16;
   for (const int32_t* pattern : kPanelPatterns) {
     for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
       for (int64_t units = kLeastUnits; units <= 2 * kMostUnitsAlone + 2; ++units) {
-        const int64_t in = uniform(0, 1) == 1 ? 160 : uniform(130, 160);
-        compare_with_reference({uniform(1, 40), in, pattern[0], pattern[1], 1, dtype},
-                               units * kUnit - uniform(0, kUnit - 1), uniform(0, 2), static_cast<int>(uniform(1, 3)),
-                               true, true);
+        for (bool intel : {false, true}) {
+          const Processor some{intel, int64_t{16} << 10};
+          const int64_t in = uniform(0, 1) == 1 ? 160 : uniform(130, 160);
+          compare_with_reference({uniform(1, 40), in, pattern[0], pattern[1], 1, dtype},
+                                 units * kUnit - uniform(0, kUnit - 1), uniform(0, 2), static_cast<int>(uniform(1, 3)),
+                                 true, &some);
+        }
       }
     }
   }
@@ -185,7 +190,8 @@ void compare_random(int count) {
     weight.out_features = uniform(1, 40);
     weight.in_features = i % 2 == 0 ? 16 * uniform(0, 9) : uniform(0, 150);
     const int64_t batch = 16 * uniform(1, 20) - (uniform(0, 1) == 1 ? uniform(0, 5) : 0);
-    compare_with_reference(weight, batch, uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1, true);
+    const Processor some{uniform(0, 1) == 1, uniform(1, 3) << 14};
+    compare_with_reference(weight, batch, uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1, &some);
   }
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16})  // in several tasks
     compare_with_reference({500, 300, 2, 4, dtype == SPARSECOMP_BF16 ? 4 : 1, dtype}, 144, 1, 2, true);

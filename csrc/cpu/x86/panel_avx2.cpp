@@ -37,6 +37,7 @@ void transpose_8x8(const float* from, int64_t ld_from, float* to, int64_t ld_to)
 struct Avx2 {
   using Register = __m256;
   static constexpr int kLanes = 8;
+  static constexpr bool kOneRegister = false;
   static Register zero() { return _mm256_setzero_ps(); }
   static Register load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, Register v) { _mm256_storeu_ps(to, v); }
@@ -45,27 +46,36 @@ struct Avx2 {
   static constexpr auto transpose = transpose_8x8;
 };
 
-template <int M, int N>
+struct Avx2OneRegister : Avx2 {
+  static constexpr bool kOneRegister = true;
+};
+
+template <class Vector, int M, int N>
 const PanelSet* select_for(const Geometry& g) {
-  static constexpr PanelSet alone = make_panel_set<Avx2, M, N, 2, 2, 6, false>(M == 16 ? 13 : 25, M == 16 ? 0 : 48,
-                                                                               M == 16 ? 1.6 : 1.1),
+  static constexpr PanelSet alone = make_panel_set<Vector, M, N, 2, 2, 6, false>(M == 16 ? 13 : 25, M == 16 ? 0 : 48,
+                                                                                 M == 16 ? 1.6 : 1.1),
                             fours = make_panel_set<Avx2, M, N, 4, 1, 2, true>(13, M == 16 ? 0 : 48, 1.1);
   return g.mask_rows % 4 == 0 ? &fours : &alone;
 }
 
-}  // namespace
-
-const PanelSet* select_panels_avx2(const Geometry& g) {
+template <class Vector>
+const PanelSet* select_vector(const Geometry& g) {
   switch (g.m) {
     case 2:
-      return select_for<2, 0>(g);
+      return select_for<Vector, 2, 0>(g);
     case 4:
-      return g.n == 2 ? select_for<4, 2>(g) : select_for<4, 0>(g);
+      return g.n == 2 ? select_for<Vector, 4, 2>(g) : select_for<Vector, 4, 0>(g);
     case 8:
-      return g.n == 4 ? select_for<8, 4>(g) : select_for<8, 0>(g);
+      return g.n == 4 ? select_for<Vector, 8, 4>(g) : select_for<Vector, 8, 0>(g);
     default:
-      return g.n == 8 ? select_for<16, 8>(g) : select_for<16, 0>(g);
+      return g.n == 8 ? select_for<Vector, 16, 8>(g) : select_for<Vector, 16, 0>(g);
   }
+}
+
+}  // namespace
+
+const PanelSet* select_panels_avx2(const Geometry& g, const Processor& processor) {
+  return processor.intel ? select_vector<Avx2OneRegister>(g) : select_vector<Avx2>(g);
 }
 
 }  // namespace sparsecomp

@@ -1,6 +1,6 @@
 // Panels of 16-lane vectors. Rows of different masks: 2 rows by C vectors of the panel, bound by loads, and meanwhile Q
-// batch columns by permutes, which leave the load ports alone. Rows that share a mask: 4 rows by 6 vectors are 24 sums,
-// 4 weights and the activations.
+// batch columns by permutes, which leave the load ports alone (Intel: none of these). Rows that share a mask: 4 rows by
+// 6 vectors are 24 sums, 4 weights and the activations.
 #include <immintrin.h>
 
 #include "../panel_kernel.hpp"
@@ -44,7 +44,7 @@ struct MixedRows {
       __m512i word;
       SPARSECOMP_UNROLL
       for (int slot = 0; slot < Step::kSlots; ++slot) {
-        multiply_slot<Avx512, kRows, C, false>(weights + slot * kTile, panel + slot / N * M * kTransposed, bits,
+        multiply_slot<Avx512, kRows, C, false>(weights + slot * kTile, panel, slot / N * M * kTransposed, bits,
                                                slot * Step::kBits, M - 1, sums);
         if (slot % Step::kWordSlots == 0)
           word = load_index_word(metadata, slot / Step::kWordSlots, Step::kFullWords, Step::kRestBytes);
@@ -89,7 +89,7 @@ constexpr void add_width(PanelSet* set) {
 }
 
 template <int M, int N>
-const PanelSet* alone() {
+const PanelSet* mixed() {
   static constexpr PanelSet set = [] {
     // where little is multiplied, packing and writing y weigh more: 4:16 gains nothing below these
     constexpr bool kFew = 4 * N <= M;
@@ -114,6 +114,21 @@ const PanelSet* alone() {
   return &set;
 }
 
+// Without permuted columns, each of which would cost two multiply-adds.
+template <int M, int N>
+const PanelSet* transposed() {
+  static constexpr PanelSet set = make_panel_set<Avx512OneRegister, M, N, 2, 4, 8, false>(54, 96, 1.2);
+  return &set;
+}
+
+template <int M, int N>
+const PanelSet* alone(const Processor& processor) {
+  if (!processor.intel) return mixed<M, N>();
+  // up to a quarter of the weights permutes alone are faster
+  if constexpr (4 * N > M) return transposed<M, N>();
+  return nullptr;
+}
+
 template <int M, int N>
 const PanelSet* shared() {
   static constexpr PanelSet set = make_panel_set<Avx512, M, N, 4, 1, 6, true>(25, 48, 1.2);
@@ -124,31 +139,31 @@ const PanelSet* shared() {
 
 // Rows that do not share masks have kernels for the patterns people prune to: their walk over the slots must be
 // unrolled.
-const PanelSet* select_panels_avx512(const Geometry& g) {
+const PanelSet* select_panels_avx512(const Geometry& g, const Processor& processor) {
   const bool fours = g.mask_rows % 4 == 0;
   switch (g.m * 100 + g.n) {
     case 201:
-      return fours ? shared<2, 0>() : alone<2, 1>();
+      return fours ? shared<2, 0>() : alone<2, 1>(processor);
     case 401:
-      return fours ? shared<4, 0>() : alone<4, 1>();
+      return fours ? shared<4, 0>() : alone<4, 1>(processor);
     case 402:
-      return fours ? shared<4, 2>() : alone<4, 2>();
+      return fours ? shared<4, 2>() : alone<4, 2>(processor);
     case 403:
-      return fours ? shared<4, 0>() : alone<4, 3>();
+      return fours ? shared<4, 0>() : alone<4, 3>(processor);
     case 802:
-      return fours ? shared<8, 0>() : alone<8, 2>();
+      return fours ? shared<8, 0>() : alone<8, 2>(processor);
     case 804:
-      return fours ? shared<8, 0>() : alone<8, 4>();
+      return fours ? shared<8, 0>() : alone<8, 4>(processor);
     case 806:
-      return fours ? shared<8, 0>() : alone<8, 6>();
+      return fours ? shared<8, 0>() : alone<8, 6>(processor);
     case 1604:
-      return fours ? shared<16, 0>() : alone<16, 4>();
+      return fours ? shared<16, 0>() : alone<16, 4>(processor);
     case 1608:
-      return fours ? shared<16, 8>() : alone<16, 8>();
+      return fours ? shared<16, 8>() : alone<16, 8>(processor);
     case 1610:
-      return fours ? shared<16, 0>() : alone<16, 10>();
+      return fours ? shared<16, 0>() : alone<16, 10>(processor);
     case 1612:
-      return fours ? shared<16, 0>() : alone<16, 12>();
+      return fours ? shared<16, 0>() : alone<16, 12>(processor);
     default:
       if (!fours) return nullptr;
       return g.m == 2 ? shared<2, 0>() : g.m == 4 ? shared<4, 0>() : g.m == 8 ? shared<8, 0>() : shared<16, 0>();

@@ -98,8 +98,8 @@ const PanelSet* shared() {
 
 }  // namespace
 
-const PanelSet* select_panels_avx512_bf16(const Geometry& g) {
-  if (g.dtype != SPARSECOMP_BF16) return select_panels_avx512(g);
+const PanelSet* select_panels_avx512_bf16(const Geometry& g, const Processor& processor) {
+  if (g.dtype != SPARSECOMP_BF16) return select_panels_avx512(g, processor);
   if (g.mask_rows % 4 != 0) return nullptr;
   switch (g.m) {
     case 2:

@@ -55,12 +55,17 @@ inline void transpose_16x16(const float* from, int64_t ld_from, float* to, int64
 struct Avx512 {
   using Register = __m512;
   static constexpr int kLanes = 16;
+  static constexpr bool kOneRegister = false;
   static Register zero() { return _mm512_setzero_ps(); }
   static Register load(const float* from) { return _mm512_loadu_ps(from); }
   static void store(float* to, Register v) { _mm512_storeu_ps(to, v); }
   static Register broadcast(float v) { return _mm512_set1_ps(v); }
   static Register multiply_add(Register a, Register b, Register sum) { return _mm512_fmadd_ps(a, b, sum); }
   static constexpr auto transpose = transpose_16x16;
+};
+
+struct Avx512OneRegister : Avx512 {
+  static constexpr bool kOneRegister = true;
 };
 
 }  // namespace

@@ -1,0 +1,18 @@
+// What the processor is beyond its instructions, where kernels are chosen by it.
+#pragma once
+
+#include <cstdint>
+
+namespace sparsecomp {
+
+struct Processor {
+  // Intel's processors permute on one port only, with 512 bits one of the two that multiply and add: a pair of both
+  // takes a cycle, in which two multiply-adds could run. They take a multiply-add apart whose memory operand has two
+  // registers.
+  bool intel;
+  int64_t l1_bytes;  // of the data cache
+};
+
+const Processor& processor();
+
+}  // namespace sparsecomp
