@@ -1,6 +1,7 @@
-"""The part of README that holds figures, written from a result file, so that it says what was measured.
+"""The part of README that holds figures, written from result files, so that it says what was measured.
 
-``python -m sparsecomp.bench.readme bench/results/FILE.json`` rewrites README.md and docs/limit.svg in place.
+``python -m sparsecomp.bench.readme bench/results/FILE.json`` rewrites README.md and docs/limit.svg in place. Files of
+other machines may follow; each adds a paragraph.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SHAPE, DTYPE, THREADS = (4096, 4096), "fp32", 1
 _NAMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _HEADLINE_PATTERNS = ("2:4", "8:16")
 _HEADLINE_BATCHES = (1, 8, 32, 128)
-_BLOCK = re.compile(r"<!-- result: \S* -->\n.*?<!-- end -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- result: [^>]* -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def block(result: dict[str, Any]) -> str:
@@ -46,11 +47,16 @@ def block(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def rewrite(readme: str, name: str, result: dict[str, Any]) -> str:
-    """README with its block replaced. Raises FormatError if it has none."""
+def rewrite(readme: str, results: dict[str, dict[str, Any]]) -> str:
+    """README with its block replaced by what these results, the first above all, say: file names and their contents.
+
+    Raises FormatError if it has none.
+    """
     if not _BLOCK.search(readme):
         raise FormatError("README.md has no block between <!-- result: FILE --> and <!-- end -->; put one in")
-    return _BLOCK.sub(lambda _: f"<!-- result: {name} -->\n{block(result)}<!-- end -->", readme)
+    first, *others = results.values()
+    text = block(first) + "".join(f"\n{_other_machine(result)}\n" for result in others)
+    return _BLOCK.sub(lambda _: f"<!-- result: {' '.join(results)} -->\n{text}<!-- end -->", readme)
 
 
 def _is_headline(each: Comparison) -> bool:
@@ -101,6 +107,11 @@ def _time(us: float) -> str:
     return f"{us / 1e3:.2f} ms"
 
 
+def _other_machine(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return f"Another machine, {machine['cpu']} ({machine['isa']}), {result['date']}. {_overall(result)}"
+
+
 def _overall(result: dict[str, Any]) -> str:
     """One sentence on the patterns of the headline: the means over all their rows, and how often sparse lost."""
     patterns = dict.fromkeys(each.row["pattern"] for each in filter(_is_headline, comparisons(result)))
@@ -110,7 +121,8 @@ def _overall(result: dict[str, Any]) -> str:
     slower, unclear = verdicts.count("loses") or "none", verdicts.count("unclear") or "none"
     return (
         f"Over the {len(found)} rows of these patterns in that run ({_values(found, 'out', 'in')} shapes, batch "
-        f"{min(each.row['batch'] for each in found)} to {max(each.row['batch'] for each in found)}, fp32 and bf16, "
+        f"{min(each.row['batch'] for each in found)} to {max(each.row['batch'] for each in found)}, "
+        f"{' and '.join(dict.fromkeys(each.row['dtype'] for each in found))}, "
         f"{_values(found, 'threads')} thread counts) the geometric mean is {means}; "
         f"dense was faster in {slower} of them ({unclear} more "
         f"{'is' if unclear == 1 else 'are'} too noisy to tell), and `sc.compile` leaves layers dense where it measures "
@@ -128,14 +140,13 @@ def _mean(found: list[Comparison], pattern: str) -> str:
 
 def main() -> int:
     """Rewrite README.md and docs/limit.svg of the current folder."""
-    if len(sys.argv) != 2:
-        print("usage: python -m sparsecomp.bench.readme bench/results/FILE.json", file=sys.stderr)
+    if len(sys.argv) < 2:
+        print("usage: python -m sparsecomp.bench.readme bench/results/FILE.json [OTHER.json ...]", file=sys.stderr)
         return 2
-    path = Path(sys.argv[1])
-    result = load_result(path)
+    results = {Path(name).as_posix(): load_result(Path(name)) for name in sys.argv[1:]}
     readme = Path("README.md")
-    readme.write_text(rewrite(readme.read_text(), path.as_posix(), result))
-    Path("docs/limit.svg").write_text(limit_plot(result, SHAPE, DTYPE, THREADS))
+    readme.write_text(rewrite(readme.read_text(), results))
+    Path("docs/limit.svg").write_text(limit_plot(next(iter(results.values())), SHAPE, DTYPE, THREADS))
     return 0
 
 
