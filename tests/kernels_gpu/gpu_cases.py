@@ -32,9 +32,17 @@ class Case:
     activation: str = "none"
 
 
-def with_every_triton(cases: Iterable[tuple[Any, ...]], chosen: Callable[..., bool]) -> list[ParameterSet]:
-    """The cases of a compile matrix, ``chosen(*case)`` of them marked ``every_triton``; ``make nightly`` runs all."""
-    return [pytest.param(*case, marks=pytest.mark.every_triton if chosen(*case) else ()) for case in cases]
+def with_every_triton(
+    cases: Iterable[tuple[Any, ...]], chosen: Callable[..., bool] = lambda *case: True
+) -> list[ParameterSet]:
+    """The cases of a compile matrix, ``chosen(*case)`` of them marked ``every_triton``; ``make nightly`` runs all.
+
+    A case begins with the compute capability; 80 stands for 86 and 89 as well.
+    """
+    return [
+        pytest.param(*case, marks=pytest.mark.every_triton if case[0] in (80, 90) and chosen(*case) else ())
+        for case in cases
+    ]
 
 
 def need(backend: Backend) -> None:

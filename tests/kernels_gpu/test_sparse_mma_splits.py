@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_cases import Case, assert_close_to_float64, assert_close_to_integer_product, random_case, rounded_to_tf32
+from gpu_cases import (
+    Case,
+    assert_close_to_float64,
+    assert_close_to_integer_product,
+    random_case,
+    rounded_to_tf32,
+    with_every_triton,
+)
 from torch import Tensor
 from torch.nn import functional
 
@@ -97,8 +104,7 @@ def test_sums_are_added_in_order(activation: str, simulator: Simulator, monkeypa
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, torch.int8, SINGLE], ids=str)
-@pytest.mark.parametrize("capability", [80, 86, 89, 90])
-@pytest.mark.every_triton
+@pytest.mark.parametrize("capability", with_every_triton((each,) for each in (80, 86, 89, 90)))
 def test_machine_code(capability: int, dtype: torch.dtype, tmp_path: Path) -> None:
     for config in {Config(*list(vars(config).values())[:-1]) for config in SPLIT_CONFIGS}:
         variant = sparse_mma.constants(config, dtype, False, "none", 8, split=True)
@@ -110,8 +116,7 @@ def test_machine_code(capability: int, dtype: torch.dtype, tmp_path: Path) -> No
         assert 4 * code.registers * 32 * config.warps <= 65536 and 4 * code.shared <= 166912
 
 
-@pytest.mark.every_triton
-@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("capability", with_every_triton((each,) for each in (80, 86, 89, 90)))
 def test_machine_code_around_the_product(capability: int, tmp_path: Path) -> None:
     constants = {"HAS_BIAS": True, "ACTIVATION": "gelu", "OUT_UNIT": 8, "BLOCK": 256}
     for sums, out in (("*fp32", "*bf16"), ("*i32", "*fp16"), ("*fp32", "*fp32")):
