@@ -263,7 +263,7 @@ void widen(const void* from, int dtype, float* to, int64_t count) { widen_lanes<
 void finish(const FinishArgs& args) { finish_lanes<Lanes>(args); }
 
 // The panels of x86 were not timed here, and one that is slower than the lookups must not be chosen.
-const PanelSet* no_panels(const Geometry&) { return nullptr; }
+const PanelSet* no_panels(const Geometry&, const Processor&) { return nullptr; }
 
 double flops(int, double seconds) {
   constexpr int kChains = 16;
