@@ -123,10 +123,11 @@ int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const 
     sparsecomp::reference_linear(g, call);
     return SPARSECOMP_OK;
   }
-  const sparsecomp::PanelSet* panels = dispatch.isa->select_panels(g, sparsecomp::processor());
+  const sparsecomp::Processor& processor = sparsecomp::processor();
+  const sparsecomp::PanelSet* panels = dispatch.isa->select_panels(g, processor);
   if (panels && panels_pay(*panels, g.out, batch, call.threads))
-    return sparsecomp::panel_linear(*dispatch.isa, *panels, g, call, sparsecomp::processor());
-  return sparsecomp::blocked_linear(*dispatch.isa, *dispatch.isa->select(g), g, call);
+    return sparsecomp::panel_linear(*dispatch.isa, *panels, g, call, processor);
+  return sparsecomp::blocked_linear(*dispatch.isa, *dispatch.isa->select(g, processor), g, call);
 }
 
 }  // extern "C"

@@ -89,7 +89,7 @@ struct PanelSet;
 // One instruction set.
 struct Isa {
   const char* name;
-  const KernelSet* (*select)(const Geometry& g);
+  const KernelSet* (*select)(const Geometry& g, const Processor&);
   const PanelSet* (*select_panels)(const Geometry& g, const Processor&);  // nullptr: none for the geometry
   void (*widen)(const void* from, int dtype, float* to, int64_t count);
   void (*finish)(const FinishArgs& args);

@@ -47,19 +47,25 @@ void fill_positions(const Geometry& g, Buffer* metadata) {
   }
 }
 
-// The product over panels where the instruction set has one for the weight on a processor, whether it pays or not; else
-// what is chosen.
-int multiply_by_panels(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& call,
-                       const Processor& processor) {
+// Whose kernels a product is computed by, and whether panels are taken wherever there are some, also where they do not
+// pay; else what this process would choose.
+struct Choice {
+  Processor of;
+  bool panels;
+};
+
+int multiply(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& call, const Choice* choice) {
   const Isa* isa = dispatch().isa;
-  const PanelSet* panels = isa ? isa->select_panels(g, processor) : nullptr;
-  if (panels && call.batch >= panels->least_batch) return panel_linear(*isa, *panels, g, call, processor);
-  return sparsecomp_nm_linear(&weight, call.values, call.metadata, call.dtype, call.x, call.ldx, call.batch,
-                              &call.epilogue, call.y, call.ldy, call.threads);
+  if (!choice || !isa || g.out == 0 || call.batch == 0)
+    return sparsecomp_nm_linear(&weight, call.values, call.metadata, call.dtype, call.x, call.ldx, call.batch,
+                                &call.epilogue, call.y, call.ldy, call.threads);
+  const PanelSet* panels = choice->panels ? isa->select_panels(g, choice->of) : nullptr;
+  if (panels && call.batch >= panels->least_batch) return panel_linear(*isa, *panels, g, call, choice->of);
+  return blocked_linear(*isa, *isa->select(g, choice->of), g, call);
 }
 
 void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t gap, int threads, bool has_bias,
-                            const Processor* panels_of = nullptr) {
+                            const Choice* choice = nullptr) {
   Geometry g;
   CHECK(make_geometry(weight, &g), "geometry");
   const int size = element_bytes(g.dtype);
@@ -100,13 +106,8 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
   const sparsecomp_epilogue epilogue{
       has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr, has_bias ? bias.data : nullptr,
       uniform(0, 1) == 1 ? SPARSECOMP_NO_ACTIVATION : static_cast<int32_t>(uniform(SPARSECOMP_RELU, SPARSECOMP_SILU))};
-  const int done =
-      panels_of
-          ? multiply_by_panels(weight, g,
-                               {values.data, metadata.data, dtype, x.data, ldx, batch, epilogue, y.data, ldy, threads},
-                               *panels_of)
-          : sparsecomp_nm_linear(&weight, values.data, metadata.data, dtype, x.data, ldx, batch, &epilogue, y.data, ldy,
-                                 threads);
+  const LinearCall call{values.data, metadata.data, dtype, x.data, ldx, batch, epilogue, y.data, ldy, threads};
+  const int done = multiply(weight, g, call, choice);
   CHECK(done == SPARSECOMP_OK, "%s", name.c_str());
   reference_linear(g, {values.data, metadata.data, dtype, x.data, ldx, batch, epilogue, want.data, ldy, 1});
   for (int64_t b = 0; b < batch; ++b) {
@@ -137,7 +138,7 @@ void compare_widths() {
   for (const int32_t* pattern : kPanelPatterns) {
     for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
       for (int64_t units = kLeastUnits; units <= 2 * kMostUnitsAlone + 2; ++units) {
-        const Processor some{uniform(0, 1) == 1, int64_t{16} << 10};
+        const Choice some{{uniform(0, 1) == 1, int64_t{16} << 10}, true};
         const int64_t in = uniform(0, 1) == 1 ? 160 : uniform(130, 160);
         compare_with_reference({uniform(1, 40), in, pattern[0], pattern[1], 1, dtype},
                                units * kUnit - uniform(0, kUnit - 1), uniform(0, 2), static_cast<int>(uniform(1, 3)),
@@ -147,18 +148,22 @@ void compare_widths() {
   }
 }
 
-// Every number of batch columns that a micro-kernel takes; rows of x that begin on lines and are read in place, and
-// any.
+// Every number of batch columns that a micro-kernel takes, of both kinds of processor; rows of x that begin on lines
+// and are read in place, and any.
 void compare_columns() {
   constexpr int64_t kMostColumnsAtOnce = 16;
   for (const int32_t* pattern : kPanelPatterns) {
     for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
       for (int64_t batch = 1; batch <= kMostColumnsAtOnce + 1; ++batch) {
         const int64_t in = 16 * uniform(1, 10);
-        compare_with_reference({uniform(1, 70), in, pattern[0], pattern[1], 1, dtype}, batch, in % 32, 1,
-                               uniform(0, 1) == 1);
-        compare_with_reference({uniform(1, 40), uniform(1, 180), pattern[0], pattern[1], 1, dtype}, batch,
-                               uniform(0, 3), static_cast<int>(uniform(1, 2)), uniform(0, 1) == 1);
+        for (const bool intel : {false, true}) {
+          if (intel && !dispatch().isa) continue;  // the reference is the same for all
+          const Choice of{{intel, int64_t{32} << 10}, false};
+          compare_with_reference({uniform(1, 70), in, pattern[0], pattern[1], 1, dtype}, batch, in % 32, 1,
+                                 uniform(0, 1) == 1, &of);
+          compare_with_reference({uniform(1, 40), uniform(1, 180), pattern[0], pattern[1], 1, dtype}, batch,
+                                 uniform(0, 3), static_cast<int>(uniform(1, 2)), uniform(0, 1) == 1, &of);
+        }
       }
       compare_with_reference({uniform(1, 40), 1120, pattern[0], pattern[1], 1, dtype}, kMostColumnsAtOnce, 0, 1, true);
     }
@@ -188,7 +193,7 @@ void compare_random(int count) {
     weight.out_features = uniform(1, 40);
     weight.in_features = i % 2 == 0 ? 16 * uniform(0, 9) : uniform(0, 150);
     const int64_t batch = 16 * uniform(1, 20) - (uniform(0, 1) == 1 ? uniform(0, 5) : 0);
-    const Processor some{uniform(0, 1) == 1, uniform(1, 3) << 14};
+    const Choice some{{uniform(0, 1) == 1, uniform(1, 3) << 14}, true};
     compare_with_reference(weight, batch, uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1, &some);
   }
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16})  // in several tasks

@@ -182,7 +182,7 @@ const KernelSet* select_for(const Geometry& g) {
   }
 }
 
-const KernelSet* select(const Geometry& g) {
+const KernelSet* select(const Geometry& g, const Processor&) {
   switch (g.dtype) {
     case SPARSECOMP_F32:
       return select_for<ValuesF32>(g);

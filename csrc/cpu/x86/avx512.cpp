@@ -118,16 +118,61 @@ struct Product {
   }
 };
 
-const KernelSet* select(const Geometry& g) {
+// 2:4 where decoding takes the ports that multiply. A group is a quarter of a register: loads repeat it in all four,
+// and a permute within quarters reads two bits of its index, which needs no mask and no first column.
+template <class Values>
+struct QuarterProduct : Product<Values> {
+  using X = float;
+  using Vector = const X*;  // loaded where it is used
+
+  template <int Span>
+  static Vector load(const X* x) {
+    return x;
+  }
+
+  template <int M>
+  static constexpr bool kReadsBases = false;
+
+  template <int M, class Shape, int NB>
+  static __m512i columns(__m512i word, const int32_t*) {
+    return word;
+  }
+
+  template <class Shape, int NB, int C>
+  static inline void pair(const uint8_t* block, int slot, bool, const __m512i (&indices)[2], int chain,
+                          const Vector (&xs)[NB], __m512 (&sums)[NB][C]) {
+    static_assert(Shape::kBits == 2 && Shape::kSlots == 8, "a pair of slots is a group");
+    const typename Values::Raw raw = Values::load(block, slot);
+    const __m512 first = Values::even(raw);
+    const __m512 second = Values::odd(Values::kPaired ? raw : Values::load(block, slot + 1));
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      const __m512 group = _mm512_broadcast_f32x4(_mm_loadu_ps(xs[b] + slot * 2));
+      __m512& one = sums[b][2 * chain % C];
+      one = _mm512_fmadd_ps(first, _mm512_permutevar_ps(group, indices[0]), one);
+      __m512& other = sums[b][(2 * chain + 1) % C];
+      other = _mm512_fmadd_ps(second, _mm512_permutevar_ps(group, indices[1]), other);
+    }
+  }
+};
+
+template <class Values>
+const KernelSet* select_values(const Geometry& g, const Processor& processor) {
+  static constexpr KernelSet by_quarters = make_set<QuarterProduct<Values>, 4, 2>();
+  if (processor.intel && g.m == 4 && g.n == 2) return &by_quarters;
+  return select_for<Product<Values>>(g);
+}
+
+const KernelSet* select(const Geometry& g, const Processor& processor) {
   switch (g.dtype) {
     case SPARSECOMP_F32:
-      return select_for<Product<ValuesF32>>(g);
+      return select_values<ValuesF32>(g, processor);
     case SPARSECOMP_F16:
-      return select_for<Product<ValuesF16>>(g);
+      return select_values<ValuesF16>(g, processor);
     case SPARSECOMP_I8:
-      return select_for<Product<ValuesI8>>(g);
+      return select_values<ValuesI8>(g, processor);
     default:
-      return select_for<Product<ValuesBf16>>(g);
+      return select_values<ValuesBf16>(g, processor);
   }
 }
 

@@ -103,8 +103,8 @@ struct DotProduct {
   }
 };
 
-const KernelSet* select(const Geometry& g) {
-  return g.dtype == SPARSECOMP_BF16 ? select_for<DotProduct>(g) : kAvx512.select(g);
+const KernelSet* select(const Geometry& g, const Processor& processor) {
+  return g.dtype == SPARSECOMP_BF16 ? select_for<DotProduct>(g) : kAvx512.select(g, processor);
 }
 
 double flops(int dtype, double seconds) {
