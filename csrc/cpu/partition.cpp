@@ -34,7 +34,8 @@ Partition make_partition(int64_t tiles, int64_t batch, int64_t steps, int slots,
   const int64_t work = tiles * 16 * steps * slots * (batch + kFetchWork);
   if (threads <= 1 || !worth_threads(work)) return whole;
 
-  const int64_t wanted = std::min<int64_t>(threads * kTasksPerThread, divide_up(work, kWorthAThread));
+  int64_t wanted = std::min<int64_t>(threads * kTasksPerThread, divide_up(work, kWorthAThread));
+  if (wanted > threads) wanted = wanted / threads * threads;  // three tasks take two threads as long as four
   // Rows first: every task reads its own weights, and all of x, which is smaller.
   const int64_t row_tasks = std::min(divide_up(wanted, batch_tasks), divide_up(tiles, kTileUnit));
   Partition parts = whole;

@@ -47,8 +47,8 @@ void fill_positions(const Geometry& g, Buffer* metadata) {
   }
 }
 
-// Whose kernels a product is computed by, and whether panels are taken wherever there are some, also where they do not
-// pay; else what this process would choose.
+// Whose kernels a product is computed by, and whether by panels wherever there are some, also where they do not pay, or
+// never. Without a Choice a product is computed as this process would.
 struct Choice {
   Processor of;
   bool panels;
@@ -165,7 +165,11 @@ void compare_columns() {
                                  uniform(0, 3), static_cast<int>(uniform(1, 2)), uniform(0, 1) == 1, &of);
         }
       }
-      compare_with_reference({uniform(1, 40), 1120, pattern[0], pattern[1], 1, dtype}, kMostColumnsAtOnce, 0, 1, true);
+      for (const bool intel : {false, true}) {
+        const Choice of{{intel, int64_t{32} << 10}, false};
+        compare_with_reference({uniform(1, 40), 1120, pattern[0], pattern[1], 1, dtype}, kMostColumnsAtOnce, 0, 1, true,
+                               &of);
+      }
     }
   }
 }
@@ -207,8 +211,12 @@ void compare_random(int count) {
   }
   compare_with_reference({900, 640, 8, 16, 1, SPARSECOMP_F32}, 260, 0, 2, true);
   // long enough to be cut along the columns
-  for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8})
-    compare_with_reference({20, 6500, 2, 4, 1, dtype}, 18, 1, 2, true);
+  for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
+    for (const bool intel : {false, true}) {
+      const Choice of{{intel, int64_t{32} << 10}, false};
+      compare_with_reference({20, 6500, 2, 4, 1, dtype}, 18, 1, 2, true, &of);
+    }
+  }
   // cut where the halves would have an odd number of steps, which two at a time cannot take
   for (const int64_t in : {6417, 6432, 6432, 6432}) {
     for (const int32_t n : {8, 13}) compare_with_reference({40, in, n, 16, 1, SPARSECOMP_BF16}, 18, 0, 1, true);
@@ -265,6 +273,7 @@ void check_partition() {
   CHECK(make_partition(1, 8, 4, 8, 64, 128).tasks() == 1, "a tiny product is one task");
   CHECK(make_partition(256, 1, 256, 8, 1, 128).tasks() == 1, "one thread, one task");
   CHECK(make_partition(256, 1, 256, 8, 64, 128).tasks() >= 64, "rows keep 64 threads busy at batch 1");
+  CHECK(make_partition(24, 4, 24, 8, 2, 128).tasks() % 2 == 0, "two threads have as many tasks");
   CHECK(make_partition(24, 1024, 24, 8, 64, 128).tasks() >= 64, "a narrow layer is split along the batch");
   for (int i = 0; i < 2000; ++i) {
     const int64_t tiles = uniform(0, 1000), most = uniform(0, 50), panels = uniform(1, 20);

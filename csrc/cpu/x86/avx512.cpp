@@ -1,5 +1,6 @@
-// fp32 products on AVX-512 F/BW/VL/DQ. A register holds 16 rows of one slot; 16 activations of a step are one load, the
-// slot's positions permute them into place, one multiply-add per slot and batch column does the rest.
+// fp32 products on AVX-512 F/BW/VL/DQ. A register holds 16 rows of one slot; 16 activations of a step are one load
+// (QuarterProduct: those of a group), the slot's positions permute them into place, one multiply-add per slot and batch
+// column does the rest.
 // Narrower weights are widened in registers; x arrives widened.
 #include "avx512_common.hpp"
 

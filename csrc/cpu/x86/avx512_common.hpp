@@ -74,7 +74,7 @@ inline void end_micro(const MicroArgs& args, const __m512 (&sums)[T][NB][C]) {
 
 // T tiles by NB batch columns. `Product` multiplies a pair of slots of one tile:
 //   Product::kSpan<Shape, NB>     steps of x that a register holds
-//   Product::X, Product::Vector   element and register of x, which load<span>(pointer) takes
+//   Product::X, Product::Vector   element of x, and what load<span>(pointer) makes of it: a register, or nothing yet
 //   Product::kSlotsOfSum          slots that one instruction adds to a sum, a unit: 1 or 2
 //   Product::Y                    what it writes: kDtype, and load and store of 16 elements
 //   Product::Base                 what holds the first column of a slot's group
