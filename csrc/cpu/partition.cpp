@@ -35,7 +35,7 @@ Partition make_partition(int64_t tiles, int64_t batch, int64_t steps, int slots,
   if (threads <= 1 || !worth_threads(work)) return whole;
 
   int64_t wanted = std::min<int64_t>(threads * kTasksPerThread, divide_up(work, kWorthAThread));
-  if (wanted > threads) wanted = wanted / threads * threads;  // three tasks take two threads as long as four
+  if (wanted > threads) wanted = wanted / threads * threads;  // of three tasks one of two threads would do two
   // Rows first: every task reads its own weights, and all of x, which is smaller.
   const int64_t row_tasks = std::min(divide_up(wanted, batch_tasks), divide_up(tiles, kTileUnit));
   Partition parts = whole;

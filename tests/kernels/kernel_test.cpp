@@ -54,8 +54,13 @@ struct Choice {
   bool panels;
 };
 
-// Whether Intel's processors have kernels of their own, beside panels.
-bool has_two_kinds() { return dispatch().isa && std::strncmp(dispatch().isa->name, "avx512", 6) == 0; }
+// Without panels: of other processors, and of Intel's where these have kernels of their own.
+std::vector<Choice> all_kernels() {
+  std::vector<Choice> choices{{{false, int64_t{32} << 10}, false}};
+  const Isa* isa = dispatch().isa;
+  if (isa && std::strncmp(isa->name, "avx512", 6) == 0) choices.push_back({{true, int64_t{32} << 10}, false});
+  return choices;
+}
 
 int multiply(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& call, const Choice* choice) {
   const Isa* isa = dispatch().isa;
@@ -159,18 +164,14 @@ void compare_columns() {
     for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
       for (int64_t batch = 1; batch <= kMostColumnsAtOnce + 1; ++batch) {
         const int64_t in = 16 * uniform(1, 10);
-        for (const bool intel : {false, true}) {
-          if (intel && !has_two_kinds()) continue;
-          const Choice of{{intel, int64_t{32} << 10}, false};
+        for (const Choice& of : all_kernels()) {
           compare_with_reference({uniform(1, 70), in, pattern[0], pattern[1], 1, dtype}, batch, in % 32, 1,
                                  uniform(0, 1) == 1, &of);
           compare_with_reference({uniform(1, 40), uniform(1, 180), pattern[0], pattern[1], 1, dtype}, batch,
                                  uniform(0, 3), static_cast<int>(uniform(1, 2)), uniform(0, 1) == 1, &of);
         }
       }
-      for (const bool intel : {false, true}) {
-        if (intel && !has_two_kinds()) continue;
-        const Choice of{{intel, int64_t{32} << 10}, false};
+      for (const Choice& of : all_kernels()) {
         compare_with_reference({uniform(1, 40), 1120, pattern[0], pattern[1], 1, dtype}, kMostColumnsAtOnce, 0, 1, true,
                                &of);
       }
@@ -216,9 +217,7 @@ void compare_random(int count) {
   compare_with_reference({900, 640, 8, 16, 1, SPARSECOMP_F32}, 260, 0, 2, true);
   // long enough to be cut along the columns
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
-    for (const bool intel : {false, true}) {
-      if (intel && !has_two_kinds()) continue;
-      const Choice of{{intel, int64_t{32} << 10}, false};
+    for (const Choice& of : all_kernels()) {
       compare_with_reference({20, 6500, 2, 4, 1, dtype}, 18, 1, 2, true, &of);
     }
   }
