@@ -100,6 +100,8 @@ def render(result: dict[str, Any]) -> str:
         parts.append(curve)
     for name, reason in result["missing"].items():
         parts.append(f"left out: {name}: {reason}")
+    for name, remark in result.get("remarks", {}).items():
+        parts.append(f"{name}: {remark}")
     for threads, seen in result.get("shared_cores", {}).items():
         end = "; then patience was at its end, and later rounds were kept unseen" if seen["gave_up"] else ""
         parts.append(

@@ -50,7 +50,7 @@ class Settings:
 
 
 def sweep(*parts: Settings) -> dict[str, Any]:
-    """Measure; the result holds machine, settings, engines left out with the reason, and a row for each timing.
+    """Measure; the result holds machine, settings, what to know of engines, and a row for each timing.
 
     Every engine works in a process of its own, one for each number of threads: a pool made by another engine, or by
     itself for another number of threads, would take cores from it.
@@ -63,6 +63,7 @@ def sweep(*parts: Settings) -> dict[str, Any]:
     counts = list(dict.fromkeys(count for part in parts for count in part.threads))
     machine = describe(device, counts)
     missing: dict[str, str] = {}
+    remarks: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
     cores: dict[int, Cores] = {}
     for threads in counts:
@@ -84,6 +85,7 @@ def sweep(*parts: Settings) -> dict[str, Any]:
                 why = {engine.name: engine.missing(dtype) for engine in wanted}
                 missing |= {f"{name}, {dtype}": reason for name, reason in why.items() if reason is not None}
                 ready = [engine for engine in wanted if why[engine.name] is None]
+                remarks |= {f"{each.name}, {dtype}": text for each in ready if (text := each.remark(dtype)) is not None}
                 asked = {engine.name: started[engine.name] for engine in ready}
                 # weights of an earlier shape would fill the memory
                 ask_all((worker for name, worker in started.items() if name not in asked), "clear")
@@ -95,6 +97,7 @@ def sweep(*parts: Settings) -> dict[str, Any]:
         "machine": machine,
         "settings": [asdict(part) for part in parts],
         "missing": missing,
+        "remarks": remarks,
         "shared_cores": {str(threads): each.record() for threads, each in cores.items() if each.dropped_rounds},
         "rows": rows,
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +113,31 @@ def test_all_engines_agree_with_float64_and_rotate_over_copies() -> None:
             runner.call()
             truth = x.double() @ engine.effective(fitting[copies - 1]).double().T + bias.double()
             torch.testing.assert_close(runner.result().double().detach(), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("known", "dtype", "precision", "told"),
+    [(["FP32", "BF16"], "bf16", "bf16", False), (["FP32"], "bf16", "f32", True), (["FP32"], "fp32", "f32", False)],
+)
+def test_openvino_emulates_no_bf16(
+    monkeypatch: pytest.MonkeyPatch, known: list[str], dtype: str, precision: str, told: bool
+) -> None:
+    core = SimpleNamespace(get_property=lambda device, name: known if name == "OPTIMIZATION_CAPABILITIES" else None)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
+    engines._openvino_precision.cache_clear()
+    try:
+        engine = engines.OpenVinoEngine()
+        assert engines._openvino_precision(dtype) == precision
+        assert (engine.remark(dtype) is not None) == told
+    finally:
+        engines._openvino_precision.cache_clear()
+
+
+def test_remarks_are_printed() -> None:
+    rows = [row("openvino", 20.0, dtype="bf16"), row("sparsecomp 2:4", 10.0, "2:4", dtype="bf16")]
+    machine = {"cpu": "a cpu", "isa": "avx512", "cores": 1, "packages": {}, "peaks": {}}
+    result = {"machine": machine, "missing": {}, "remarks": {"openvino, bf16": "computes in fp32"}, "rows": rows}
+    assert report.render(result).endswith("openvino, bf16: computes in fp32")
 
 
 class WrongEngine(engines.TorchEngine):
