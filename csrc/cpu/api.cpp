@@ -127,7 +127,7 @@ int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const 
   const sparsecomp::PanelSet* panels = dispatch.isa->select_panels(g, processor);
   if (panels && panels_pay(*panels, g.out, batch, call.threads))
     return sparsecomp::panel_linear(*dispatch.isa, *panels, g, call, processor);
-  return sparsecomp::blocked_linear(*dispatch.isa, *dispatch.isa->select(g, processor), g, call);
+  return sparsecomp::blocked_linear(*dispatch.isa, *dispatch.isa->select(g, processor), g, call, processor);
 }
 
 }  // extern "C"

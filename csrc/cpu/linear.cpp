@@ -7,6 +7,7 @@
 #include "output.hpp"
 #include "parallel.hpp"
 #include "partition.hpp"
+#include "processor.hpp"
 #include "rounding.hpp"
 #include "workspace.hpp"
 
@@ -21,6 +22,8 @@ constexpr int64_t kTaskColumns = 128;
 constexpr int64_t kChunkSteps = 256;
 constexpr int64_t kUncutSteps = 384;
 constexpr int64_t kUncutColumns = 16;
+// Intel: more activations than this do not stay near beside the weights, and are not read for every two tiles.
+constexpr int64_t kNearBytes = 384 << 10;
 // Weights this large come from memory at every call, also where a last-level cache has 32 MB. One column over them
 // waits for memory and nothing else: where a step is so many bytes (fp32 8:16), two streams are faster than one.
 constexpr int64_t kMemoryBytes = 24 << 20;
@@ -37,18 +40,21 @@ struct Task {
   int64_t column, column_end;
 };
 
-Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const LinearCall& call) {
+Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const LinearCall& call,
+                       const Processor& processor) {
   Blocking blocking;
   blocking.tiles = kMostTiles;
   while (blocking.tiles > 1 && (!kernels.micro[blocking.tiles][1] || blocking.tiles > g.tiles)) --blocking.tiles;
   const int64_t step_bytes = g.value_bytes + g.metadata_bytes;
   const bool two_streams = step_bytes >= kLongStepBytes && g.tiles * g.steps * step_bytes >= kMemoryBytes;
   if (call.batch == 1 && !two_streams) blocking.tiles = std::min(blocking.tiles, kernels.column_tiles);
-  blocking.chunk_steps = g.steps;
-  if (call.batch > kUncutColumns && g.steps > kUncutSteps) {
-    const int64_t chunks = (g.steps + kChunkSteps - 1) / kChunkSteps;
-    blocking.chunk_steps = round_up((g.steps + chunks - 1) / chunks, kMostSpan);
+  int64_t chunks = 1;
+  if (call.batch > kUncutColumns) {
+    if (g.steps > kUncutSteps) chunks = divide_up(g.steps, kChunkSteps);
+    const int64_t x_bytes = std::min(call.batch, kTaskColumns) * g.steps * kStep * element_bytes(kernels.x_dtype);
+    if (processor.intel) chunks = std::max(chunks, divide_up(x_bytes, kNearBytes));
   }
+  blocking.chunk_steps = chunks == 1 ? g.steps : round_up(divide_up(g.steps, chunks), kMostSpan);
   // a read of two steps that straddles lines takes twice as long
   const int64_t size = element_bytes(call.dtype);
   const bool lines = reinterpret_cast<uintptr_t>(call.x) % 64 == 0 && call.ldx * size % 64 == 0;
@@ -86,8 +92,9 @@ int next_columns(const Micro* micro, int64_t left) {
 
 class TaskRunner {
  public:
-  TaskRunner(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call)
-      : isa_(isa), kernels_(kernels), g_(g), call_(call), blocking_(make_blocking(kernels, g, call)) {
+  TaskRunner(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call,
+             const Processor& processor)
+      : isa_(isa), kernels_(kernels), g_(g), call_(call), blocking_(make_blocking(kernels, g, call, processor)) {
     const sparsecomp_epilogue& last = call.epilogue;
     plain_ = call.dtype == kernels.y_dtype && last.activation == SPARSECOMP_NO_ACTIVATION && !last.row_scales;
   }
@@ -205,9 +212,10 @@ class TaskRunner {
 
 }  // namespace
 
-int blocked_linear(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call) {
+int blocked_linear(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call,
+                   const Processor& processor) {
   const Partition parts = make_partition(g.tiles, call.batch, g.steps, g.slots, call.threads, kTaskColumns);
-  const TaskRunner runner(isa, kernels, g, call);
+  const TaskRunner runner(isa, kernels, g, call, processor);
   std::atomic<bool> complete{true};
   parallel_for(call.threads, parts.tasks(), [&](int64_t index) {
     Task task;

@@ -98,6 +98,7 @@ struct Isa {
 };
 
 // SPARSECOMP_OK or SPARSECOMP_NO_MEMORY.
-int blocked_linear(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call);
+int blocked_linear(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call,
+                   const Processor& processor);
 
 }  // namespace sparsecomp

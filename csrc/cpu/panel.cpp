@@ -195,7 +195,9 @@ class Runner {
           __builtin_prefetch(call_.metadata + next_block * g_.metadata_bytes + byte);
         if (last) output_lines(panel, t, &args);
         if (widens) {
-          widen(args.values, args.steps, widened);
+          for (int64_t i = 0; i < args.steps; ++i)
+            kernels_.widen(isa_.widen, args.values + i * g_.value_bytes, g_.dtype, g_.slots,
+                           widened + i * g_.slots * kTile);
           args.values = reinterpret_cast<const uint8_t*>(widened);
         }
         // permuted columns are shared out over all rows
@@ -215,22 +217,6 @@ class Runner {
     args->output = static_cast<const char*>(call_.y) + (column * call_.ldy + tile * kTile) * size;
     args->output_stride = call_.ldy * size;
     args->output_rows = std::min(call_.batch - column, panels_.width(panel));
-  }
-
-  // Blocks of values of any type as float [slots][16].
-  void widen(const uint8_t* values, int64_t steps, float* widened) const {
-    alignas(64) float local[kStep * kTile];
-    for (int64_t step = 0; step < steps; ++step, values += g_.value_bytes, widened += g_.slots * kTile) {
-      if (g_.dtype == SPARSECOMP_I8) {
-        for (int i = 0; i < g_.slots * kTile; ++i) widened[i] = static_cast<int8_t>(values[i]);
-        continue;
-      }
-      isa_.widen(values, g_.dtype, local, (g_.slots + 1) / 2 * 2 * kTile);
-      for (int slot = 0; slot < g_.slots; ++slot) {
-        const float* from = local + slot / 2 * 2 * kTile + slot % 2;
-        for (int row = 0; row < kTile; ++row) widened[slot * kTile + row] = from[2 * row];
-      }
-    }
   }
 
   // y of [tile, tile_end) and one panel from the sums of the tiles. A few rows of y at a time, as in pack().

@@ -30,6 +30,7 @@ struct PanelArgs {
 };
 
 using PanelMicro = void (*)(const PanelArgs&);
+using Widen = decltype(Isa::widen);
 
 struct PanelSet {
   int lanes;                         // floats in a register
@@ -46,6 +47,9 @@ struct PanelSet {
   void (*pack)(const void* from, int64_t ld_from, float* to, int64_t width);
   // to[j][i] = from[i][j] for `lanes` by `lanes` elements of 4 bytes
   void (*transpose)(const float* from, int64_t ld_from, float* to, int64_t ld_to);
+  // A step of values of `dtype`, as laid out, to float [slots][16], for sets that take x in fp32; up to 16 floats more
+  // are overwritten. `widen` is Isa::widen.
+  void (*widen)(Widen widen, const uint8_t* values, int dtype, int slots, float* to);
 };
 
 // Whether panels are worth their packing, and the columns that the batch leaves empty.

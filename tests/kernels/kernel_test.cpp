@@ -69,7 +69,7 @@ int multiply(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& c
                                 &call.epilogue, call.y, call.ldy, call.threads);
   const PanelSet* panels = choice->panels ? isa->select_panels(g, choice->of) : nullptr;
   if (panels && call.batch >= panels->least_batch) return panel_linear(*isa, *panels, g, call, choice->of);
-  return blocked_linear(*isa, *isa->select(g, choice->of), g, call);
+  return blocked_linear(*isa, *isa->select(g, choice->of), g, call, choice->of);
 }
 
 void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t gap, int threads, bool has_bias,

@@ -95,9 +95,9 @@ const PanelSet* mixed() {
     constexpr bool kFew = 4 * N <= M;
     constexpr int64_t kLeastBatch = kFew ? 104 : 60, kLeastOutputs = kFew ? 512 * 128 : 0;
     constexpr int64_t kLeastRows = kFew ? 256 : 96;
-    PanelSet made{Avx512::kLanes,       kUnit,          SPARSECOMP_F32, 16, kLeastBatch,
-                  kLeastRows,           kLeastOutputs,  1.12,           {}, {},
-                  pack_columns<Avx512>, transpose_16x16};
+    PanelSet made{Avx512::kLanes,       kUnit,           SPARSECOMP_F32, 16, kLeastBatch,
+                  kLeastRows,           kLeastOutputs,   1.12,           {}, {},
+                  pack_columns<Avx512>, transpose_16x16, widen_values};
     add_width<M, N, 2, 4>(&made);
     add_width<M, N, 2, 5>(&made);
     add_width<M, N, 2, 6>(&made);
