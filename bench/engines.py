@@ -223,7 +223,7 @@ class _OpenVino(Loaded):
 
 @cache
 def _openvino_precision(dtype: str) -> str:
-    """As OpenVINO would choose: told to, it emulates bf16 at a fiftieth of the speed of fp32."""
+    """The dtype where OpenVINO lists it; elsewhere it would emulate bf16, up to fifty times as slowly as fp32."""
     import openvino
 
     known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

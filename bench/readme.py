@@ -126,8 +126,14 @@ def _overall(result: dict[str, Any]) -> str:
         f"{_values(found, 'threads')} thread counts) the geometric mean is {means}; "
         f"dense was faster in {slower} of them ({unclear} more "
         f"{'is' if unclear == 1 else 'are'} too noisy to tell), and `sc.compile` leaves layers dense where it measures "
-        "that."
+        f"that.{_remarks(result)}"
     )
+
+
+def _remarks(result: dict[str, Any]) -> str:
+    remarks = result.get("remarks", {}).items()
+    told = (f" {_NAMES[engine]}, {dtype}: {text}." for name, text in remarks for engine, dtype in [name.split(", ")])
+    return "".join(told)
 
 
 def _values(found: list[Comparison], *names: str) -> int:

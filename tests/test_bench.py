@@ -127,7 +127,9 @@ def test_openvino_emulates_no_bf16(
     engines._openvino_precision.cache_clear()
     try:
         engine = engines.OpenVinoEngine()
-        assert engines._openvino_precision(dtype) == precision
+        loaded = engine.load(engines.Operands([], torch.zeros(1), dtype))
+        assert isinstance(loaded, engines._OpenVino)
+        assert loaded.precision == precision
         assert (engine.remark(dtype) is not None) == told
     finally:
         engines._openvino_precision.cache_clear()

@@ -14,7 +14,7 @@
 namespace sparsecomp {
 namespace {
 
-// Batch columns of a task: their activations stay in the L2 cache.
+// Batch columns of a task, at most: their activations stay in the L2 cache, unless rows are long.
 constexpr int64_t kTaskColumns = 128;
 // Two tiles of this many column steps stay in the L2 cache (0.3 MB of fp32 2:4) while the batch passes over them. A cut
 // writes and reads the sums once more, so weights that are not much longer are not cut, nor is a batch that passes
@@ -22,7 +22,8 @@ constexpr int64_t kTaskColumns = 128;
 constexpr int64_t kChunkSteps = 256;
 constexpr int64_t kUncutSteps = 384;
 constexpr int64_t kUncutColumns = 16;
-// Intel: more activations than this do not stay near beside the weights, and are not read for every two tiles.
+// Intel: where the activations of a task are more, they do not stay near beside the weights, and every two tiles read
+// them from afar: weights are cut so that those of a piece do.
 constexpr int64_t kNearBytes = 384 << 10;
 // Weights this large come from memory at every call, also where a last-level cache has 32 MB. One column over them
 // waits for memory and nothing else: where a step is so many bytes (fp32 8:16), two streams are faster than one.
@@ -40,7 +41,8 @@ struct Task {
   int64_t column, column_end;
 };
 
-Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const LinearCall& call,
+// `columns`: of the batch, in a task.
+Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const LinearCall& call, int64_t columns,
                        const Processor& processor) {
   Blocking blocking;
   blocking.tiles = kMostTiles;
@@ -49,10 +51,10 @@ Blocking make_blocking(const KernelSet& kernels, const Geometry& g, const Linear
   const bool two_streams = step_bytes >= kLongStepBytes && g.tiles * g.steps * step_bytes >= kMemoryBytes;
   if (call.batch == 1 && !two_streams) blocking.tiles = std::min(blocking.tiles, kernels.column_tiles);
   int64_t chunks = 1;
-  if (call.batch > kUncutColumns) {
-    if (g.steps > kUncutSteps) chunks = divide_up(g.steps, kChunkSteps);
-    const int64_t x_bytes = std::min(call.batch, kTaskColumns) * g.steps * kStep * element_bytes(kernels.x_dtype);
-    if (processor.intel) chunks = std::max(chunks, divide_up(x_bytes, kNearBytes));
+  if (call.batch > kUncutColumns && g.steps > kUncutSteps) chunks = divide_up(g.steps, kChunkSteps);
+  if (processor.intel && columns > kUncutColumns) {
+    const int64_t x_bytes = columns * g.steps * kStep * element_bytes(kernels.x_dtype);
+    chunks = std::max(chunks, divide_up(x_bytes, kNearBytes));
   }
   blocking.chunk_steps = chunks == 1 ? g.steps : round_up(divide_up(g.steps, chunks), kMostSpan);
   // a read of two steps that straddles lines takes twice as long
@@ -92,9 +94,14 @@ int next_columns(const Micro* micro, int64_t left) {
 
 class TaskRunner {
  public:
-  TaskRunner(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call,
+  // `columns`: of the batch, in a task.
+  TaskRunner(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call, int64_t columns,
              const Processor& processor)
-      : isa_(isa), kernels_(kernels), g_(g), call_(call), blocking_(make_blocking(kernels, g, call, processor)) {
+      : isa_(isa),
+        kernels_(kernels),
+        g_(g),
+        call_(call),
+        blocking_(make_blocking(kernels, g, call, columns, processor)) {
     const sparsecomp_epilogue& last = call.epilogue;
     plain_ = call.dtype == kernels.y_dtype && last.activation == SPARSECOMP_NO_ACTIVATION && !last.row_scales;
   }
@@ -215,7 +222,7 @@ class TaskRunner {
 int blocked_linear(const Isa& isa, const KernelSet& kernels, const Geometry& g, const LinearCall& call,
                    const Processor& processor) {
   const Partition parts = make_partition(g.tiles, call.batch, g.steps, g.slots, call.threads, kTaskColumns);
-  const TaskRunner runner(isa, kernels, g, call, processor);
+  const TaskRunner runner(isa, kernels, g, call, parts.batch_block, processor);
   std::atomic<bool> complete{true};
   parallel_for(call.threads, parts.tasks(), [&](int64_t index) {
     Task task;

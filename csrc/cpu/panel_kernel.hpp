@@ -186,8 +186,8 @@ void panel_micro(const PanelArgs& args) {
   }
 }
 
-// A step of values of another type as float [slots][16]. Here, because vectors do it in a tenth of the time: rows lie
-// in pairs of slots where values have 16 bits.
+// A step of values of another type as float [slots][16]. Here, where vectors can do it. Values of 16 bits lie
+// as pairs of slots.
 inline void widen_values(Widen widen, const uint8_t* values, int dtype, int slots, float* to) {
   if (dtype == SPARSECOMP_I8) {
     for (int i = 0; i < slots * kTile; ++i) to[i] = static_cast<int8_t>(values[i]);

@@ -54,11 +54,11 @@ struct Choice {
   bool panels;
 };
 
-// Without panels: of other processors, and of Intel's where these have kernels of their own.
+// Without panels: of other processors, and of Intel's, which have kernels and cuts of their own.
 std::vector<Choice> all_kernels() {
   std::vector<Choice> choices{{{false, int64_t{32} << 10}, false}};
   const Isa* isa = dispatch().isa;
-  if (isa && std::strncmp(isa->name, "avx512", 6) == 0) choices.push_back({{true, int64_t{32} << 10}, false});
+  if (isa && std::strncmp(isa->name, "avx", 3) == 0) choices.push_back({{true, int64_t{32} << 10}, false});
   return choices;
 }
 
@@ -219,6 +219,14 @@ void compare_random(int count) {
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
     for (const Choice& of : all_kernels()) {
       compare_with_reference({20, 6500, 2, 4, 1, dtype}, 18, 1, 2, true, &of);
+      compare_with_reference({20, 2064, 2, 4, 1, dtype}, 100, 1, 1, true, &of);  // Intel's only
+    }
+  }
+  // an odd number of slots in a step, where values lie in pairs of slots and panels take them one by one
+  for (int32_t dtype : {SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
+    for (const int32_t n : {1, 3, 13, 15}) {
+      const Choice panels{{false, int64_t{32} << 10}, true};
+      compare_with_reference({40, 160, n, 16, 4, dtype}, 96, 1, 1, true, &panels);
     }
   }
   // cut where the halves would have an odd number of steps, which two at a time cannot take
@@ -260,7 +268,7 @@ void check_unnamed_columns() {
       check_unnamed_columns(dtype, n, 1, 1);
       check_unnamed_columns(dtype, n, 4, 96);
     }
-    check_unnamed_columns(dtype, 4, 1, 4200);  // enough for panels
+    check_unnamed_columns(dtype, 4, 1, 4200);  // enough for panels of AVX2
   }
 }
 
