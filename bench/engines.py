@@ -243,7 +243,7 @@ class OpenVinoEngine(Engine):
 
     def remark(self, dtype: str) -> str | None:
         """Whether it computes in another precision."""
-        if _openvino_precision(dtype) == {"fp32": "f32", "bf16": "bf16"}[dtype]:
+        if dtype == "fp32" or _openvino_precision(dtype) == "bf16":
             return None
         return "computes in fp32, as by its own choice on a processor that does not multiply bf16"
 

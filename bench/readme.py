@@ -131,9 +131,11 @@ def _overall(result: dict[str, Any]) -> str:
 
 
 def _remarks(result: dict[str, Any]) -> str:
-    remarks = result.get("remarks", {}).items()
-    told = (f" {_NAMES[engine]}, {dtype}: {text}." for name, text in remarks for engine, dtype in [name.split(", ")])
-    return "".join(told)
+    sentences = ""
+    for name, text in result.get("remarks", {}).items():
+        engine, dtype = name.split(", ")
+        sentences += f" In {dtype} {_NAMES[engine]} {text}."
+    return sentences
 
 
 def _values(found: list[Comparison], *names: str) -> int:
