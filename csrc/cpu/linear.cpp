@@ -84,12 +84,16 @@ void fill_panel(const Isa& isa, const KernelSet& kernels, const Geometry& g, con
   }
 }
 
-// The micro-kernel that cuts the columns left into even parts: 9 columns are 5 and 4, not 8 and 1.
+// The micro-kernel that cuts the columns left into even parts: 9 columns are 5 and 4, not 8 and 1. Divides 32 bits, and
+// only where it must: this comes before every micro-kernel, and a division of 64 takes as long as 40 multiply-adds.
 int next_columns(const Micro* micro, int64_t left) {
-  const int64_t parts = (left + kMostColumns - 1) / kMostColumns;
-  auto columns = static_cast<int>((left + parts - 1) / parts);
+  auto columns = static_cast<unsigned>(left);
+  if (columns > kMostColumns) {
+    const unsigned parts = (columns + kMostColumns - 1) / kMostColumns;
+    columns = (columns + parts - 1) / parts;
+  }
   while (!micro[columns]) --columns;
-  return columns;
+  return static_cast<int>(columns);
 }
 
 class TaskRunner {

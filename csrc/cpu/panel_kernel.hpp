@@ -2,9 +2,9 @@
 // Included by files that are compiled for one instruction set; everything here is local to the file that includes it.
 //
 //   Vector::Register, Vector::kLanes, zero(), load(pointer), store(pointer, v), broadcast(float)
-//   Vector::multiply_add(a, b, sum)   a * b + sum
-//   Vector::kOneRegister              whether the address of a multiply-add's operand is one register and a
-//                                     displacement: Intel's processors take it apart if it has two
+//   Vector::add_product(a, b, &sum)   sum += a * b, where b is a register or what to load it from
+//   Vector::kOneRegister              whether the address of b is one register and a displacement: Intel's processors
+//                                     take the instruction apart if it has two
 #pragma once
 
 #include <cstring>
@@ -67,7 +67,7 @@ SPARSECOMP_INLINE void multiply_slot(const float* values, const float* panel, in
     for (int c = 0; c < C; ++c) {
       const typename Vector::Register activations = Vector::load(vector_at<Vector>(panel + group, c, offset));
       SPARSECOMP_UNROLL
-      for (int r = 0; r < R; ++r) sums[r][c] = Vector::multiply_add(weights[r], activations, sums[r][c]);
+      for (int r = 0; r < R; ++r) Vector::add_product(weights[r], activations, &sums[r][c]);
     }
   } else {
     SPARSECOMP_UNROLL
@@ -80,7 +80,7 @@ SPARSECOMP_INLINE void multiply_slot(const float* values, const float* panel, in
       for (int c = 0; c < C; ++c) {
         const float* at =
             Vector::kOneRegister ? row + group + c * Vector::kLanes : vector_at<Vector>(panel + group, c, offset);
-        sums[r][c] = Vector::multiply_add(weight, Vector::load(at), sums[r][c]);
+        Vector::add_product(weight, at, &sums[r][c]);
       }
     }
   }
@@ -122,8 +122,12 @@ class NextValues {
   }
 
   SPARSECOMP_INLINE void step() {
-    SPARSECOMP_UNROLL
-    for (int64_t i = 0; i < (Lines ? kLines : lines_); ++i) __builtin_prefetch(at_ + i * 64);
+    if constexpr (Lines != 0) {
+      SPARSECOMP_UNROLL
+      for (int64_t i = 0; i < kLines; ++i) __builtin_prefetch(at_ + i * 64);
+    } else {
+      for (int64_t i = 0; i < lines_; ++i) __builtin_prefetch(at_ + i * 64);
+    }
     at_ += share_;
   }
 

@@ -42,19 +42,29 @@ struct Avx2 {
   static Register load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, Register v) { _mm256_storeu_ps(to, v); }
   static Register broadcast(float v) { return _mm256_set1_ps(v); }
-  static Register multiply_add(Register a, Register b, Register sum) { return _mm256_fmadd_ps(a, b, sum); }
+  static void add_product(Register a, Register b, Register* sum) { *sum = _mm256_fmadd_ps(a, b, *sum); }
+  static void add_product(Register a, const float* b, Register* sum) { add_product(a, load(b), sum); }
   static constexpr auto transpose = transpose_8x8;
 };
 
-struct Avx2OneRegister : Avx2 {
+// As Avx512Intel.
+struct Avx2Intel : Avx2 {
   static constexpr bool kOneRegister = true;
+#if !defined(__SANITIZE_ADDRESS__)
+  static void add_product(Register a, Register b, Register* sum) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(b));
+  }
+  static void add_product(Register a, const float* b, Register* sum) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "m"(*reinterpret_cast<const __m256_u*>(b)));
+  }
+#endif
 };
 
 template <class Vector, int M, int N>
 const PanelSet* select_for(const Geometry& g) {
   static constexpr PanelSet alone = make_panel_set<Vector, M, N, 2, 2, 6, false>(M == 16 ? 13 : 25, M == 16 ? 0 : 48,
                                                                                  M == 16 ? 1.6 : 1.1),
-                            fours = make_panel_set<Avx2, M, N, 4, 1, 2, true>(13, M == 16 ? 0 : 48, 1.1);
+                            fours = make_panel_set<Vector, M, N, 4, 1, 2, true>(13, M == 16 ? 0 : 48, 1.1);
   return g.mask_rows % 4 == 0 ? &fours : &alone;
 }
 
@@ -75,7 +85,7 @@ const PanelSet* select_vector(const Geometry& g) {
 }  // namespace
 
 const PanelSet* select_panels_avx2(const Geometry& g, const Processor& processor) {
-  return processor.intel ? select_vector<Avx2OneRegister>(g) : select_vector<Avx2>(g);
+  return processor.intel ? select_vector<Avx2Intel>(g) : select_vector<Avx2>(g);
 }
 
 }  // namespace sparsecomp
