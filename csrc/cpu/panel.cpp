@@ -47,9 +47,9 @@ struct Panels {
 
   // Divides: not for inner loops.
   Panel at(int64_t index) const {
-    const int64_t first = units * index / count, width = units * (index + 1) / count - first;
-    return {first * kernels.unit, width * kernels.unit, width * kernels.unit - kernels.permuted[width],
-            kernels.micro[width]};
+    const int64_t first_unit = units * index / count, width_units = units * (index + 1) / count - first_unit;
+    const int64_t width = width_units * kernels.unit;
+    return {first_unit * kernels.unit, width, width - kernels.permuted[width_units], kernels.micro[width_units]};
   }
   int64_t widest() const { return divide_up(units, count) * kernels.unit; }
 };
@@ -112,14 +112,14 @@ class Runner {
       static thread_local uint64_t packed_call = 0;
       static thread_local int64_t packed_panel = 0;
       const int64_t panel = index / row_tasks_;
+      const Panel at = panels_.at(panel);
       auto* packed = static_cast<float*>(space.reserve(widest_ * g_.steps * kStep * 4));
       if (packed && !(packed_call == call && packed_panel == panel)) {
-        pack(panels_.at(panel), 0, g_.steps, packed);
+        pack(at, 0, g_.steps, packed);
         packed_call = call;
         packed_panel = panel;
       }
-      if (!packed || !multiply(panels_.at(panel), index % row_tasks_, packed))
-        complete.store(false, std::memory_order_relaxed);
+      if (!packed || !multiply(at, index % row_tasks_, packed)) complete.store(false, std::memory_order_relaxed);
     });
     return complete.load() ? SPARSECOMP_OK : SPARSECOMP_NO_MEMORY;
   }
@@ -241,9 +241,9 @@ class Runner {
       args.columns = static_cast<int>(std::min(lanes, end - column));
       for (int64_t t = tile; t < tile_end; ++t) {
         const float* from = sums + (t - tile) * kTile * width;
-        if (!asks_early_ && t + 1 < tile_end)
-          prefetch_rows(reinterpret_cast<const uint8_t*>(from + kTile * width + column), width * 4, kTile, lanes * 4);
         if (column < split) {
+          if (!asks_early_ && t + 1 < tile_end)
+            prefetch_rows(from + kTile * width + column, split * 4, kTile, lanes * 4);
           for (int64_t r = 0; r < kTile; r += lanes)
             kernels_.transpose(from + r * split + column, split, local + r, kTile);
           args.sums = local;

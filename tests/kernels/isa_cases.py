@@ -63,9 +63,12 @@ def test_one_column_over_a_weight_larger_than_the_cache(threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("pattern", ["1:2", "2:4", "3:4", "4:8", "6:8", "8:16", "12:16", "2:4@v4", "5:16@v4", "1:8@v8"])
+@pytest.mark.parametrize(
+    "pattern", ["1:2", "2:4", "3:4", "4:8", "6:8", "8:16", "12:16", "2:4@v4", "8:16@v4", "5:16@v4", "1:8@v8"]
+)
 def test_batches_that_fill_panels(pattern, dtype):
-    for out, columns, batch in [(37, 123, 96), (123, 1040, 127), (40, 16, 272), (5, 7, 144)]:
+    shapes = [(37, 123, 96), (123, 1040, 127), (40, 16, 272), (5, 7, 144), (64, 100, 30), (64, 100, 75)]
+    for out, columns, batch in shapes:
         check_linear(pattern, out, columns, batch, dtype, threads=1 + batch % 2, gap=batch % 3)
 
 

@@ -156,6 +156,22 @@ void compare_widths() {
   }
 }
 
+// The same for rows that share masks, over several tiles of which the last is cut.
+void compare_shared_widths() {
+  constexpr int64_t kUnit = 16, kLeastUnits = 2, kMostUnits = 13;
+  for (const int32_t m : {4, 8, 16}) {
+    for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_BF16, SPARSECOMP_I8}) {
+      for (int64_t units = kLeastUnits; units <= kMostUnits; ++units) {
+        for (const bool intel : {false, true}) {
+          const Choice panels{{intel, int64_t{16} << 10}, true};
+          compare_with_reference({uniform(49, 63), uniform(130, 160), m / 2, m, 4, dtype},
+                                 units * kUnit - uniform(0, kUnit - 1), uniform(0, 2), 1, true, &panels);
+        }
+      }
+    }
+  }
+}
+
 // Every number of batch columns that a micro-kernel takes, of both kinds of processor; rows of x that begin on lines
 // and are read in place, and any.
 void compare_columns() {
@@ -379,6 +395,7 @@ int main() {
   check_refusals();
   check_unnamed_columns();
   compare_widths();
+  compare_shared_widths();
   compare_columns();
   compare_random(600);
   std::printf("%s: %d failures\n", sparsecomp_isa(), failures);

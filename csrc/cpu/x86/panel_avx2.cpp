@@ -42,22 +42,26 @@ struct Avx2 {
   static Register load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, Register v) { _mm256_storeu_ps(to, v); }
   static Register broadcast(float v) { return _mm256_set1_ps(v); }
-  static void add_product(Register a, Register b, Register* sum) { *sum = _mm256_fmadd_ps(a, b, *sum); }
-  static void add_product(Register a, const float* b, Register* sum) { add_product(a, load(b), sum); }
+  static SPARSECOMP_INLINE void add_product(Register a, Register b, Register* sum) {
+    *sum = _mm256_fmadd_ps(a, b, *sum);
+  }
+  static SPARSECOMP_INLINE void add_product(Register a, const float* b, Register* sum) { add_product(a, load(b), sum); }
   static constexpr auto transpose = transpose_8x8;
 };
 
-// As Avx512Intel.
+// The sum in its place, as for Avx512Intel.
 struct Avx2Intel : Avx2 {
   static constexpr bool kOneRegister = true;
-#if !defined(__SANITIZE_ADDRESS__)
-  static void add_product(Register a, Register b, Register* sum) {
+  static SPARSECOMP_INLINE void add_product(Register a, Register b, Register* sum) {
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(b));
   }
-  static void add_product(Register a, const float* b, Register* sum) {
+  static SPARSECOMP_INLINE void add_product(Register a, const float* b, Register* sum) {
+#if defined(SPARSECOMP_SANITIZED)
+    add_product(a, load(b), sum);
+#else
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "m"(*reinterpret_cast<const __m256_u*>(b)));
-  }
 #endif
+  }
 };
 
 template <class Vector, int M, int N>

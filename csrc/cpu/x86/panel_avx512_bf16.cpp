@@ -85,8 +85,6 @@ const PanelSet* shared() {
   static constexpr PanelSet set = [] {
     PanelSet made{Avx512::kLanes, Avx512::kLanes, SPARSECOMP_BF16, 6, 33, 128, 0, 1.2, {}, {},
                   pack_doubled,   transpose_16x16};
-    made.micro[1] = panel_micro<DotRows<M, N, 4, 1>, 4>;
-    made.micro[2] = panel_micro<DotRows<M, N, 4, 2>, 4>;
     made.micro[3] = panel_micro<DotRows<M, N, 4, 3>, 4>;
     made.micro[4] = panel_micro<DotRows<M, N, 4, 4>, 4>;
     made.micro[5] = panel_micro<DotRows<M, N, 4, 5>, 4>;

@@ -60,22 +60,26 @@ struct Avx512 {
   static Register load(const float* from) { return _mm512_loadu_ps(from); }
   static void store(float* to, Register v) { _mm512_storeu_ps(to, v); }
   static Register broadcast(float v) { return _mm512_set1_ps(v); }
-  static void add_product(Register a, Register b, Register* sum) { *sum = _mm512_fmadd_ps(a, b, *sum); }
-  static void add_product(Register a, const float* b, Register* sum) { add_product(a, load(b), sum); }
+  static SPARSECOMP_INLINE void add_product(Register a, Register b, Register* sum) {
+    *sum = _mm512_fmadd_ps(a, b, *sum);
+  }
+  static SPARSECOMP_INLINE void add_product(Register a, const float* b, Register* sum) { add_product(a, load(b), sum); }
   static constexpr auto transpose = transpose_16x16;
 };
 
 // The sum in its place: GCC puts it anywhere and adds moves, which the front of an Intel pipeline has no room for.
 struct Avx512Intel : Avx512 {
   static constexpr bool kOneRegister = true;
-#if !defined(__SANITIZE_ADDRESS__)  // which does not look into assembly
-  static void add_product(Register a, Register b, Register* sum) {
+  static SPARSECOMP_INLINE void add_product(Register a, Register b, Register* sum) {
     __asm__("vfmadd231ps %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b));
   }
-  static void add_product(Register a, const float* b, Register* sum) {
+  static SPARSECOMP_INLINE void add_product(Register a, const float* b, Register* sum) {
+#if defined(SPARSECOMP_SANITIZED)  // sanitizers do not look into assembly
+    add_product(a, load(b), sum);
+#else
     __asm__("vfmadd231ps %2, %1, %0" : "+v"(*sum) : "v"(a), "m"(*reinterpret_cast<const __m512_u*>(b)));
-  }
 #endif
+  }
 };
 
 }  // namespace
