@@ -35,10 +35,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def without_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As with a torch that has no DLPack table."""
-    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+@pytest.fixture(params=["table", "make"])
+def without_functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As with a torch that has no DLPack table, or not the function that makes y."""
+    if request.param == "table":
+        monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    else:
+        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu", raising=False)
     cpu._torch_functions.cache_clear()
     yield
     cpu._torch_functions.cache_clear()
@@ -72,7 +75,9 @@ def _inputs(columns: int, dtype: torch.dtype) -> list[Tensor]:
 
 def _assert_same_bits(native: Any, twin: Any, x: Tensor, bias: Tensor | None) -> None:
     with torch.inference_mode(random.random() < 0.5), torch.no_grad():
-        got, want = native(x, bias, None), twin(x, bias, None)
+        first, got, want = native(x, bias, None), native(x, bias, None), twin(x, bias, None)
+    assert torch.equal(first, got) and (first.data_ptr() != got.data_ptr() or got.numel() == 0)
+    assert got.stride() == want.stride()
     assert got.shape == want.shape == (*x.shape[:-1], want.shape[-1])
     assert got.dtype == want.dtype and got.is_contiguous() and got.is_inference() == want.is_inference()
     assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
@@ -111,6 +116,16 @@ def test_weights_without_rows_or_columns(
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("rows", [(2**58,), (3, 2**56), (3, 2**52, 5), (2**29, 2**28)])
+def test_a_result_beyond_all_memory_is_refused(rows: tuple[int, ...]) -> None:
+    layer = make(4096, 16, backend="cpu")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="overflow"):
+        layer(torch.zeros(16).expand(*rows, 16))
+    with torch.no_grad():
+        assert layer(torch.zeros(2, 16)).shape == (2, 4096)
+
+
+@pytest.mark.usefixtures("native")
 def test_two_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     layer = make(768, 512, backend="cpu")
@@ -123,8 +138,8 @@ def test_two_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None
         torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("without_table")
-def test_a_torch_without_the_table_takes_the_twin() -> None:
+@pytest.mark.usefixtures("without_functions")
+def test_a_torch_without_the_functions_takes_the_twin() -> None:
     layer = make(backend="cpu")
     assert not _is_native(layer._eager)
     for x in (torch.randn(40), torch.randn(3, 40), torch.randn(2, 3, 40), torch.randn(0, 40), torch.randn(40, 3).t()):

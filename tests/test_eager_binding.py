@@ -21,6 +21,9 @@ from sparsecomp.watch import WATCHERS
 pytestmark = pytest.mark.skipif(isinstance(cpu.native(), str), reason=str(cpu.native()))
 
 
+_make = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -56,14 +59,14 @@ def test_a_table_of_another_version_is_not_used(native: Any) -> None:
 
 def test_a_watcher_that_raises_is_heard(native: Any) -> None:
     kernel = make(backend="cpu").kernel
-    functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, Tensor.new_empty, Tensor.contiguous
+    functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, _make, Tensor.contiguous
     levels = vars(torch.autograd.forward_ad)
 
     def product(*replaced: object, namespace: dict[str, Any] = levels, watchers: Any = WATCHERS) -> Any:
         table = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
         given = [*replaced, *functions[len(replaced) :]]
         asked = native.torch_functions(table, Tensor, nn.Parameter, watchers, namespace, *given)
-        return native.eager_product(asked, False, kernel.arguments, 0, kernel.tensors, 0, None)
+        return native.eager_product(asked, False, kernel.arguments, 0, kernel.tensors, 0, None, torch.float32)
 
     def bad(*_: object) -> None:
         raise KeyboardInterrupt
@@ -137,7 +140,7 @@ def test_nothing_is_leaked() -> None:
         for broken in ((), (kernel.tensors[0],), (*kernel.tensors, bias, bias)):
             with pytest.raises(TypeError):
                 cpu.native().eager_product(  # type: ignore[union-attr]
-                    cpu._torch_functions(), False, kernel.arguments, 0, broken, 0, None
+                    cpu._torch_functions(), False, kernel.arguments, 0, broken, 0, None, torch.float32
                 )
         calls.clear()
 
@@ -183,7 +186,7 @@ def _changing(native: Any, kernel: Kernel, function: str, change: Callable[[], o
         "get_num_threads": torch.get_num_threads,
         "is_grad_enabled": torch.is_grad_enabled,
         "is_neg": Tensor.is_neg,
-        "new_empty": Tensor.new_empty,
+        "make": _make,
         "contiguous": Tensor.contiguous,
     }
     true = functions[function]
@@ -191,10 +194,10 @@ def _changing(native: Any, kernel: Kernel, function: str, change: Callable[[], o
     table = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
     levels = vars(torch.autograd.forward_ad)
     asked = native.torch_functions(table, Tensor, nn.Parameter, WATCHERS, levels, *functions.values())
-    return native.eager_product(asked, False, kernel.arguments, 0, kernel.tensors, 0, None)
+    return native.eager_product(asked, False, kernel.arguments, 0, kernel.tensors, 0, None, torch.float32)
 
 
-@pytest.mark.parametrize("function", ["new_empty", "get_num_threads"])
+@pytest.mark.parametrize("function", ["make", "get_num_threads"])
 def test_what_changes_during_the_call_is_read_as_it_is_then(native: Any, function: str) -> None:
     layer, other = make(backend="cpu"), make(backend="cpu")
     kernel, bias, x = layer.kernel, torch.zeros(24), torch.randn(3, 40)
@@ -210,7 +213,7 @@ def test_what_changes_during_the_call_is_read_as_it_is_then(native: Any, functio
         assert torch.equal(got, cpu.CpuBackend().run(other.kernel, new_x, new_bias))
 
 
-@pytest.mark.parametrize("function", ["new_empty", "get_num_threads"])
+@pytest.mark.parametrize("function", ["make", "get_num_threads"])
 @pytest.mark.parametrize("shape", [(2, 40), (4, 40), (3, 39), (120,), (3, 80)])
 def test_an_input_that_no_longer_fits_is_not_read(native: Any, function: str, shape: tuple[int, ...]) -> None:
     kernel, x = make(backend="cpu").kernel, torch.randn(3, 40)
@@ -222,7 +225,7 @@ def test_an_input_that_no_longer_fits_is_not_read(native: Any, function: str, sh
         assert _changing(native, kernel, function, change)(x, None, None) is None
 
 
-@pytest.mark.parametrize("function", ["new_empty", "get_num_threads"])
+@pytest.mark.parametrize("function", ["make", "get_num_threads"])
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_weight_or_bias_that_no_longer_fits_is_not_read(native: Any, function: str, part: int) -> None:
     kernel, bias, x = make(backend="cpu").kernel, torch.zeros(24), torch.randn(3, 40)
@@ -252,7 +255,7 @@ def test_a_weight_or_bias_that_no_longer_fits_is_not_read(native: Any, function:
 )
 def test_wrong_facts_are_refused(native: Any, change: dict[int, Any], error: type[Exception]) -> None:
     kernel = make(backend="cpu").kernel
-    facts = [cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 0, None]
+    facts = [cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 0, None, torch.float32]
     for index, value in change.items():
         facts[index] = value
     with pytest.raises(error):
@@ -266,7 +269,9 @@ def test_wrong_facts_are_refused(native: Any, change: dict[int, Any], error: typ
 @pytest.mark.usefixtures("native")
 def test_an_unknown_activation_is_an_error_of_the_library(native: Any) -> None:
     kernel, x = make(backend="cpu").kernel, torch.randn(3, 40)
-    product = native.eager_product(cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 99, None)
+    product = native.eager_product(
+        cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 99, None, torch.float32
+    )
     references = sys.getrefcount(x)
     with torch.no_grad(), pytest.raises(RuntimeError):
         product(x, None, None)

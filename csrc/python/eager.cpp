@@ -49,7 +49,9 @@ struct Product {
   sparsecomp_block blocks;
   int64_t out, columns;
   int64_t short_rows;  // up to so many, the interpreter's lock is kept
-  Reference out_size;
+  Reference torch_dtype;
+  Reference kept;  // sizes, strides and dtype of the last y [*kept_rows, out]
+  std::vector<int64_t> kept_rows;
   Py_ssize_t count;  // of tensors: values, metadata, and scales or none
   std::array<PyObject*, 3> tensors;
   std::array<int64_t, 3> bytes;
@@ -171,37 +173,45 @@ Verdict examine(const Product& p, PyObject* x, PyObject* bias, PyObject* dense_a
   return row_count(*x_view) >= from ? Verdict::kOtherwise : Verdict::kRun;
 }
 
-// x.new(*x.shape[:-1], out): sizes as arguments, which torch reads faster than a tuple of them.
-PyObject* empty_result(const Product& p, PyObject* x, const dlpack::Tensor& view) {
-  PyObject* make = p.torch->make.get();
-  if (view.dims == 2) {
-    const Reference rows(PyLong_FromLongLong(view.shape[0]));
-    if (!rows) return nullptr;
-    return PyObject_CallFunctionObjArgs(make, x, rows.get(), p.out_size.get(), nullptr);
-  }
-  const std::vector<int64_t> sizes(view.shape, view.shape + view.dims - 1);  // a new tuple may set off the collector
-  const auto last = static_cast<Py_ssize_t>(sizes.size()) + 1;
-  const Reference arguments(PyTuple_New(last + 1));
-  if (!arguments) return nullptr;
-  for (Py_ssize_t i = 0; i <= last; ++i) {
-    PyObject* argument = i == 0 ? x : i == last ? p.out_size.get() : nullptr;
-    if (argument != nullptr) {
-      Py_INCREF(argument);
-    } else {
-      argument = PyLong_FromLongLong(sizes[i - 1]);
+// The arguments that make a contiguous y [*rows, out].
+PyObject* result_arguments(const Product& p, const std::vector<int64_t>& rows) {
+  const auto last = static_cast<Py_ssize_t>(rows.size());
+  const Reference sizes(PyTuple_New(last + 1)), strides(PyTuple_New(last + 1));
+  if (!sizes || !strides) return nullptr;
+  uint64_t stride = 1;  // may overflow before torch sees that there is not so much memory
+  for (Py_ssize_t i = last; i >= 0; --i) {
+    const int64_t size = i == last ? p.out : rows[i];
+    // they take the references, also where they fail; that there is none is seen below
+    if (PyTuple_SetItem(sizes.get(), i, PyLong_FromLongLong(size)) != 0 ||
+        PyTuple_SetItem(strides.get(), i, PyLong_FromLongLong(static_cast<int64_t>(stride))) != 0) {
+      return nullptr;
     }
-    // it takes the reference, also where it fails
-    if (argument == nullptr || PyTuple_SetItem(arguments.get(), i, argument) != 0) return nullptr;
+    stride *= static_cast<uint64_t>(std::max<int64_t>(1, size));
   }
-  return PyObject_Call(make, arguments.get(), nullptr);
+  return PyErr_Occurred() ? nullptr : PyTuple_Pack(3, sizes.get(), strides.get(), p.torch_dtype.get());
+}
+
+// Most calls have the sizes of the call before, whose arguments are kept.
+PyObject* empty_result(Product& p, const dlpack::Tensor& x) {
+  const int64_t* end = x.shape + x.dims - 1;
+  if (!p.kept || !std::equal(x.shape, end, p.kept_rows.begin(), p.kept_rows.end())) {
+    const std::vector<int64_t> rows(x.shape, end);  // a new tuple may set off the collector, and that change x
+    PyObject* arguments = result_arguments(p, rows);
+    if (arguments == nullptr) return nullptr;
+    p.kept.own(arguments);
+    p.kept_rows = rows;
+  }
+  Reference arguments;  // another thread may replace them during the call
+  arguments.share(p.kept.get());
+  return PyObject_Call(p.torch->make.get(), arguments.get(), nullptr);
 }
 
 // y for x and bias, which stay alive: the caller holds them. None where one of them, or the weight, does not fit.
-PyObject* run(const Product& p, PyObject* x, dlpack::Tensor x_view, PyObject* bias) {
+PyObject* run(Product& p, PyObject* x, dlpack::Tensor x_view, PyObject* bias) {
   const Functions& torch = *p.torch;
   const int64_t rows = row_count(x_view);
   const bool strided = rows != 0 && dlpack::row_step(x_view, p.columns) < 0;
-  Reference y(empty_result(p, x, x_view));
+  Reference y(empty_result(p, x_view));
   if (!y) return nullptr;
   Reference copy;
   if (strided) {
@@ -248,7 +258,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t given) {
     PyErr_Format(PyExc_TypeError, "a product takes x, bias and dense_above, got %zd arguments", given);
     return nullptr;
   }
-  const auto* p = static_cast<const Product*>(PyCapsule_GetPointer(PyTuple_GetItem(self, 0), kProductName));
+  auto* p = static_cast<Product*>(PyCapsule_GetPointer(PyTuple_GetItem(self, 0), kProductName));
   if (p == nullptr) return nullptr;
   PyObject *x = args[0], *bias = args[1], *dense_above = args[2];
   dlpack::Tensor x_view;
@@ -314,8 +324,7 @@ bool describe(Product* p, PyObject* arguments) {
   }
   const bool vectors = std::string_view(sparsecomp_isa()) != "reference";
   p->short_rows = vectors ? kShort / std::max<int64_t>(1, p->out * p->columns) : 0;
-  p->out_size.own(PyLong_FromLongLong(p->out));
-  return static_cast<bool>(p->out_size);
+  return true;
 }
 
 bool borrow_tensors(Product* p, PyObject* tensors) {
@@ -369,8 +378,8 @@ PyObject* torch_functions(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* eager_product(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  if (given != 7 || !PyTuple_Check(args[2]) || !PyTuple_Check(args[4])) {
-    PyErr_SetString(PyExc_TypeError, "eager_product takes the functions of torch, a bool, two tuples and three more");
+  if (given != 8 || !PyTuple_Check(args[2]) || !PyTuple_Check(args[4])) {
+    PyErr_SetString(PyExc_TypeError, "eager_product takes the functions of torch, a bool, two tuples and four more");
     return nullptr;
   }
   auto* torch = static_cast<Functions*>(PyCapsule_GetPointer(args[0], kFunctionsName));
@@ -388,6 +397,7 @@ PyObject* eager_product(PyObject*, PyObject* const* args, Py_ssize_t given) {
   p->dtype = static_cast<int32_t>(dtype);
   p->activation = narrow(activation, -1);
   p->otherwise = args[6];
+  p->torch_dtype.share(args[7]);
   const Reference self(PyTuple_Pack(3, owner.get(), args[4], args[6]));
   return self ? PyCFunction_NewEx(&call_definition, self.get(), nullptr) : nullptr;
 }

@@ -250,10 +250,11 @@ PyMethodDef methods[] = {
     fast("measure_read_bandwidth", measure_read_bandwidth, "measure_read_bandwidth(threads) -> float: bytes/s."),
     fast("torch_functions", torch_functions,
          "torch_functions(DLPack table, Tensor, Parameter, watchers, namespace of forward_ad, get_num_threads, "
-         "is_grad_enabled, Tensor.is_neg, Tensor.new, Tensor.contiguous) -> for eager_product, or None if the "
+         "is_grad_enabled, Tensor.is_neg, empty_strided_cpu, Tensor.contiguous) -> for eager_product, or None if the "
          "table is of another version."),
     fast("eager_product", eager_product,
-         "eager_product(torch_functions(...), is block, (" WEIGHT "), x dtype, tensors, activation, otherwise) -> "
+         "eager_product(torch_functions(...), is block, (" WEIGHT
+         "), x dtype, tensors, activation, otherwise, torch's dtype) -> "
          "product(x, bias, dense_above), which calls otherwise for gradients and from dense_above rows on."),
     fast(
         "layer_call", layer_call,
