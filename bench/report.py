@@ -65,18 +65,33 @@ def load_result(path: Path) -> dict[str, Any]:
 
 
 def comparisons(result: dict[str, Any]) -> Iterator[Comparison]:
-    """Every sparse row with the best dense row of its case."""
-    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        key = tuple(row[name] for name in ("out", "in", "batch", "dtype", "threads", "weights"))
-        cases.setdefault(key, []).append(row)
-    for rows in cases.values():
+    """Every sparse row with the best dense row that was measured in turn with it."""
+    for rows in _turns(result["rows"]):
         dense = [row for row in rows if row["pattern"] is None]
         torch_us = next((row["us"] for row in dense if row["engine"] == "torch"), None)
         best = min(dense, key=lambda row: float(row["us"]))
         for row in rows:
             if row["pattern"] is not None:
                 yield Comparison(row, best, torch_us)
+
+
+def _turns(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows whose samples were taken in turn: neighbours of one case, every engine once.
+
+    A case that another part of the sweep measures too, minutes later, has a turn of its own there.
+    """
+    turn: list[dict[str, Any]] = []
+    for row in rows:
+        if turn and (_case(row) != _case(turn[0]) or any(row["engine"] == each["engine"] for each in turn)):
+            yield turn
+            turn = []
+        turn.append(row)
+    if turn:
+        yield turn
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("out", "in", "batch", "dtype", "threads", "weights"))
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -82,6 +82,15 @@ def test_a_sparse_row_is_compared_with_the_best_dense_row_of_its_case() -> None:
     assert report.geometric_mean([first.speedup, second.speedup]) == pytest.approx(1.0)
 
 
+def test_a_case_that_is_measured_again_is_compared_within_its_own_turn() -> None:
+    turns = [[row("torch", dense), row("sparsecomp 2:4", 10.0, "2:4")] for dense in (20.0, 40.0, 30.0)]
+    between = [row("torch", 5.0, batch=2), row("sparsecomp 2:4", 10.0, "2:4", batch=2)]
+    found = list(report.comparisons({"rows": [*turns[0], *between, *turns[1], *turns[2]]}))
+    assert [each.speedup for each in found] == [2.0, 0.5, 4.0, 3.0]
+    assert [each.torch_us for each in found] == [20.0, 5.0, 40.0, 30.0]
+    assert list(report.comparisons({"rows": []})) == []
+
+
 @pytest.mark.parametrize(("us", "verdict"), [(9.6, "wins"), (9.8, "even"), (10.2, "even"), (10.4, "loses")])
 def test_verdicts(us: float, verdict: str) -> None:
     dense, sparse = row("torch", 10.0), row("sparsecomp 2:4", us, "2:4")
