@@ -76,13 +76,13 @@ def comparisons(result: dict[str, Any]) -> Iterator[Comparison]:
 
 
 def _turns(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Rows whose samples were taken in turn: neighbours of one case, every engine once.
+    """Rows whose samples were taken in turn: neighbours of one case, the dense ones first.
 
     A case that another part of the sweep measures too, minutes later, has a turn of its own there.
     """
     turn: list[dict[str, Any]] = []
     for row in rows:
-        if turn and (_case(row) != _case(turn[0]) or any(row["engine"] == each["engine"] for each in turn)):
+        if turn and (_case(row) != _case(turn[-1]) or (row["pattern"] is None and turn[-1]["pattern"] is not None)):
             yield turn
             turn = []
         turn.append(row)

@@ -89,6 +89,8 @@ def test_a_case_that_is_measured_again_is_compared_within_its_own_turn() -> None
     assert [each.speedup for each in found] == [2.0, 0.5, 4.0, 3.0]
     assert [each.torch_us for each in found] == [20.0, 5.0, 40.0, 30.0]
     assert list(report.comparisons({"rows": []})) == []
+    twice = [*turns[0], turns[0][-1]]  # of a pattern that was named twice
+    assert [each.speedup for each in report.comparisons({"rows": twice})] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(("us", "verdict"), [(9.6, "wins"), (9.8, "even"), (10.2, "even"), (10.4, "loses")])

@@ -35,13 +35,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["table", "make"])
+@pytest.fixture(params=["table", "make", "make with another signature", "make of something else"])
 def without_functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As with a torch that has no DLPack table, or not the function that makes y."""
     if request.param == "table":
         monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
-    else:
+    elif request.param == "make":
         monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu", raising=False)
+    else:
+        instead = (lambda sizes: torch.empty(sizes)) if "signature" in request.param else lambda *_: torch.empty(6)
+        monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", instead, raising=False)
     cpu._torch_functions.cache_clear()
     yield
     cpu._torch_functions.cache_clear()
@@ -116,7 +119,7 @@ def test_weights_without_rows_or_columns(
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("rows", [(2**58,), (3, 2**56), (3, 2**52, 5), (2**29, 2**28)])
+@pytest.mark.parametrize("rows", [(2**58,), (3, 2**56), (3, 2**51), (3, 2**52, 5), (2**29, 2**28)])
 def test_a_result_beyond_all_memory_is_refused(rows: tuple[int, ...]) -> None:
     layer = make(4096, 16, backend="cpu")
     with torch.no_grad(), pytest.raises(RuntimeError, match="overflow"):

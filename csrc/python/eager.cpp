@@ -144,6 +144,13 @@ bool bias_fits(const Product& p, PyObject* bias, dlpack::Tensor* view) {
          dlpack::same(view->dtype, p.element) && dlpack::contiguous(*view) && (view->data != nullptr || p.out == 0);
 }
 
+// Whether y is what the kernel will write: torch made it, by a function of which it promises nothing.
+bool result_fits(const Product& p, PyObject* y, int64_t rows, dlpack::Tensor* view) {
+  if (!viewed(*p.torch, y, view) || !dlpack::same(view->dtype, p.element)) return false;
+  const int64_t count = dlpack::elements(*view);
+  return count == rows * p.out && (count == 0 || dlpack::contiguous(*view));
+}
+
 bool weight_fits(const Product& p, std::array<dlpack::Tensor, 3>* views) {
   for (Py_ssize_t i = 0; i < p.count; ++i) {
     dlpack::Tensor& view = (*views)[i];
@@ -178,15 +185,16 @@ PyObject* result_arguments(const Product& p, const std::vector<int64_t>& rows) {
   const auto last = static_cast<Py_ssize_t>(rows.size());
   const Reference sizes(PyTuple_New(last + 1)), strides(PyTuple_New(last + 1));
   if (!sizes || !strides) return nullptr;
-  uint64_t stride = 1;  // may overflow before torch sees that there is not so much memory
+  int64_t stride = 1;
   for (Py_ssize_t i = last; i >= 0; --i) {
     const int64_t size = i == last ? p.out : rows[i];
     // they take the references, also where they fail; that there is none is seen below
     if (PyTuple_SetItem(sizes.get(), i, PyLong_FromLongLong(size)) != 0 ||
-        PyTuple_SetItem(strides.get(), i, PyLong_FromLongLong(static_cast<int64_t>(stride))) != 0) {
+        PyTuple_SetItem(strides.get(), i, PyLong_FromLongLong(stride)) != 0) {
       return nullptr;
     }
-    stride *= static_cast<uint64_t>(std::max<int64_t>(1, size));
+    // torch says then that there is not so much memory
+    if (__builtin_mul_overflow(stride, std::max<int64_t>(1, size), &stride)) stride = INT64_MAX;
   }
   return PyErr_Occurred() ? nullptr : PyTuple_Pack(3, sizes.get(), strides.get(), p.torch_dtype.get());
 }
@@ -225,9 +233,8 @@ PyObject* run(Product& p, PyObject* x, dlpack::Tensor x_view, PyObject* bias) {
   if (wanted == -1 && PyErr_Occurred()) return nullptr;
   std::array<dlpack::Tensor, 3> views;
   dlpack::Tensor y_view, bias_view;
-  if (torch.view(y.get(), &y_view) != 0) return nullptr;
-  if (!weight_fits(p, &views) || (bias != Py_None && !bias_fits(p, bias, &bias_view)) || !fits(p, x, &x_view) ||
-      row_count(x_view) != rows) {
+  if (!result_fits(p, y.get(), rows, &y_view) || !weight_fits(p, &views) ||
+      (bias != Py_None && !bias_fits(p, bias, &bias_view)) || !fits(p, x, &x_view) || row_count(x_view) != rows) {
     Py_INCREF(Py_None);
     return Py_None;
   }

@@ -59,12 +59,27 @@ def _require_native() -> ModuleType:
     return module
 
 
+def _empty_strided() -> Callable[..., Tensor] | None:
+    """What TorchInductor's code makes its tensors with; None where it is not as known, for torch promises nothing.
+
+    Half the time of empty() and new(): it goes past parser and dispatcher.
+    """
+    make: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
+    if make is None:
+        return None
+    try:
+        made = make((2, 3), (3, 1), torch.float32)
+        as_known = made.shape == (2, 3) and made.dtype is torch.float32 and made.is_contiguous()
+    except (TypeError, RuntimeError, AttributeError):
+        return None
+    return make if as_known else None
+
+
 @lru_cache(maxsize=1)
 def _torch_functions() -> object | None:
     """What the extension needs to read tensors itself and to ask what torch is doing; None where torch cannot say."""
     table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    # what TorchInductor's code makes its tensors with: half the time of empty() and new(), past parser and dispatcher
-    make = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
+    make = _empty_strided()
     if table is None or make is None:
         return None
     functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, make, Tensor.contiguous
