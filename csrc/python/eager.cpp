@@ -15,34 +15,25 @@
 #include <vector>
 
 #include "arguments.hpp"
+#include "capsule.hpp"
 #include "dlpack.hpp"
 #include "reference.hpp"
 #include "sparsecomp.h"
+#include "torch_functions.hpp"
 #include "views.hpp"
 
 namespace {
 
-constexpr const char* kFunctionsName = "sparsecomp._native.torch_functions";
 constexpr const char* kProductName = "sparsecomp._native.eager_product";
 
 // Products of no more multiply-adds than this, zeros counted, keep the interpreter's lock where vectors compute them:
 // they take 2 to 14 us, and to release it and take it again costs 0.04.
 constexpr int64_t kShort = 1 << 18;
 
-// Functions of torch, and the names of two attributes.
-struct Functions {
-  dlpack::View view;
-  Reference tensor, parameter;  // types
-  Reference watchers;           // a tuple of functions without arguments
-  Reference levels;             // the namespace of torch.autograd.forward_ad
-  Reference grad_enabled, threads, is_negated, make, contiguous;
-  Reference current_level_name, requires_grad_name;
-};
-
 // One kernel with its activation. What may lead back to the layer is borrowed from the tuple of Python objects beside
 // the capsule, where the garbage collector sees it.
 struct Product {
-  Functions* torch;
+  TorchFunctions* torch;
   Reference torch_owner;
   bool block;
   sparsecomp_nm nm;
@@ -60,68 +51,8 @@ struct Product {
   PyObject* otherwise;
 };
 
-template <class T>
-void destroy(PyObject* capsule) {
-  delete static_cast<T*>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
-}
-
-template <class T>
-PyObject* capsule_of(T* owned, const char* name) {
-  PyObject* capsule = PyCapsule_New(owned, name, destroy<T>);
-  if (capsule == nullptr) delete owned;
-  return capsule;
-}
-
 // What a call comes to before the product is run.
 enum class Verdict { kRun, kOtherwise, kDispatch, kError };
-
-// Whether a tensor was viewed, and lies in the processor's memory. No exception is left.
-bool viewed(const Functions& torch, PyObject* object, dlpack::Tensor* view) {
-  if (torch.view(object, view) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  return view->device_type == dlpack::kCpu;
-}
-
-bool is_a(PyObject* object, const Reference& type) {
-  return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type.get();
-}
-
-// 1 or 0 as Python sees it, -1 with an exception; takes the reference.
-int truth(PyObject* owned) {
-  if (owned == nullptr) return -1;
-  const int answer = owned == Py_False || owned == Py_None ? 0 : PyObject_IsTrue(owned);
-  Py_DECREF(owned);
-  return answer;
-}
-
-// Whether a mode, a transform, a trace or a dual level wants to see the call; -1 with an exception.
-int watched(const Functions& torch) {
-  PyObject* watchers = torch.watchers.get();
-  const Py_ssize_t count = PyTuple_Size(watchers);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    const int watches = truth(PyObject_CallNoArgs(PyTuple_GetItem(watchers, i)));
-    if (watches != 0) return watches;
-  }
-  PyObject* level = PyDict_GetItemWithError(torch.levels.get(), torch.current_level_name.get());
-  if (level == nullptr) return PyErr_Occurred() ? -1 : 1;
-  const long number = PyLong_AsLong(level);
-  if (number == -1 && PyErr_Occurred()) return -1;
-  return number >= 0;
-}
-
-int wants_gradients(const Functions& torch, PyObject* x, PyObject* bias) {
-  const int enabled = truth(PyObject_CallNoArgs(torch.grad_enabled.get()));
-  if (enabled <= 0) return enabled;
-  const int of_x = truth(PyObject_GetAttr(x, torch.requires_grad_name.get()));
-  if (of_x != 0 || bias == Py_None) return of_x;
-  return truth(PyObject_GetAttr(bias, torch.requires_grad_name.get()));
-}
-
-int negated(const Functions& torch, PyObject* tensor) {
-  return truth(PyObject_CallFunctionObjArgs(torch.is_negated.get(), tensor, nullptr));
-}
 
 Verdict verdict(int declines, Verdict otherwise) {
   return declines < 0 ? Verdict::kError : declines > 0 ? otherwise : Verdict::kRun;
@@ -161,7 +92,7 @@ bool weight_fits(const Product& p, std::array<dlpack::Tensor, 3>* views) {
 
 // Whether this call is one for the kernel, as far as x tells; fills in its view.
 Verdict examine(const Product& p, PyObject* x, PyObject* bias, PyObject* dense_above, dlpack::Tensor* x_view) {
-  const Functions& torch = *p.torch;
+  const TorchFunctions& torch = *p.torch;
   // exact types: a subclass may keep its elements elsewhere
   if (!is_a(x, torch.tensor) || !(bias == Py_None || is_a(bias, torch.parameter) || is_a(bias, torch.tensor))) {
     return Verdict::kDispatch;
@@ -216,7 +147,7 @@ PyObject* empty_result(Product& p, const dlpack::Tensor& x) {
 
 // y for x and bias, which stay alive: the caller holds them. None where one of them, or the weight, does not fit.
 PyObject* run(Product& p, PyObject* x, dlpack::Tensor x_view, PyObject* bias) {
-  const Functions& torch = *p.torch;
+  const TorchFunctions& torch = *p.torch;
   const int64_t rows = row_count(x_view);
   const bool strided = rows != 0 && dlpack::row_step(x_view, p.columns) < 0;
   Reference y(empty_result(p, x_view));
@@ -353,43 +284,12 @@ bool borrow_tensors(Product* p, PyObject* tensors) {
 
 }  // namespace
 
-PyObject* torch_functions(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  constexpr Py_ssize_t kGiven = 10;
-  if (given != kGiven || !PyTuple_Check(args[3]) || !PyDict_Check(args[4])) {
-    PyErr_SetString(PyExc_TypeError, "torch_functions takes a capsule, two types, a tuple, a dict and five functions");
-    return nullptr;
-  }
-  const auto* table = static_cast<const dlpack::Table*>(PyCapsule_GetPointer(args[0], dlpack::kTableName));
-  if (table == nullptr) return nullptr;
-  const dlpack::Header* header = &table->header;
-  while (header != nullptr && header->major != dlpack::kMajor) header = header->previous;
-  table = reinterpret_cast<const dlpack::Table*>(header);
-  if (table == nullptr || table->view == nullptr) {
-    Py_INCREF(Py_None);
-    return Py_None;
-  }
-  auto* torch = new Functions{};
-  const Reference owner(capsule_of(torch, kFunctionsName));
-  if (!owner) return nullptr;
-  torch->view = table->view;
-  Reference* const fields[] = {&torch->tensor,     &torch->parameter, &torch->watchers,
-                               &torch->levels,     &torch->threads,   &torch->grad_enabled,
-                               &torch->is_negated, &torch->make,      &torch->contiguous};
-  static_assert(sizeof(fields) / sizeof(fields[0]) == kGiven - 1, "one field for every argument but the capsule");
-  for (Py_ssize_t i = 1; i < kGiven; ++i) fields[i - 1]->share(args[i]);
-  torch->current_level_name.own(PyUnicode_InternFromString("_current_level"));
-  torch->requires_grad_name.own(PyUnicode_InternFromString("requires_grad"));
-  if (!torch->current_level_name || !torch->requires_grad_name) return nullptr;
-  Py_INCREF(owner.get());
-  return owner.get();
-}
-
 PyObject* eager_product(PyObject*, PyObject* const* args, Py_ssize_t given) {
   if (given != 8 || !PyTuple_Check(args[2]) || !PyTuple_Check(args[4])) {
     PyErr_SetString(PyExc_TypeError, "eager_product takes the functions of torch, a bool, two tuples and four more");
     return nullptr;
   }
-  auto* torch = static_cast<Functions*>(PyCapsule_GetPointer(args[0], kFunctionsName));
+  TorchFunctions* torch = functions_of(args[0]);
   if (torch == nullptr) return nullptr;
   auto* p = new Product{};
   const Reference owner(capsule_of(p, kProductName));

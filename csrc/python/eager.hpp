@@ -5,7 +5,6 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-PyObject* torch_functions(PyObject*, PyObject* const* args, Py_ssize_t given);
 PyObject* eager_product(PyObject*, PyObject* const* args, Py_ssize_t given);
 
 // product(x, bias, dense_above) for any callable, faster for one that eager_product made. All are borrowed.

@@ -9,6 +9,7 @@
 #include "eager.hpp"
 #include "layer_call.hpp"
 #include "sparsecomp.h"
+#include "torch_functions.hpp"
 
 namespace {
 
