@@ -1,9 +1,8 @@
 // The eager call of a layer in one function: the checks, y, and the product, without an interpreter in between.
 //
-// The tensors are read through DLPack's table of C functions, so that no header of torch is needed; whatever else torch
-// has to be asked are its own Python functions, handed over once. Shape, dtype, strides and device of everything the
-// kernel will read are checked at every call: a tensor whose memory was replaced by hand is then refused, not read out
-// of bounds. A storage that was shrunk in place behind a tensor is not seen: the table does not tell its size.
+// Shape, dtype, strides and device of everything the kernel will read are checked at every call: a tensor whose memory
+// was replaced by hand is then refused, not read out of bounds. A storage that was shrunk in place behind a tensor is
+// not seen: DLPack's view does not tell its size.
 //
 // Functions of torch may let other threads run, so addresses are taken last, and checked there.
 #include "eager.hpp"

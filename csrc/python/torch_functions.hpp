@@ -1,5 +1,5 @@
-// What the eager call asks of torch: the view of a tensor, through DLPack's table of C functions, and what only torch's
-// own Python functions can tell, which are handed over once.
+// What the eager call asks of torch: the view of a tensor, through DLPack's table of C functions, so that no header of
+// torch is needed, and what only torch's own Python functions can tell, which are handed over once.
 #ifndef SPARSECOMP_PYTHON_TORCH_FUNCTIONS_HPP
 #define SPARSECOMP_PYTHON_TORCH_FUNCTIONS_HPP
 

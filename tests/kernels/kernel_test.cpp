@@ -54,11 +54,15 @@ struct Choice {
   bool panels;
 };
 
+bool on_x86() {
+  const Isa* isa = dispatch().isa;
+  return isa && std::strncmp(isa->name, "avx", 3) == 0;
+}
+
 // Without panels: of other processors, and of Intel's, which have kernels and cuts of their own.
 std::vector<Choice> all_kernels() {
   std::vector<Choice> choices{{{false, int64_t{32} << 10}, false}};
-  const Isa* isa = dispatch().isa;
-  if (isa && std::strncmp(isa->name, "avx", 3) == 0) choices.push_back({{true, int64_t{32} << 10}, false});
+  if (on_x86()) choices.push_back({{true, int64_t{32} << 10}, false});
   return choices;
 }
 
@@ -402,6 +406,7 @@ int main() {
   check_pages();
   check_refusals();
   check_unnamed_columns();
+  CHECK(has_panels() || !on_x86(), "x86 has panels");
   if (has_panels()) {
     compare_widths();
     compare_shared_widths();
