@@ -28,7 +28,10 @@ from sparsecomp.prune.weight import PrunedWeight, prune_weight
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One layer to solve: ``gram`` and ``held_out`` [in, in] or None, ``mask`` the user's or None."""
+    """One layer to solve: ``gram`` and ``held_out`` [in, in] or None, ``mask`` the user's or None.
+
+    ``rows`` are the input rows that ``gram`` is the sum of.
+    """
 
     layer: LinearRef
     pattern: Pattern
@@ -36,6 +39,7 @@ class Job:
     gram: Tensor | None = None
     held_out: Tensor | None = None
     mask: Tensor | None = None
+    rows: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,7 @@ def make_jobs(
             grams[name].gram if name in grams else None,
             held_out[name].gram if name in held_out else None,
             masks.get(name),
+            grams[name].tokens if name in grams else None,
         )
         for name, pattern in patterns.items()
     }
@@ -147,6 +152,7 @@ def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoin
         held,
         order is not None,
         pruned.notes,
+        job.rows,
     )
     tensors = {"weight": pruned.weight, "mask": pruned.mask}
     checkpoint.save(name, key, tensors if order is None else tensors | {"order": order}, report.to_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from sparsecomp.prune.checkpoint import Checkpoint
 from sparsecomp.prune.graph import Hidden, find_hidden
 from sparsecomp.prune.layerwise import Solved, make_jobs, solve
 from sparsecomp.prune.permute import order_matters
+from sparsecomp.prune.provenance import describe
 from sparsecomp.prune.registry import Method, get_method
 from sparsecomp.prune.report import PruneReport
 
@@ -78,7 +80,8 @@ def prune(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         solved = solve(jobs, hidden, Checkpoint(checkpoint), f"pruning ({method})", show_progress)
-    return write(method, solved, skipped, unpermuted)
+    report = write(method, solved, skipped, unpermuted)
+    return replace(report, provenance=describe(model, skipped, seed=seed))
 
 
 def write(

@@ -6,19 +6,21 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from sparsecomp.display import table
 from sparsecomp.errors import FormatError
 from sparsecomp.patterns import Pattern, parse
+from sparsecomp.prune.provenance import Provenance
+from sparsecomp.prune.registry import get_method, methods
 from sparsecomp.prune.tuning import TuningReport
 
-_NAMES_PER_REASON = 3
+# a Gram of fewer rows for each input lets a method fit the rows instead of what the layer will see
+ROWS_PER_INPUT = 4
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class LayerReport:
     ``density`` is the fraction of weights kept; ``error`` is relative, on the calibration Gram ("gram") or on the
     weight alone ("weight"), see ``PrunedWeight``; ``held_out_error`` is the same on data the method has not seen.
     ``permuted`` tells that its input channels were put into another order, with those of the layers before it;
-    ``notes`` say what the method had to do unasked or did not reach.
+    ``notes`` say what the method had to do unasked or did not reach. ``rows`` are the input rows in the Gram.
     """
 
     name: str
@@ -42,6 +44,20 @@ class LayerReport:
     held_out_error: float | None = None
     permuted: bool = False
     notes: tuple[str, ...] = ()
+    rows: int | None = None
+
+    @property
+    def rows_per_input(self) -> float | None:
+        """Rows of the Gram for each input of the layer; None if they are not known."""
+        return None if self.rows is None else self.rows / max(self.shape[1], 1)
+
+    @property
+    def few_rows(self) -> bool:
+        """Whether the method looked at so few rows that it can have fitted them, and its error with them."""
+        ratio = self.rows_per_input
+        if ratio is None or self.measured_on != "gram" or ratio >= ROWS_PER_INPUT:
+            return False
+        return self.method not in methods() or get_method(self.method).needs_gram
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
@@ -68,6 +84,7 @@ class LayerReport:
             "held_out_error": held_out if held_out is not None and math.isfinite(held_out) else None,
             "permuted": self.permuted,
             "notes": list(self.notes),
+            "rows": self.rows,
         }
 
 
@@ -86,7 +103,7 @@ class PruneReport:
 
     ``masks`` (bool [out, in], True = kept) are by layer name; ``unpermuted`` says for layers whose input channels a
     method wanted to reorder why that was not possible. ``tunings`` tell of blocks or the whole model, ``stages`` of
-    what was measured after each step.
+    what was measured after each step, ``provenance`` of where all this comes from.
     """
 
     method: str
@@ -96,30 +113,67 @@ class PruneReport:
     unpermuted: Mapping[str, str] = field(default_factory=dict)
     tunings: Sequence[TuningReport] = ()
     stages: Sequence[Stage] = ()
+    provenance: Provenance | None = None
 
     @property
     def mean_error(self) -> float:
         """Geometric mean of the layer errors over the layers that changed; 0.0 if none did."""
-        errors = [layer.error for layer in self.layers.values() if layer.error > 0.0]
-        return math.exp(sum(math.log(error) for error in errors) / len(errors)) if errors else 0.0
+        return geometric_mean(layer.error for layer in self.layers.values())
+
+    @property
+    def mean_held_out_error(self) -> float | None:
+        """The same of the held-out errors, over the layers that have one; None if none has."""
+        errors = [layer.held_out_error for layer in self.layers.values() if layer.held_out_error is not None]
+        return geometric_mean(errors) if errors else None
+
+    @property
+    def weights(self) -> int:
+        """Weights of the pruned layers, those that became zero included."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
 
     @property
     def density(self) -> float:
         """Fraction of all weights of the pruned layers that are kept."""
-        sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in self.layers.items()}
-        kept = sum(layer.density * sizes[name] for name, layer in self.layers.items())
-        return kept / max(sum(sizes.values()), 1)
+        kept = sum(layer.density * layer.shape[0] * layer.shape[1] for layer in self.layers.values())
+        return kept / max(self.weights, 1)
 
     @property
     def seconds(self) -> float:
         """Time spent on the layers."""
         return sum(layer.seconds for layer in self.layers.values())
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Names of the patterns, in the order in which layers have them."""
+        return tuple(dict.fromkeys(str(layer.pattern) for layer in self.layers.values()))
+
+    def with_command(
+        self,
+        command: Sequence[str],
+        *,
+        data: str | None = None,
+        batches: int | None = None,
+        held_out_batches: int | None = None,
+    ) -> PruneReport:
+        """This report with the command line that made it, and what it knows of its data; see ``Provenance``.
+
+        A report without provenance stays as it is.
+        """
+        if self.provenance is None:
+            return self
+        told = self.provenance.with_command(command, data=data, batches=batches, held_out_batches=held_out_batches)
+        return replace(self, provenance=told)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values; figures that are not finite are None."""
+        held_out = self.mean_held_out_error
         return {
+            "provenance": None if self.provenance is None else self.provenance.to_dict(),
             "method": self.method,
+            "patterns": list(self.patterns),
             "mean_error": self.mean_error if math.isfinite(self.mean_error) else None,
+            "mean_held_out_error": held_out if held_out is not None and math.isfinite(held_out) else None,
+            "weights": self.weights,
             "density": self.density,
             "seconds": self.seconds,
             "layers": [layer.to_dict() for layer in self.layers.values()],
@@ -137,20 +191,24 @@ class PruneReport:
         }
 
     def to_csv(self) -> str:
-        """One row a layer, with a header; the columns are the keys of ``LayerReport.to_dict``."""
+        """One row a layer, with a header: the keys of ``LayerReport.to_dict``, then the same provenance in each row."""
+        told = {} if self.provenance is None else self.provenance.flat()
         rows = [
-            layer.to_dict() | {"shape": "x".join(map(str, layer.shape)), "notes": "; ".join(layer.notes)}
+            layer.to_dict() | {"shape": "x".join(map(str, layer.shape)), "notes": "; ".join(layer.notes)} | told
             for layer in self.layers.values()
         ]
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else ["name"], lineterminator="\n")
+        writer = csv.DictWriter(text, [*LayerReport.__dataclass_fields__, *told], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
 
-    def to_html(self, title: str = "Pruning report") -> str:
-        """One self-contained page: errors by layer, mask maps, kept positions and what each stage gained, as SVG."""
-        from sparsecomp.prune.html import page
+    def to_html(self, title: str | None = None) -> str:
+        """One self-contained page: verdict, totals, definitions, a table to sort and filter, and charts as SVG.
+
+        ``title`` stands above it; by default the model and what was done to it.
+        """
+        from sparsecomp.prune.page import page
 
         return page(self, title)
 
@@ -169,78 +227,13 @@ class PruneReport:
         path.write_text(text, encoding="utf-8")
 
     def __str__(self) -> str:
-        """The report as a table."""
-        layers = list(self.layers.values())
-        count = f"{len(layers)} layer" + ("s" if len(layers) != 1 else "")
-        measures = {layer.measured_on for layer in layers}
-        mixed = len(measures) > 1
-        rows: list[list[object]] = [
-            [
-                layer.name or "(the model)",
-                f"{layer.shape[0]} x {layer.shape[1]}",
-                layer.pattern,
-                f"{layer.density:.1%}",
-                _error(layer.error) + ("*" if mixed and layer.measured_on == "weight" else ""),
-                f"{layer.seconds:.2f}" if layer.seconds >= 0.005 else "<0.01",
-            ]
-            for layer in layers
-        ]
-        columns = ["layer", ">out x in", "pattern", ">kept", ">error", ">seconds"]
-        if any(layer.held_out_error is not None for layer in layers):
-            columns.insert(5, ">held out")
-            for row, layer in zip(rows, layers, strict=True):
-                row.insert(5, "" if layer.held_out_error is None else _error(layer.held_out_error))
-        if any(layer.permuted for layer in layers):
-            columns.append("permuted")
-            for row, layer in zip(rows, layers, strict=True):
-                row.append("yes" if layer.permuted else "")
-        lines = [table(columns, rows, title=f'Pruned {count} with "{self.method}"')]
-        if layers:
-            lines.append(
-                f"In all: {self.density:.1%} of the weights kept, mean error {_error(self.mean_error)} (geometric), "
-                f"{self.seconds:.1f} s"
-            )
-            lines.append(_LEGEND["mixed" if mixed else measures.pop()])
-        lines.extend(f"{layer.name}: {note}" for layer in layers for note in layer.notes)
-        if self.skipped:
-            lines.append(_by_reason("Left dense", self.skipped))
-        if self.unpermuted:
-            lines.append(_by_reason("Input channels not permuted", self.unpermuted))
-        lines.extend(map(str, self.tunings))
-        if self.stages:
-            lines.append(self._stages())
-        return "\n".join(lines)
+        """The report as a table that fits the terminal, and sentences."""
+        from sparsecomp.prune.text import render
 
-    def _stages(self) -> str:
-        figures = list(dict.fromkeys(name for stage in self.stages for name in stage.figures))
-        rows = [
-            [
-                stage.name,
-                *(f"{stage.figures[name]:.4f}" if name in stage.figures else "" for name in figures),
-                f"{stage.seconds:.0f}",
-            ]
-            for stage in self.stages
-        ]
-        return table(["stage", *(f">{name}" for name in figures), ">seconds"], rows, title="Stage by stage")
+        return render(self)
 
 
-_LEGEND = {
-    "gram": "Error: ||(W-V)X|| / ||WX|| on the calibration data.",
-    "weight": "Error: ||W-V|| / ||W|| of the weights alone; there were no calibration data.",
-    "mixed": "Error: ||(W-V)X|| / ||WX|| on the calibration data; *: ||W-V|| / ||W||, not in the calibration.",
-}
-
-
-def _error(error: float) -> str:
-    return "0" if error == 0.0 else f"{error:.4f}" if error >= 5e-4 else f"{error:.1e}"
-
-
-def _by_reason(title: str, reasons: Mapping[str, str]) -> str:
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name or "(the model)")
-    lines = [f"{title}: {len(reasons)}"]
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - _NAMES_PER_REASON} more" if len(names) > _NAMES_PER_REASON else ""
-        lines.append(f"  {', '.join(names[:_NAMES_PER_REASON])}{more}: {reason}")
-    return "\n".join(lines)
+def geometric_mean(errors: Iterable[float]) -> float:
+    """Geometric mean of what is above zero; 0.0 of nothing."""
+    logs = [math.log(error) for error in errors if error > 0.0]
+    return math.exp(sum(logs) / len(logs)) if logs else 0.0

@@ -21,6 +21,7 @@ from sparsecomp.prune.checkpoint import Checkpoint, digest, tensors_of
 from sparsecomp.prune.graph import Hidden
 from sparsecomp.prune.layerwise import make_jobs, naming, solve
 from sparsecomp.prune.model import check_calibration, check_masks, choose_patterns, permutable
+from sparsecomp.prune.provenance import describe
 from sparsecomp.prune.registry import get_method
 from sparsecomp.prune.report import LayerReport, PruneReport
 from sparsecomp.prune.tuning import Call, Target, Tuning, TuningReport, evaluating, split, tune, variance
@@ -106,7 +107,8 @@ def prune_blocks(
     layers = {name: report for each in done for name, report in each.layers.items()}
     kept = {name: mask for each in done for name, mask in each.masks.items()}
     tunings = tuple(each.tuning for each in done if each.tuning is not None)
-    return PruneReport(method, layers, skipped, kept, unpermuted, tunings)
+    told = describe(model, skipped, seed=seed, batches=len(train), held_out_batches=len(kept_out))
+    return PruneReport(method, layers, skipped, kept, unpermuted, tunings, provenance=told)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
