@@ -1,30 +1,206 @@
-"""Tables and progress bars as a person sees them on a terminal."""
+"""Tables, names and progress bars as a person sees them on a terminal.
+
+Everything here fits ``terminal_width()``: COLUMNS where it is set, else the terminal of standard output, else 80. What
+is written to a file or a pipe is thereby as narrow as a mail; set COLUMNS for wider tables. Knows nothing of models.
+"""
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
 
+NARROWEST = 40
+ELSEWHERE = 80
+# what a column of names or of words is not squeezed below while another way is left
+_NAMES, _WORDS, _MIDDLE = 18, 24, 9
+_LISTED = 3
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> str:
-    """A plain-text table; columns whose name starts with ">" are aligned to the right."""
-    head = [column.removeprefix(">") for column in columns]
-    lines = [head, *([" ".join(str(cell).splitlines()) for cell in row] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+
+def terminal_width() -> int:
+    """Columns to write for: COLUMNS if it is set, else those of the terminal on standard output, else 80."""
+    return max(NARROWEST, shutil.get_terminal_size((ELSEWHERE, 24)).columns)
+
+
+def wrap(text: str, width: int | None = None, indent: str = "  ") -> str:
+    """``text`` in lines of at most ``width`` columns (None: the terminal's), those after the first indented.
+
+    A word that is longer than a line, such as a path, stays whole, so that it can be copied.
+    """
+    fold = textwrap.TextWrapper(
+        width or terminal_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(fold.fill(line) for line in text.splitlines())
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None, width: int | None = None
+) -> str:
+    """A plain-text table that is at most ``width`` columns wide (None: the terminal's) as far as its words allow.
+
+    A column whose name starts with ">" is aligned to the right, one that starts with "?" may be left out where there is
+    no room, the rightmost first; a line under the table then names it. The first column holds names, which are
+    shortened in the middle; words in the others are wrapped.
+    """
+    width = width or terminal_width()
+    cells = [[" ".join(str(cell).splitlines()) for cell in row] for row in rows]
+    kept = list(range(len(columns)))
+    hidden: list[str] = []
+    head = [column.lstrip("?>") for column in columns]
+    right = [column.lstrip("?").startswith(">") for column in columns]
+    natural = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    room = width - 2  # a blank before the table, and the rule reaches one column beyond it
+    gap = 3 if sum(natural) + 3 * (len(columns) - 1) <= room else 2
+    floors = _floors(natural, right, _NAMES, _WORDS, None)
+    while sum(floors[i] for i in kept) + gap * (len(kept) - 1) > room:
+        optional = [i for i in kept if columns[i].startswith("?")]
+        if not optional:
+            break
+        kept.remove(optional[-1])
+        hidden.insert(0, head[optional[-1]])
+    widths, gap = _widths([natural[i] for i in kept], [right[i] for i in kept], room, gap)
+    head, right = [head[i] for i in kept], [right[i] for i in kept]
+    lines = [[row[i] for i in kept] for row in cells]
+    names = _shortened([line[0] for line in lines], widths[0]) if lines else []
+    folded = [_folded(head, widths)]
+    folded += [_folded([name, *line[1:]], widths) for name, line in zip(names, lines, strict=True)]
     aligned = [
-        "   ".join(
-            cell.rjust(width) if column.startswith(">") else cell.ljust(width)
-            for cell, width, column in zip(line, widths, columns, strict=True)
-        )
-        for line in lines
+        [
+            (" " * gap).join(
+                cell.rjust(size) if flush else cell.ljust(size)
+                for cell, size, flush in zip(physical, widths, right, strict=True)
+            )
+            for physical in row
+        ]
+        for row in folded
     ]
-    rule = "\u2500" * (len(aligned[0]) + 1)
-    drawn = [f" {line}".rstrip() for line in (aligned[0], rule, *aligned[1:])]
-    return "\n".join(drawn if title is None else [title, "", *drawn])
+    rule = "\u2500" * (sum(widths) + gap * (len(widths) - 1) + 1)
+    drawn = [f" {line}".rstrip() for line in (*aligned[0], rule, *(line for row in aligned[1:] for line in row))]
+    if hidden:
+        drawn.append(wrap(f" (left out at {width} columns: {', '.join(hidden)})", width, " "))
+    return "\n".join(drawn if title is None else [wrap(title, width), "", *drawn])
+
+
+def fits(columns: Sequence[str], rows: Iterable[Sequence[object]], width: int | None = None) -> bool:
+    """Whether a table of these columns and rows needs no squeezing at that width."""
+    head = [column.lstrip("?>") for column in columns]
+    natural = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
+    return sum(natural) + 2 * (len(natural) - 1) + 2 <= (width or terminal_width())
+
+
+def _floors(natural: Sequence[int], right: Sequence[bool], names: int, words: int, middle: int | None) -> list[int]:
+    """The least width of each column; ``middle`` is that of words between the first and the last column."""
+    floors = list(natural)
+    for i, size in enumerate(natural):
+        if i == 0:
+            floors[i] = min(size, names)
+        elif not right[i] and i == len(natural) - 1:
+            floors[i] = min(size, words)
+        elif not right[i] and middle is not None:
+            floors[i] = min(size, middle)
+    return floors
+
+
+def _widths(natural: Sequence[int], right: Sequence[bool], room: int, gap: int) -> tuple[list[int], int]:
+    """Widths that fill the room, and the gap between columns; wider than the room only where nothing gives way."""
+    tries = ((_NAMES, _WORDS, None, gap), (_NAMES, _WORDS, _MIDDLE, gap), (12, 16, _MIDDLE, 1), (8, 8, 6, 1))
+    for names, words, middle, gap in tries:
+        widths = _floors(natural, right, names, words, middle)
+        if sum(widths) + gap * (len(widths) - 1) <= room:
+            break
+    spare = max(0, room - sum(widths) - gap * (len(widths) - 1))
+    # names lose letters when they are short of room, words only lines
+    for i in (*range(1, len(widths) - 1), 0, len(widths) - 1):
+        more = min(spare, natural[i] - widths[i])
+        widths[i] += more
+        spare -= more
+    return widths, gap
+
+
+def _folded(cells: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
+    """The lines of one row of a table."""
+    folded = [
+        [cell] if len(cell) <= width else textwrap.wrap(cell, max(width, 1), break_on_hyphens=False)
+        for cell, width in zip(cells, widths, strict=True)
+    ]
+    height = max(map(len, folded))
+    return [[lines[i] if i < len(lines) else "" for lines in folded] for i in range(height)]
+
+
+def _shortened(names: Sequence[str], width: int) -> list[str]:
+    """The names, shortened; whole where two would read the same, to be wrapped."""
+    short = [shorten(name, width) for name in names]
+    distinct = len(set(zip(names, short, strict=True))) == len(set(short))
+    return short if distinct else list(names)
+
+
+def shorten(name: str, width: int) -> str:
+    """A dotted name of at most ``width`` letters: the parts in the middle give way first, numbers are kept.
+
+    "encoder.layer.0.attention.self.query" is at 24 letters "encoder.l.0.a.self.query".
+    """
+    if len(name) <= width:
+        return name
+    parts = name.split(".")
+    middle = [i for i in range(1, len(parts) - 1) if not parts[i].isdigit() and len(parts[i]) > 1]
+    for i in [*middle, *([0] if len(parts) > 1 else [])]:
+        start = re.match(r"\d+ x ", parts[i])  # the count of a group of layers is no part of the name
+        parts[i] = parts[i][: (start.end() if start else 0) + 1]
+        if len(".".join(parts)) <= width:
+            return ".".join(parts)
+    short = ".".join(parts)
+    if len(short) <= width:
+        return short
+    tail = max(1, (2 * width) // 3)
+    return f"{short[: max(0, width - tail - 1)]}\u2026{short[-tail:]}" if width > 1 else short[:1]
+
+
+def quoted(name: str) -> str:
+    """A layer's name for a sentence: in quotes where it would read as a number, such as "0" or "0.2"."""
+    if not name:
+        return "the model"
+    return name if re.search(r"[^\W\d_]", name) else f'"{name}"'
+
+
+def numbered(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Names that differ in their numbers only, as one with "*" in place of these, each with how many they are."""
+    alike: dict[tuple[str, ...], list[list[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        alike.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
+    found = []
+    for group in alike.values():
+        same = [len(set(values)) == 1 for values in zip(*group, strict=True)]
+        found.append((".".join(p if kept else "*" for p, kept in zip(group[0], same, strict=True)), len(group)))
+    return found
+
+
+def label(names: Sequence[str]) -> str:
+    """Names as one cell of a table: "down", "12 x layers.*.up", or "24 x layers.*.up +1" for two kinds of names."""
+    kinds = numbered(names)
+    more = f" +{len(kinds) - 1}" if len(kinds) > 1 else ""
+    return (f"{len(names)} x " if len(names) > 1 else "") + (kinds[0][0] or "(the model)") + more
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: few as they are, many by their kinds, such as "12 x layers.*.up, lm_head"."""
+    if len(names) <= _LISTED:
+        return ", ".join(map(quoted, names))
+    return ", ".join(f"{count} x {quoted(kind)}" if count > 1 else quoted(kind) for kind, count in numbered(names))
+
+
+def by_reason(title: str, reasons: Mapping[str, str], width: int | None = None, every: bool = False) -> list[str]:
+    """One wrapped line for each reason, with the names that have it: "title: names: reason"; or one for each name."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault((reason, name if every else ""), []).append(name)
+    return [wrap(f"{title}: {listed(names)}: {reason}", width) for (reason, _), names in groups.items()]
 
 
 def progress(items: Sequence[T] | Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

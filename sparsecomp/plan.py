@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,13 +19,19 @@ from sparsecomp.backends import registry
 from sparsecomp.backends.registry import Request
 from sparsecomp.calibration import Calibration
 from sparsecomp.cost import Bound
+from sparsecomp.decision import LayerPlan, Plan
 from sparsecomp.device import Device, detect
-from sparsecomp.display import progress, table
+from sparsecomp.display import progress
 from sparsecomp.errors import BackendError, ModelError, PatternError
-from sparsecomp.layers import Globs, LinearRef, find_linears, require_layers
+from sparsecomp.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
 from sparsecomp.patterns import Pattern, Unstructured, parse
-from sparsecomp.report import forced, microseconds, taken_seconds, why_no_kernel
+from sparsecomp.report import forced, taken_seconds, why_no_kernel
 from sparsecomp.tune import DENSE, SPARSE, UNPACKED, Measurement
+
+# one pattern, candidates of which the fastest is taken, or what each layer gets by its name or a glob on names
+Patterns = str | Pattern | Sequence[str | Pattern] | Mapping[str, str | Pattern]
+
+__all__ = ["LayerPlan", "Patterns", "Plan", "plan"]
 
 # a ratio this close to 1 is within what two measurements of the same code differ by
 NOISE = 0.97
@@ -34,121 +40,6 @@ TOLERATED = 0.98
 # ratios around TOLERATED that noise alone may have put on their side of it are measured again, for longer
 _DOUBTFUL = (0.96, 1.0)
 _LONGER = 0.16
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What happens to one layer. ``pattern`` is None where it stays dense, with the ``reason`` in words.
-
-    Times in seconds by batch, dense and with ``tried``, the pattern of the decision; empty where nothing was measured.
-    ``dense_above`` is the batch from which the sparse layer unpacks its weight for a dense product, or None. ``error``
-    is the relative layer error of a plain pruning to ``tried``, where ``max_error`` asked for it. ``backend`` is the
-    fastest of those that run it, None where there is none; ``others`` are the sparse seconds of the rest by batch.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pattern: Pattern | None
-    reason: str
-    tried: Pattern | None
-    dense: Mapping[int, float]
-    sparse: Mapping[int, float]
-    bound: Mapping[int, Bound]
-    dense_above: int | None = None
-    error: float | None = None
-    backend: str | None = None
-    others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-
-    @property
-    def speedup(self) -> Mapping[int, float]:
-        """Dense time over sparse time by batch."""
-        return {batch: self.dense[batch] / self.sparse[batch] for batch in self.sparse}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Decisions for every layer that could be sparse, in the order of the model; the layers left out, with reasons."""
-
-    device: Device
-    batches: tuple[int, ...]
-    layers: tuple[LayerPlan, ...]
-    skipped: Mapping[str, str]
-
-    def __getitem__(self, name: str) -> LayerPlan:
-        """The decision for the layer of that name; KeyError if the plan has none."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[LayerPlan]:
-        """Decisions in the order of the model."""
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        """How many layers were decided."""
-        return len(self.layers)
-
-    @property
-    def sparse(self) -> Mapping[str, LayerPlan]:
-        """The layers that go sparse, by name."""
-        return {layer.name: layer for layer in self.layers if layer.pattern is not None}
-
-    @property
-    def stayed_dense(self) -> Mapping[str, str]:
-        """The layers that stay dense, by name, each with the reason."""
-        return {layer.name: layer.reason for layer in self.layers if layer.pattern is None}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "device": self.device.describe(),
-            "batches": list(self.batches),
-            "skipped": dict(self.skipped),
-            "layers": [
-                {
-                    "name": layer.name,
-                    "shape": list(layer.shape),
-                    "pattern": None if layer.pattern is None else str(layer.pattern),
-                    "backend": layer.backend,
-                    "reason": layer.reason,
-                    "dense_seconds": {str(batch): value for batch, value in layer.dense.items()},
-                    "sparse_seconds": {str(batch): value for batch, value in layer.sparse.items()},
-                    "other_backends": {
-                        name: {str(batch): value for batch, value in seconds.items()}
-                        for name, seconds in layer.others.items()
-                    },
-                    "bound": {str(batch): value.value for batch, value in layer.bound.items()},
-                    "dense_above": layer.dense_above,
-                    "error": layer.error,
-                }
-                for layer in self.layers
-            ],
-        }
-
-    def __str__(self) -> str:
-        """A table, one row a layer, then the layers that were left out."""
-        columns = ["layer", ">out x in", "runs", "kernel"]
-        for batch in self.batches:
-            columns += [f">dense b{batch}", ">sparse", ">speedup", ">bound"]
-        with_error = any(layer.error is not None for layer in self.layers)
-        columns += [">error", "why"] if with_error else ["why"]
-        drawn = table(columns, [self._cells(layer, with_error) for layer in self.layers], self.device.describe())
-        return "\n".join([drawn, *(f"skipped: {name}: {reason}" for name, reason in self.skipped.items())])
-
-    def _cells(self, layer: LayerPlan, with_error: bool) -> list[object]:
-        shape, kernel = f"{layer.shape[0]}x{layer.shape[1]}", layer.backend or ""
-        cells: list[object] = [layer.name, shape, str(layer.pattern or "dense"), kernel]
-        for batch in self.batches:
-            if batch in layer.sparse:
-                dense, sparse = layer.dense[batch], layer.sparse[batch]
-                cells += [microseconds(dense), microseconds(sparse), f"{dense / sparse:.2f}x"]
-            else:
-                cells += ["", "", ""]
-            cells.append(str(layer.bound.get(batch, "")))
-        if with_error:
-            cells.append("" if layer.error is None else f"{layer.error:.3f}")
-        return [*cells, layer.reason]
 
 
 @dataclass(frozen=True)
@@ -168,7 +59,7 @@ class _Trial:
 
 def plan(
     model: nn.Module,
-    pattern: str | Pattern | Sequence[str | Pattern] = "2:4",
+    pattern: Patterns = "2:4",
     *,
     device: str = "auto",
     batch: int | Sequence[int] = (1, 128),
@@ -182,10 +73,14 @@ def plan(
     """Decide layer by layer what this machine can turn into speed. No weight is touched.
 
     ``pattern`` is one pattern, "auto" (the machine's natural group at density 1/2), or several candidates of which the
-    fastest whose error stays within ``max_error`` is taken. The error is that of plain pruning: Wanda's on the Gram
+    fastest whose error stays within ``max_error`` is taken. A mapping from names and globs on names to patterns is read
+    as ``prune`` reads it: a layer's own name wins, then the first glob that matches, and layers that none matches stay
+    dense and are named in ``skipped``. The error is that of plain pruning: Wanda's on the Gram
     matrices of ``calibration`` if given, else magnitude's on the weight. ``batch`` counts rows (tokens) of x.
     ``device`` is "auto" (where the model is), "cpu" or "cuda".
 
+    Dense is torch's own product of the dense weight, not another engine's: where ONNX Runtime or OpenVINO run the dense
+    model faster than torch does, they may beat a layer that is planned sparse as well; ``sparsecomp bench`` tells.
     A layer goes sparse if at no batch it is slower than 0.98 of dense, and if the geometric mean of its speedups
     exceeds ``min_speedup``; otherwise it stays dense, and the plan holds both times. Nothing is promised of batches
     that are not named. Where several backends run it, as on a GPU, each is measured, and the layer gets the fastest;
@@ -198,10 +93,11 @@ def plan(
     batches = _batches(batch)
     found = require_layers(find_linears(model, only, skip))
     where = detect(str(next(iter(found.values())).device) if device == "auto" else device)
-    patterns = _candidates(pattern, where)
+    named, skipped = _by_layer(found, pattern, where)
     tried: dict[tuple[Pattern, tuple[int, int], torch.dtype], _Trial | str] = {}
     layers = []
-    for name, ref in progress(list(found.items()), "measuring layers"):
+    for name, patterns in progress(list(named.items()), "measuring layers"):
+        ref = found[name]
         trials: list[_Trial] = []
         refusals: list[str] = []
         for candidate in patterns:
@@ -215,7 +111,23 @@ def plan(
                 trials.append(trial)
         gram = calibration[name].gram if calibration is not None and name in calibration else None
         layers.append(_decide(name, ref, trials, refusals, gram, max_error, measure))
-    return Plan(where, batches, tuple(layers), dict(found.skipped))
+    weights = sum(each.numel() for each in model.parameters() if not isinstance(each, nn.UninitializedParameter))
+    return Plan(where, batches, tuple(layers), skipped, weights)
+
+
+def _by_layer(found: LayerTable, pattern: Patterns, device: Device) -> tuple[dict[str, list[Pattern]], dict[str, str]]:
+    """The candidates of each layer, and the reason for each layer that has none."""
+    if not isinstance(pattern, Mapping):
+        return dict.fromkeys(found, _candidates(pattern, device)), dict(found.skipped)
+    from sparsecomp.prune.model import choose_patterns
+
+    known = {glob: device.natural_pattern() if each == "auto" else each for glob, each in pattern.items()}
+    for each in known.values():
+        _candidates(each, device)
+    chosen, skipped = choose_patterns(found, known)
+    if not chosen:
+        raise PatternError("the patterns by layer give no layer one; name at least one layer or glob in them")
+    return {name: [each] for name, each in chosen.items()}, skipped
 
 
 def _batches(batch: int | Sequence[int]) -> tuple[int, ...]:

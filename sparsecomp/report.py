@@ -18,9 +18,10 @@ from sparsecomp.backends.cuda import uncertified
 from sparsecomp.backends.registry import Kernel, Request
 from sparsecomp.cost import Bound
 from sparsecomp.device import Device, detect
-from sparsecomp.display import table
+from sparsecomp.display import by_reason, terminal_width
 from sparsecomp.errors import ModelError
 from sparsecomp.nn import SparseLinear
+from sparsecomp.overview import Row, draw, grouped, microseconds
 from sparsecomp.patterns import Block
 from sparsecomp.tune import DENSE, SPARSE, UNPACKED, Measurement
 
@@ -189,30 +190,29 @@ class Summary:
         }
 
     def __str__(self) -> str:
-        """A table, one row a layer, then totals and the layers that stayed dense."""
-        columns = ["layer", ">out x in", "pattern", "dtype", ">bytes dense", ">packed", "kernel"]
-        for batch in self.batches:
-            columns += [f">dense b{batch}", ">sparse", ">speedup", ">bound"]
-        columns.append("why")
-        rows = [self._cells(row) for row in self.rows]
-        total: list[object] = ["total", "", "", "", megabytes(self.dense_bytes), megabytes(self.bytes), ""]
-        for batch in self.batches:
-            dense, sparse = (sum(getattr(row, what)[batch] for row in self.rows) for what in ("dense", "sparse"))
-            ratio = f"{dense / sparse:.2f}x" if sparse else ""
-            total += [microseconds(dense), microseconds(sparse), ratio, ""]
-        rows.append([*total, "one call of each layer"])
-        drawn = table(columns, rows, title=self.device.describe())
-        return "\n".join([drawn, *(f"stayed dense: {name}: {reason}" for name, reason in self.stayed_dense.items())])
+        """``text()`` for the terminal."""
+        return self.text()
 
-    def _cells(self, row: SummaryRow) -> list[object]:
-        shape = f"{row.shape[0]}x{row.shape[1]}"
-        cells: list[object] = [row.name, shape, row.pattern, row.dtype]
-        cells += [megabytes(row.dense_bytes), megabytes(row.bytes), row.kernel]
-        for batch in self.batches:
-            dense, sparse = row.dense[batch], row.sparse[batch]
-            limit = str(row.bound.get(batch, ""))
-            cells += [microseconds(dense), microseconds(sparse), f"{dense / sparse:.2f}x", limit]
-        return [*cells, row.why]
+    def text(self, width: int | None = None, every: bool = False) -> str:
+        """A table with totals of at most ``width`` columns (None: the terminal's), then the layers that stayed dense.
+
+        Layers that are packed and timed alike share a row, unless ``every`` asks for a row each.
+        """
+        width = width or terminal_width()
+        rows = [_line(row) for row in self.rows]
+        dense = {batch: sum(row.dense[batch] for row in self.rows) for batch in self.batches}
+        sparse = {batch: sum(row.sparse[batch] for row in self.rows) for batch in self.batches}
+        sizes = {"dtype": "", ">bytes dense": megabytes(self.dense_bytes), ">packed": megabytes(self.bytes)}
+        total = Row(("total",), (0, 0), "", "", dense, sparse, {}, "one call of each layer", sizes)
+        shown = rows if every else grouped(rows)
+        drawn = draw(shown, self.batches, self.device.describe(), "pattern", width, total)
+        return "\n".join([drawn, *by_reason("stayed dense", self.stayed_dense, width, every)])
+
+
+def _line(row: SummaryRow) -> Row:
+    sizes = {"dtype": row.dtype, ">bytes dense": megabytes(row.dense_bytes), ">packed": megabytes(row.bytes)}
+    times = row.dense, row.sparse, row.bound
+    return Row((row.name,), row.shape, row.pattern, row.kernel, *times, row.why, sizes)
 
 
 def summarise(model: nn.Module, batch: Sequence[int], stayed_dense: Mapping[str, str]) -> Summary:
@@ -279,11 +279,6 @@ def taken_seconds(measurement: Measurement, batch: int, dense_above: int | None)
     """Seconds of the way a layer with that ``dense_above`` goes at this batch."""
     unpacks = dense_above is not None and batch >= dense_above
     return measurement.seconds[UNPACKED if unpacks and UNPACKED in measurement.seconds else SPARSE]
-
-
-def microseconds(seconds: float) -> str:
-    """A time as people read it, in us or ms with three figures."""
-    return f"{seconds * 1e6:.3g} us" if seconds < 999.5e-6 else f"{seconds * 1e3:.3g} ms"
 
 
 def megabytes(count: int) -> str:

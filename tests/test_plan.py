@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,15 +235,108 @@ def test_a_real_plan_touches_no_weight_and_prints(monkeypatch: pytest.MonkeyPatc
     before = {name: value.clone() for name, value in net.state_dict().items()}
     made = plan(net, ["2:4", "8:16"], batch=(1, 4))
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-    text = str(made)
-    assert all(f"{layer.shape[0]}x{layer.shape[1]}" in text and layer.reason in text for layer in made)
-    assert "skipped: 4" in text and made.device.describe() in text
+    for width in (80, 400):
+        text = " ".join(made.text(width).split())
+        assert all(f"{layer.shape[0]}x{layer.shape[1]}" in text and layer.reason in text for layer in made)
+        assert 'skipped: "4": Conv1d layers stay dense' in text and made.device.describe() in text
     data = json.loads(json.dumps(made.to_dict()))
     assert [layer["name"] for layer in data["layers"]] == ["0", "2", "3"] and data["batches"] == [1, 4]
     for layer in made:
         assert set(layer.dense) == set(layer.sparse) == {1, 4}
         assert all(isinstance(limit, cost.Bound) for limit in layer.bound.values())
         assert (layer.pattern is not None) == (layer.name in made.sparse)
+
+
+def deep(layers: int = 3) -> nn.Module:
+    """A model of equal layers, each with an up and a down projection, under a head of its own shape."""
+    torch.manual_seed(0)
+    blocks = [nn.ModuleDict({"up": nn.Linear(32, 64), "down": nn.Linear(64, 32)}) for _ in range(layers)]
+    model = nn.ModuleDict({"encoder": nn.ModuleList(blocks), "a_head_of_a_rather_long_name": nn.Linear(32, 8)})
+    model.encoder[1].up.double()  # has no kernel
+    return model
+
+
+def test_a_mapping_gives_each_layer_its_pattern_as_prune_does(timed: Callable[[Seconds], list[Request]]) -> None:
+    asked = timed(lambda request: {DENSE: 2e-5, SPARSE: 1e-5})
+    made = plan(model(), {"0": "1:4", "[02]": "2:4"}, batch=1)
+    assert {layer.name: str(layer.pattern) for layer in made} == {"0": "1:4", "2": "2:4"}
+    assert made.skipped["3"] == "no pattern was given for it"
+    assert {str(request.pattern) for request in asked} == {"1:4", "2:4"}
+    natural = str(detect("cpu").natural_pattern())
+    assert str(plan(model(), {"*": "auto"}, batch=1)["3"].pattern) == natural
+    for wrong, words in (
+        ({"5": "2:4"}, "matches no layer"),
+        ({"*": "unstructured:0.5"}, "mask-only"),
+        ({}, "no layer"),
+    ):
+        with pytest.raises((ModelError, PatternError), match=words):
+            plan(model(), wrong, batch=1)
+
+
+def test_layers_decided_and_timed_alike_share_a_row(timed: Callable[[Seconds], list[Request]]) -> None:
+    timed(lambda request: {DENSE: 3e-5, SPARSE: 1e-5 if request.shape != (8, 32) else 4e-5})
+    net = deep()
+    net.encoder[1].up.float()
+    made = plan(net, "2:4", batch=(1, 8))
+    rows = made.text(300).splitlines()
+    assert [row.split("  ")[0].strip() for row in rows[4:7]] == [
+        "3 x encoder.*.up",
+        "3 x encoder.*.down",
+        "a_head_of_a_rather_long_name",
+    ]
+    assert len(made.text(300, every=True).splitlines()) == len(rows) + 4
+    assert "encoder.2.down" in made.text(300, every=True)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@pytest.mark.parametrize("every", [True, False])
+def test_a_plan_fits_its_width(timed: Callable[[Seconds], list[Request]], width: int, every: bool) -> None:
+    timed(lambda request: {DENSE: 3e-2, SPARSE: 1e-2 if request.shape != (8, 32) else 4e-2})
+    made = plan(deep(12), ["2:4", "8:16"], batch=(1, 128, 1024))
+    assert max(map(len, made.text(width, every).splitlines())) <= width
+
+
+def test_the_text_of_a_plan_follows_columns(
+    timed: Callable[[Seconds], list[Request]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(lambda request: {DENSE: 3e-5, SPARSE: 1e-5})
+    made = plan(deep(), "2:4", batch=(1, 8))
+    for columns in ("80", "300"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert str(made) == made.text(int(columns))
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())  # no terminal
+    assert str(made) == made.text(80)
+
+
+def test_a_plan_says_what_dense_is_and_marks_what_is_above_its_bound(
+    timed: Callable[[Seconds], list[Request]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(lambda request: {DENSE: 1e-5 * (5 if request.batch == 1 else 1), SPARSE: 1e-5 / 1.5})
+    limit = cost.Bound(2.0, "compute", 2.0, 1.0)
+    monkeypatch.setattr(cost, "known_bounds", lambda requests, device, warm: dict.fromkeys(requests, limit))
+    made = plan(model(), "2:4", batch=(1, 8), only="0")
+    wide = made.text(300)
+    assert "torch b1" in wide and "torch b8" in wide and "dense b" not in wide
+    assert "7.50x*" in wide and "1.50x " in wide and "*: above its bound" in wide
+    assert "7.50x*" in made.text(80) and "torch" in made.text(80)
+    assert "above its bound" not in plan(model(), "2:4", batch=8, only="0").text(300)
+
+
+def test_the_totals_are_those_of_the_whole_model(timed: Callable[[Seconds], list[Request]]) -> None:
+    timed(lambda request: {DENSE: 4e-5, SPARSE: 1e-5 if request.shape == (48, 32) else 8e-5})
+    net = model()  # two layers of 48x32 go sparse, one of 32x48 does not
+    made = plan(net, "2:4", batch=(1, 8))
+    totals = made.totals()
+    every = sum(each.numel() for each in net.parameters())
+    assert totals["sparse_weights"] == 2 * 48 * 32 and totals["weights"] == every
+    assert totals["share"] == pytest.approx(2 * 48 * 32 / every)
+    assert totals["torch_seconds"] == {"1": pytest.approx(12e-5), "8": pytest.approx(12e-5)}
+    assert totals["planned_seconds"] == {"1": pytest.approx(6e-5), "8": pytest.approx(6e-5)}
+    text = " ".join(str(made).split())
+    assert f"2 of 3 layers go sparse, which hold {2 * 48 * 32 / every:.1%} of the model's weights" in text
+    assert "batch 8: these layers take 120 us in dense torch, 60 us as planned, 2.00x" in text
+    json.dumps(totals, allow_nan=False)
 
 
 def test_wrong_requests_are_named() -> None:
