@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.onnx.extra import require
 
 DOMAIN = "sparsecomp"
-OPERATORS = {name: "NMLinear" + ("" if name == "none" else name.title().replace("_", "")) for name in ACTIVATIONS}
 OPERATOR_VERSION = 1
 MIN_OPSET = 18  # the first with BitwiseAnd and with the axes of ReduceSum as an input
 
@@ -118,6 +116,10 @@ _ACTIVATIONS = {
     ),
     "silu": _WIDE.format(formula="probability = Sigmoid (v) activated = Mul (v, probability)"),
 }
+
+
+# in the order of sparsecomp.activations, which needs torch
+OPERATORS = {name: "NMLinear" + ("" if name == "none" else name.title().replace("_", "")) for name in _ACTIVATIONS}
 
 
 def nm_linear_function(opset: int, activation: str = "none") -> Any:

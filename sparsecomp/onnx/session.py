@@ -1,4 +1,7 @@
-"""An ONNX file -> an ONNX Runtime session with our operator library registered, or the stock session and a warning."""
+"""An ONNX file -> an ONNX Runtime session with our operator library registered, or the stock session and a warning.
+
+Must not import torch: a server that runs the file need not have it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 from sparsecomp.errors import BackendError, FormatError
 from sparsecomp.onnx.extra import require
+from sparsecomp.onnx.threads import unbound
 
 LIBRARY_NAME = "libsparsecomp_ort.so"
 
@@ -29,7 +33,8 @@ def onnx_session(path: str | Path, *, providers: Sequence[Any] | None = None, **
     ``options`` are attributes of ``onnxruntime.SessionOptions``, such as ``intra_op_num_threads=1``; the sparse kernels
     run on the threads of the session. ``providers`` is ONNX Runtime's own list; without it, CPUExecutionProvider.
     Where the operator library is missing or cannot be registered, the session is the stock one, which
-    runs the same file dense, and a RuntimeWarning says so.
+    runs the same file dense, and a RuntimeWarning says so. Where OMP_PROC_BIND has bound the calling thread to a core,
+    the threads of the session get the others.
 
     Raises BackendError for an option that SessionOptions does not have or does not take, or if onnxruntime is missing,
     and FormatError for a file that is not there or that ONNX Runtime cannot load.
@@ -41,13 +46,70 @@ def onnx_session(path: str | Path, *, providers: Sequence[Any] | None = None, **
     warning = _register(settings)
     if warning is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)
+    wanted = list(providers or ["CPUExecutionProvider"])
     try:
-        return ort.InferenceSession(str(path), settings, providers=list(providers or ["CPUExecutionProvider"]))
+        with unbound() as cores:
+            _spread(settings, cores)
+            # a second try on the CPU helps no session that was to run there, and prints to standard output
+            fallback = int(wanted != ["CPUExecutionProvider"])
+            return ort.InferenceSession(str(path), settings, providers=wanted, enable_fallback=fallback)
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-        reason = " ".join(str(error).split())[:500]
-        raise FormatError(
-            f"ONNX Runtime cannot load {path} ({reason}); check it with onnx.checker or export it again"
-        ) from error
+        raise FormatError(f"ONNX Runtime cannot load {path} ({_short(error)}); {_advice(error, path)}") from error
+
+
+def _spread(settings: Any, cores: frozenset[int]) -> None:
+    """Let the threads of the pool use ``cores`` only, where they are enough for the threads that were asked for.
+
+    The thread that calls ``run`` is one of the threads; what ONNX Runtime chooses by itself is bound by itself.
+    """
+    workers = settings.intra_op_num_threads - 1
+    if 0 < workers <= len(cores):
+        ids = ",".join(str(core + 1) for core in sorted(cores))  # counted from 1
+        settings.add_session_config_entry("session.intra_op_thread_affinities", ";".join([ids] * workers))
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _advice(error: Exception, path: str | Path) -> str:
+    """What to do about a file that ONNX Runtime does not load."""
+    text = str(error)
+    if "Could not find an implementation" in text:
+        if _holds_bfloat16(path):
+            return (
+                "it has few CPU kernels for bfloat16; export model.float() or model.half() instead, or run the file "
+                "with a provider that computes in bfloat16"
+            )
+        return "it has no kernel of that operator and dtype for these providers; use another dtype or a newer version"
+    for said, advice in _ADVICE.items():
+        if said in text:
+            return advice
+    return "onnx.checker.check_model may say more"
+
+
+_ADVICE = {
+    "INVALID_PROTOBUF": "the file is no ONNX model or was cut short; export it again",
+    "sparsecomp::NMLinear": "a packed layer was edited after its export; export the model again",
+    "IR version": "this version is too old for the file; update onnxruntime",
+    "opset": "this version is too old for the file; update onnxruntime or export with a lower opset",
+    "xternal data": "a large model has its weights in a second file; keep both in one folder",
+    "is not a registered function/op": "it uses an operator of another library; register that library as well",
+}
+
+
+def _holds_bfloat16(path: str | Path) -> bool:
+    try:
+        onnx = require("onnx")
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception:  # only what an error says depends on it
+        return False
+    wanted = onnx.TensorProto.BFLOAT16
+    graph = model.graph
+    values = [*graph.input, *graph.output, *graph.value_info]
+    return any(value.type.tensor_type.elem_type == wanted for value in values) or any(
+        tensor.data_type == wanted for tensor in graph.initializer
+    )
 
 
 def _session_options(ort: Any, options: dict[str, Any]) -> Any:
