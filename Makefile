@@ -15,7 +15,7 @@ CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/kernels/*.[ch]
 .PHONY: help setup tritons demo test lint bench sanitize nightly clean
 
 help:
-	@echo 'make demo      the whole job on a real model: prune, pack, run, save, export, measure (under 5 minutes)'
+	@echo 'make demo      the whole job on a real model, beside other engines and dense int8 (under 5 minutes)'
 	@echo 'make test      lint, types and tests'
 	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound'
 	@echo 'make tritons   the oldest and the newest Triton, for the GPU tests; make test includes it'
@@ -56,8 +56,9 @@ tritons: $(READY)
 	    mv $$folder.part $$folder; } || echo "warning: Triton $$version cannot be installed; its tests are skipped" >&2; \
 	done
 
+# Another pattern: make demo ARGS='--pattern 8:16'
 demo: $(READY)
-	$(BIN)/python -m sparsecomp.bench.demo
+	$(BIN)/python -m sparsecomp.bench.demo $(ARGS)
 
 test: lint tritons
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder

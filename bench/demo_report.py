@@ -1,194 +1,216 @@
-"""The demo's report: what happened to each layer and to the whole, in words that do not promise more than was seen."""
+"""The demo's report: what happened to each layer and to the whole, in words that do not promise more than was seen.
+
+Takes a result, gives plain text of at most 80 columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from sparsecomp.device import Device
-from sparsecomp.display import table
-from sparsecomp.plan import Plan
-from sparsecomp.prune.report import PruneReport
-from sparsecomp.report import Summary, megabytes
+from sparsecomp.display import table, terminal_width, wrap
+from sparsecomp.report import megabytes
 
-from .harness import Timing
-from .minilm import Quality
+from .demo_result import DENSE, DemoResult, LayerRow, Measured
+from .demo_verdict import CLOSE, fastest, next_steps, of_kind, sparse_side, verdict
 
+_WIDEST = 80
 # 90% quantile over 10% quantile from which a reader should not trust a time
 _NOISY = 2.0
+_LARGEST_ERRORS = 3
+_NOT_MEASURED = (
+    "Not measured: OpenVINO's own int8 (it takes NNCF), int8 with ranges from calibration, int8 on sparse weights, "
+    "bf16, and any task of yours."
+)
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Seconds of one forward pass by engine, for ``batch`` texts of ``tokens`` tokens each."""
-
-    batch: int
-    tokens: int
-    engines: Mapping[str, Timing]
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """Everything the report says. Bytes are of whole files or state dicts, ``rows`` the planned batch sizes."""
-
-    method: str
-    device: Device
-    calibration: str
-    held_out: int
-    plan: Plan
-    pruned: PruneReport
-    layers: Summary
-    rows: tuple[int, ...]
-    dense_bytes: int
-    file_bytes: int
-    quality: Quality
-    onnx_error: Mapping[str, float]
-    onnx_bytes: Mapping[str, int]
-    latencies: Sequence[Latency]
-    seconds: float
-
-
-def render(result: DemoResult) -> str:
-    """The report as plain text."""
+def render(result: DemoResult, width: int | None = None) -> str:
+    """The report as plain text; ``width`` in columns, by default the terminal's, at most 80."""
+    width = width or min(_WIDEST, terminal_width())
+    head = (
+        f"sparsecomp demo: all-MiniLM-L6-v2, {len(result.layers)} encoder layers at {result.pattern}, "
+        f"method {result.method}, {result.date}"
+    )
     parts = [
-        f"sparsecomp demo: all-MiniLM-L6-v2, {len(result.layers.rows)} encoder layers at 2:4, method {result.method}",
-        f"{result.device.describe()}\n{result.calibration}",
-        _layers(result),
-        _planner(result),
-        _size(result),
-        _latency(result),
-        _quality(result),
-        f"Took {result.seconds:.0f} s.",
+        "\n".join(wrap(line, width) for line in (head, result.device, result.calibration)),
+        _layers(result, width),
+        _size(result, width),
+        _engines(result, width),
+        _spread(result, width),
+        _verdict(result, width),
+        _next(result, width),
+        wrap(
+            f"Took {result.seconds:.0f} s. This report (report.txt), all figures (result.json) and the models are in "
+            f"{result.folder}/.",
+            width,
+            "",
+        ),
     ]
     return "\n\n".join(parts)
 
 
-def _layers(result: DemoResult) -> str:
-    columns = ["layer", ">out x in", "pattern", ">error", ">KB", "kernel"]
-    for rows in result.rows:
-        columns += [f">us, {rows} rows", ">ratio (bound)"]
+def _layers(result: DemoResult, width: int) -> str:
+    groups: dict[tuple[str, tuple[int, int], str], list[LayerRow]] = {}
+    for row in result.layers:
+        groups.setdefault((_role(row.name), row.shape, row.kernel), []).append(row)
+    several = len({kernel for _, _, kernel in groups}) > 1
+    columns = ["layers", ">error", ">rows", ">dense", ">sparse", ">ratio", ">bound", *(["kernel"] if several else [])]
     lines: list[Sequence[object]] = []
-    for row in result.layers.rows:
-        cells: list[object] = [
-            row.name.removeprefix("encoder.layer."),
-            f"{row.shape[0]}x{row.shape[1]}",
-            row.pattern,
-            f"{result.pruned.layers[row.name].error:.3f}",
-            f"{row.dense_bytes / 1e3:.0f} -> {row.bytes / 1e3:.0f}",
-            row.kernel,
-        ]
-        for rows in result.rows:
-            dense, sparse = row.dense[rows], row.sparse[rows]
-            cells += [
-                f"{dense * 1e6:.0f} -> {sparse * 1e6:.0f}",
-                f"{dense / sparse:.2f}x ({row.bound[rows].value:.2f}x)",
-            ]
-        lines.append(cells)
-    return "\n".join([table(columns, lines, title="Layer by layer, dense -> sparse"), *_layer_notes(result)])
+    for (role, shape, kernel), members in groups.items():
+        errors = [row.error for row in members]
+        name, error = f"{len(members)} x {role} {shape[0]}x{shape[1]}", f"{min(errors):.2f}-{max(errors):.2f}"
+        for rows in members[0].dense:
+            dense, sparse = members[0].dense[rows], members[0].sparse[rows]
+            cells: list[object] = [name, error, rows, f"{dense * 1e6:.0f}", f"{sparse * 1e6:.0f}"]
+            cells += [f"{dense / sparse:.2f}x", f"{members[0].bound[rows]:.2f}x"]
+            lines.append([*cells, *([kernel] if several else [])])
+            name = error = ""
+    title = "Layer by layer: microseconds of one product, torch's dense and SparseLinear's"
+    return "\n".join([table(columns, lines, title, width), *_layer_notes(result, width)])
 
 
-def _layer_notes(result: DemoResult) -> list[str]:
-    reasons = "; ".join(dict.fromkeys(f"{row.kernel}: {row.why}" for row in result.layers.rows))
+def _role(name: str) -> str:
+    """ "attention" of encoder.layer.0.attention.self.query."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return parts[number + 1] if number + 1 < len(parts) else name
+
+
+def _layer_notes(result: DemoResult, width: int) -> list[str]:
+    worst = sorted(result.layers, key=lambda row: row.error, reverse=True)[:_LARGEST_ERRORS]
+    named = ", ".join(f"{row.name.removeprefix('encoder.layer.')} {row.error:.3f}" for row in worst)
     notes = [
-        "error: ||(W-V)X|| / ||WX|| on the calibration text. ratio: torch's nn.Linear over SparseLinear, both measured",
-        "here (layers of one shape once). bound: the most that halving the work and the bytes can give.",
-        f"Why this kernel: {reasons}.",
+        f"error: ||(W-V)X|| / ||WX|| on the calibration text, least and largest; the largest: {named}. rows: tokens "
+        "in a batch. bound: the most that halving the work and the bytes can give.",
     ]
-    if any(
-        row.dense[rows] / row.sparse[rows] > row.bound[rows].value for row in result.layers.rows for rows in result.rows
-    ):
+    if any(row.dense[rows] / row.sparse[rows] > row.bound[rows] for row in result.layers for rows in row.dense):
         notes.append(
-            "A ratio above its bound is no wonder of sparsity: torch's dense product is that far from this machine's\n"
+            "A ratio above its bound is no wonder of sparsity: torch's dense product is that far from this machine's "
             "peak. The fair yardstick is the best dense engine, below."
         )
-    return notes
+    if result.stayed_dense:
+        names = ", ".join(name.removeprefix("encoder.layer.") for name in result.stayed_dense)
+        reasons = "; ".join(dict.fromkeys(result.stayed_dense.values()))
+        notes.append(
+            f"The planner would leave {len(result.stayed_dense)} of {len(result.layers)} layers dense: {names} "
+            f"({reasons}). They were made sparse all the same, so that quality below is that of the whole encoder."
+        )
+    else:
+        notes.append(f"The planner makes all {len(result.layers)} layers sparse: none is slower than torch's dense.")
+    return [wrap(note, width, "") for note in notes]
 
 
-def _planner(result: DemoResult) -> str:
-    rows = " and ".join(str(rows) for rows in result.rows)
-    total = len(result.plan)
-    if not result.plan.stayed_dense:
-        return f"The planner makes all {total} layers sparse: none is slower than torch's dense at {rows} rows."
-    lines = [f"The planner (at {rows} rows) would leave {len(result.plan.stayed_dense)} of {total} layers dense:"]
-    lines += [f"  {name.removeprefix('encoder.')}: {reason}" for name, reason in result.plan.stayed_dense.items()]
-    return "\n".join(
-        [*lines, "They were made sparse all the same, so that quality below is that of the whole encoder."]
-    )
-
-
-def _size(result: DemoResult) -> str:
-    layers = result.layers
-    rest = result.dense_bytes - layers.dense_bytes
-    onnx = ", ".join(f"{name} {megabytes(size)}" for name, size in result.onnx_bytes.items())
-    return "\n".join(
-        [
-            "Size",
-            f"  encoder linear weights  {megabytes(layers.dense_bytes)} -> {megabytes(layers.bytes)} "
-            f"({layers.bytes / layers.dense_bytes:.0%})",
-            f"  whole model             {megabytes(result.dense_bytes)} -> {megabytes(result.file_bytes)} "
-            f"({result.file_bytes / result.dense_bytes:.0%}); "
-            f"{megabytes(rest)} are embeddings and others, left as they are",
-            f"  ONNX files              {onnx}",
-            "  saved, reloaded into a fresh model: embeddings equal bit for bit",
-        ]
-    )
-
-
-def _latency(result: DemoResult) -> str:
-    columns = ["engine"]
-    for each in result.latencies:
-        columns += [f">batch {each.batch}", ">10%-90%", ">vs torch dense", ">vs best dense"]
-    rows = []
-    for name in result.latencies[0].engines:
-        cells: list[object] = [name]
-        for each in result.latencies:
-            timing = each.engines[name]
-            dense = each.engines["torch dense"].median
-            best = min(value.median for engine, value in each.engines.items() if engine.endswith(" dense"))
-            cells += [
-                f"{timing.median * 1e3:.2f} ms",
-                f"{timing.low * 1e3:.2f}-{timing.high * 1e3:.2f}",
-                f"{dense / timing.median:.2f}x",
-                f"{best / timing.median:.2f}x",
-            ]
-        rows.append(cells)
-    title = f"Latency of a whole embedding, {result.latencies[0].tokens} tokens a text, {result.device.threads} threads"
-    noisy = [
-        timing for each in result.latencies for timing in each.engines.values() if timing.high > _NOISY * timing.low
+def _size(result: DemoResult, width: int) -> str:
+    dense, packed = sum(row.dense_bytes for row in result.layers), sum(row.bytes for row in result.layers)
+    lines = [
+        f"encoder's weights  {megabytes(dense)} -> {megabytes(packed)} ({packed / dense:.0%})",
+        f"whole model        {megabytes(result.dense_bytes)} -> {megabytes(result.file_bytes)} "
+        f"({result.file_bytes / result.dense_bytes:.0%}); {megabytes(result.dense_bytes - dense)} are embeddings and "
+        "others, left as they are",
+        "saved, reloaded into a fresh model: embeddings equal bit for bit",
     ]
-    warning = ["These times vary widely: something else was running. Run again on a quiet machine."] if noisy else []
-    errors = "; ".join(f"{name}: {error:.1e}" for name, error in result.onnx_error.items())
-    return "\n".join(
-        [
-            table(columns, rows, title=title),
-            *warning,
-            "Stock ONNX Runtime runs the packed file anywhere, as dense products: portable, but no faster than dense.",
-            f"Largest difference of an embedding to SparseLinear's: {errors}.",
-        ]
+    return "\n".join(["Size", *("  " + wrap(line, width - 2, " " * 21) for line in lines)])
+
+
+def _engines(result: DemoResult, width: int) -> str:
+    columns = ["engine", ">MB"]
+    shown: list[list[str]] = [
+        [each.name for each in result.engines],
+        _marked(result.engines, lambda each: each.bytes / 1e6, ".1f", min),
+    ]
+    for batch in result.batches:
+        best = fastest(of_kind(result.engines, DENSE), batch).times[batch].median
+        columns += [f">{batch} text" + ("s" if batch > 1 else ""), ">ratio"]
+        shown.append(_marked(result.engines, lambda each, b=batch: _ms(each, b), ".1f", min))  # type: ignore[misc]
+        shown.append([f"{best / each.times[batch].median:.2f}x" for each in result.engines])
+    columns += [">cosine", ">neighbour"]
+    others = [each for each in result.engines if each.kind != DENSE]
+    shown.append(_marked(result.engines, lambda each: each.quality.cosine, ".3f", max, others))
+    shown.append(_marked(result.engines, lambda each: each.quality.neighbour, ".3f", max, others))
+    lines = list(zip(*shown, strict=True))
+    texts = f"{result.tokens} tokens a text, {result.threads} thread{'s' if result.threads > 1 else ''}"
+    title = f"The whole model: MB of its file, ms of a batch, {texts}"
+    notes = [
+        "* best of its column, of the last two among those that are not dense fp32. ratio: times as fast as the "
+        f"fastest dense fp32. cosine, neighbour: {result.held_out} held-out paragraphs against the dense model: mean "
+        "cosine of the two embeddings, and how often the nearest other paragraph is the same one.",
+        _legend(result),
+        *(
+            [f"Missing here: {'; '.join(f'{name} ({why})' for name, why in result.missing.items())}."]
+            * bool(result.missing)
+        ),
+        _NOT_MEASURED,
+    ]
+    return "\n".join([table(columns, lines, title, width), *(wrap(note, width, "") for note in notes)])
+
+
+def _ms(each: Measured, batch: int) -> float:
+    return each.times[batch].median * 1e3
+
+
+def _marked(
+    engines: Sequence[Measured],
+    value: Callable[[Measured], float],
+    form: str,
+    best: Callable[[Sequence[float]], float],
+    among: Sequence[Measured] | None = None,
+) -> list[str]:
+    """The values, the best of them (``among`` some) with a star, and any other that reads the same."""
+    eligible = list(engines if among is None else among)
+    top = format(best([value(each) for each in eligible]), form) if eligible else ""
+    return [
+        text + ("*" if text == top and any(each is other for other in eligible) else " ")
+        for each in engines
+        for text in [format(value(each), form)]
+    ]
+
+
+def _legend(result: DemoResult) -> str:
+    return f"ORT is ONNX Runtime. {'; '.join(f'{each.name}: {each.what}' for each in result.engines if each.what)}."
+
+
+def _spread(result: DemoResult, width: int) -> str:
+    columns = ["engine"]
+    for batch in result.batches:
+        columns += [f">{batch} text{'s' if batch > 1 else ''}, 10%-90%", ">over torch"]
+    lines = []
+    for each in result.engines:
+        cells: list[object] = [each.name]
+        for batch, time in each.times.items():
+            cells.append(f"{time.low * 1e3:.2f}-{time.high * 1e3:.2f}")
+            cells.append(f"{result.engines[0].times[batch].median / time.median:.2f}x")
+        lines.append(cells)
+    counts = " and ".join(str(time.samples) for time in result.engines[0].times.values())
+    title = f"Spread of these times in ms; {counts} rounds, all engines in turn"
+    times = [time for each in result.engines for time in each.times.values()]
+    notes = []
+    if any(time.high > _NOISY * time.low for time in times):
+        notes.append("These times vary widely: something else was running. Run again on a quiet machine.")
+    if result.difference:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in result.difference.items())
+        notes.append(f"Largest difference of an embedding's values to SparseLinear's: {errors}.")
+    return "\n".join([table(columns, lines, title, width), *(wrap(note, width, "") for note in notes)])
+
+
+def _verdict(result: DemoResult, width: int) -> str:
+    quality = sparse_side(result.engines).quality
+    lines = [f"- {sentence}" for sentence in verdict(result)]
+    closeness = (
+        f"cosine {quality.cosine:.3f}, rank correlation of all similarities {quality.rank:.3f}, same neighbour "
+        f"{quality.neighbour:.3f}"
     )
+    if quality.cosine < CLOSE:
+        lines.append(
+            f"- The sparse embeddings do NOT replace the dense model's ({closeness}): all layers were pruned in one "
+            "shot, each on its own."
+        )
+    else:
+        lines.append(f"- The sparse embeddings are close to the dense model's ({closeness}); check your own task.")
+    return "\n".join(["Verdict, from the figures above", *(wrap(line, width) for line in lines)])
 
 
-def _quality(result: DemoResult) -> str:
-    quality = result.quality
-    return "\n".join(
-        [
-            f"Quality on {result.held_out} held-out paragraphs, against the dense model (1 is equal)",
-            f"  mean cosine of the embeddings             {quality.cosine:.3f}",
-            f"  rank correlation of all similarities      {quality.rank:.3f}",
-            f"  nearest neighbour is the same paragraph   {quality.neighbour:.3f}",
-            _verdict(quality),
-        ]
-    )
-
-
-def _verdict(quality: Quality) -> str:
-    if quality.cosine >= 0.95:
-        return "Embeddings are close to the dense model's; check your own task before you rely on them."
-    return (
-        "These embeddings do NOT replace the dense model's: pruning all layers in one shot, each on its own, moves\n"
-        "them this far. What helps most is to tune what was kept: sc.prune_blocks(..., tuning=sc.Tuning()), block by\n"
-        "block, then sc.distill, the whole model towards the dense one. On 400 such paragraphs that took 2:4 from a\n"
-        "cosine of .935 and the same neighbour for .745 (balanced, layer by layer) to .966 and .805, and 8:16 (fast)\n"
-        "from .949 and .773 to .971 and .825; docs/quality.md says how, and what it cost. Or leave the layers with\n"
-        'the largest error dense (skip=[...]), or prune less ("12:16").'
-    )
+def _next(result: DemoResult, width: int) -> str:
+    lines = ["What to do next"]
+    for number, (text, typed) in enumerate(next_steps(result), 1):
+        lines.append(wrap(f"{number}. {text}", width, "   "))
+        lines += [f"     {line}" for line in typed]
+    return "\n".join(lines)

@@ -1,12 +1,12 @@
-"""One engine's part of the demo's latency table, run in the engine's own process: a model from its file, timed.
+"""One engine's part of the demo, run in the engine's own process: a model from its file, asked and timed.
 
-Takes files, gives seconds. Knows nothing of the other engines.
+Takes files, gives embeddings and seconds. Knows nothing of the other engines.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,15 @@ class Embedding:
         self._of, self._made = of, make()
         self._sampler: Sampler | None = None
 
+    @torch.inference_mode()
+    def embed(self, batch: Arrays) -> np.ndarray[Any, Any]:
+        """The embeddings of a batch, float32 [texts, width]."""
+        return np.array(self._of(self._made, batch)(), dtype=np.float32)
+
     def bind(self, batch: Arrays) -> None:
         """Time this batch from now on."""
-        self._sampler = Sampler(self._of(self._made, batch))
+        # the engines' threads sleep between samples, and some wake more slowly than others
+        self._sampler = Sampler(self._of(self._made, batch), after_sleep=True)
 
     @torch.inference_mode()
     def sample(self) -> float:
@@ -83,7 +89,50 @@ def of_model(model: nn.Module, batch: Arrays) -> Callable[[], object]:
 
 def of_session(session: Any, batch: Arrays) -> Callable[[], object]:
     """One run of the session."""
-    return partial(session.run, None, dict(batch))
+    feeds = dict(batch)
+    return lambda: session.run(None, feeds)[0]
+
+
+def of_openvino(path: Path, batch: Arrays) -> Callable[[], object]:
+    """One inference of an ONNX file in OpenVINO, in fp32, compiled for the shape of this batch, which it prefers."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape({name: list(value.shape) for name, value in batch.items()})
+    settings = {
+        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": "NO",
+    }
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    inputs = {name: openvino.Tensor(np.ascontiguousarray(value)) for name, value in batch.items()}
+    for name, tensor in inputs.items():
+        request.set_tensor(name, tensor)
+
+    def call() -> object:
+        request.infer()
+        return request.get_output_tensor(0).data
+
+    return call
+
+
+def quantize_int8(dense: Path, path: Path, per_channel: bool) -> None:
+    """The int8 file that ONNX Runtime's quantize_dynamic makes of a dense ONNX file by its defaults.
+
+    Weights are int8 with one scale, or with ``per_channel`` one for each output; activations are rounded at run time.
+    Raises ImportError where its quantization tools are not installed.
+    """
+    from onnxruntime.quantization import quantize_dynamic
+
+    # it advises every caller, on the root logger, to run a pre-processing that changes nothing here
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        quantize_dynamic(dense, path, per_channel=per_channel)
+    finally:
+        logging.disable(disabled)
 
 
 def _sparse_layer(model: nn.Module, name: str) -> sc.SparseLinear:

@@ -5,7 +5,7 @@ Gives a model, batches and embeddings; everything is on the machine already. Kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file, files
@@ -95,14 +95,18 @@ def pool(hidden: Tensor, mask: Tensor) -> Tensor:
 @torch.inference_mode()
 def embed(model: nn.Module, texts: Sequence[str], size: int = 32) -> Tensor:
     """Sentence embeddings [texts, 384] in the order of ``texts``."""
+    return embed_with(lambda batch: pool(model(**batch).last_hidden_state, batch["attention_mask"]), texts, size)
+
+
+def embed_with(run: Callable[[Batch], Tensor], texts: Sequence[str], size: int = 32) -> Tensor:
+    """What ``run`` makes of batches of ``size`` texts of like length, [texts, 384] in the order of ``texts``."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    parts = []
     starts = range(0, len(order), size)
-    for start in progress(starts, "embedding", len(starts)):
-        batch = tokens([texts[i] for i in order[start : start + size]])
-        parts.append(pool(model(**batch).last_hidden_state, batch["attention_mask"]))
-    result = torch.cat(parts)
-    return result[torch.tensor(order).argsort()]
+    parts = [
+        run(tokens([texts[i] for i in order[start : start + size]]))
+        for start in progress(starts, "embedding", len(starts))
+    ]
+    return torch.cat(parts)[torch.tensor(order, device="cpu").argsort()]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+"""What the demo found, as values: engines measured on one machine in one run, layers, and the same as JSON.
+
+Takes figures, decides and draws nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .harness import Timing
+from .minilm import Quality
+
+DENSE, INT8, SPARSE = "dense fp32", "dense int8", "sparse fp32"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One engine: of which ``kind``, the bytes of the model's file, its agreement with the dense model, its times.
+
+    ``what`` says how to get it; ``times`` are seconds of one forward pass by number of texts.
+    """
+
+    name: str
+    kind: str
+    what: str
+    bytes: int
+    quality: Quality
+    times: Mapping[int, Timing]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One pruned layer: its weight [out, in], relative error, bytes; seconds and the bound by rows of x."""
+
+    name: str
+    shape: tuple[int, int]
+    error: float
+    dense_bytes: int
+    bytes: int
+    kernel: str
+    dense: Mapping[int, float]
+    sparse: Mapping[int, float]
+    bound: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the report says.
+
+    ``machine`` and ``device`` say where it ran, ``stayed_dense`` which layers the planner would leave dense and why,
+    ``missing`` which engines could not be measured and why. ``difference`` is the largest of an embedding's values to
+    SparseLinear's, by engine that runs the same weights. Bytes are of whole files or state dicts.
+    """
+
+    pattern: str
+    method: str
+    date: str
+    machine: Mapping[str, Any]
+    device: str
+    threads: int
+    calibration: str
+    held_out: int
+    tokens: int
+    folder: str
+    layers: Sequence[LayerRow]
+    stayed_dense: Mapping[str, str]
+    dense_bytes: int
+    file_bytes: int
+    engines: Sequence[Measured]
+    difference: Mapping[str, float]
+    missing: Mapping[str, str]
+    seconds: float
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The numbers of texts that were timed."""
+        return tuple(self.engines[0].times)
+
+
+def to_dict(result: DemoResult) -> dict[str, Any]:
+    """The result as JSON values; times are in seconds."""
+    return dataclasses.asdict(result)
