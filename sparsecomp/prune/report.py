@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsecomp.errors import FormatError
 from sparsecomp.patterns import Pattern, parse
+from sparsecomp.prune.figures import geometric_mean
 from sparsecomp.prune.provenance import Provenance
 from sparsecomp.prune.registry import get_method, methods
 from sparsecomp.prune.tuning import TuningReport
@@ -231,9 +232,3 @@ class PruneReport:
         from sparsecomp.prune.text import render
 
         return render(self)
-
-
-def geometric_mean(errors: Iterable[float]) -> float:
-    """Geometric mean of what is above zero; 0.0 of nothing."""
-    logs = [math.log(error) for error in errors if error > 0.0]
-    return math.exp(sum(logs) / len(logs)) if logs else 0.0

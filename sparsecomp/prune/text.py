@@ -5,12 +5,11 @@ Takes a ``PruneReport``, gives lines. Computes nothing but what it prints.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sparsecomp.display import fits, label, table
+from sparsecomp.display import fits, label, table, wrap
+from sparsecomp.prune.figures import by_reason, count_text, error_text, ratio_text, role, share_text
 
 if TYPE_CHECKING:
     from sparsecomp.prune.report import LayerReport, PruneReport
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 _NAMES_PER_REASON = 3
 # from so many layers on, equal layers of several blocks share a line
 _MANY = 24
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 _LEGEND = {
     "gram": "Error: ||(W-V)X|| / ||WX|| on the calibration data.",
@@ -35,31 +33,21 @@ def render(report: PruneReport) -> str:
     mixed = len(measures) > 1
     lines = [_layers(layers, f'Pruned {count} with "{report.method}"', mixed)]
     if layers:
-        lines.append(
+        said = (
             f"In all: {report.density:.1%} of the weights kept, mean error {error_text(report.mean_error)} "
             f"(geometric), {report.seconds:.1f} s"
         )
-        lines.append(_LEGEND["mixed" if mixed else measures.pop()])
-    lines.extend(_few_rows(layers))
-    lines.extend(f"{layer.name}: {note}" for layer in layers for note in layer.notes)
+        lines += [wrap(said), wrap(_LEGEND["mixed" if mixed else measures.pop()])]
+    lines.extend(map(wrap, _few_rows(layers)))
+    lines.extend(wrap(f"{layer.name}: {note}") for layer in layers for note in layer.notes)
     if report.skipped:
         lines.append(_by_reason("Left dense", report.skipped))
     if report.unpermuted:
         lines.append(_by_reason("Input channels not permuted", report.unpermuted))
-    lines.extend(map(str, report.tunings))
+    lines.extend(wrap(str(each)) for each in report.tunings)
     if report.stages:
         lines.append(_stages(report))
-    return "\n".join(lines + _provenance(report))
-
-
-def error_text(error: float) -> str:
-    """A relative error as it is printed everywhere."""
-    return "0" if error == 0.0 else f"{error:.4f}" if not error < 5e-4 else f"{error:.1e}"
-
-
-def role(name: str) -> str:
-    """The name with a star for each number: the layers of one role in all the blocks have the same."""
-    return _NUMBER.sub("*", name)
+    return "\n".join([*lines, *map(wrap, _provenance(report))])
 
 
 def _layers(layers: Sequence[LayerReport], title: str, mixed: bool) -> str:
@@ -72,14 +60,44 @@ def _layers(layers: Sequence[LayerReport], title: str, mixed: bool) -> str:
         gathered = list(groups.values())
     else:
         gathered = [[layer] for layer in layers]
-    names = [label([layer.name for layer in group]) for group in gathered]
+    names = [[layer.name for layer in group] for group in gathered]
     columns, notes = _columns(gathered, mixed), []
-    if not fits(["layer", *columns], zip(names, *columns.values(), strict=True)):
-        same = [name for name in ("pattern", ">kept") if len(set(columns[name])) == 1]
-        said = ", ".join(f"{name.removeprefix('>')} {columns[name][0]}" for name in same)
-        notes = [f"All layers: {said}."] if same else []
-        columns = {name: cells for name, cells in columns.items() if name not in same}
-    return "\n".join([table(["layer", *columns], list(zip(names, *columns.values(), strict=True)), title), *notes])
+    for narrower in (_without_uniform, _without_beginning, _without_seconds):
+        cells = list(zip(map(label, names), *columns.values(), strict=True))
+        if fits(["layer", *columns], cells):
+            break
+        names, columns, note = narrower(names, columns)
+        notes += note
+    cells = list(zip(map(label, names), *columns.values(), strict=True))
+    return "\n".join([table(["layer", *columns], cells, title), *notes])
+
+
+Names = list[list[str]]
+Columns = dict[str, list[str]]
+
+
+def _without_uniform(names: Names, columns: Columns) -> tuple[Names, Columns, list[str]]:
+    """The columns pattern and kept go where they say the same in each row; a line says it instead."""
+    same = [name for name in ("pattern", ">kept") if len(set(columns[name])) == 1]
+    said = ", ".join(f"{name.removeprefix('>')} {columns[name][0]}" for name in same)
+    rest = {name: cells for name, cells in columns.items() if name not in same}
+    return names, rest, [f"All layers: {said}."] if same else []
+
+
+def _without_beginning(names: Names, columns: Columns) -> tuple[Names, Columns, list[str]]:
+    """What all names begin with goes, up to the number of a block where lines are of several blocks."""
+    parts = [role(name).split(".") if len(group) > 1 else name.split(".") for group in names for name in group]
+    shared = 0
+    while all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
+        shared += 1
+    if not shared or len(parts) == 1:
+        return names, columns, []
+    short = [[".".join(name.split(".")[shared:]) for name in group] for group in names]
+    return short, columns, [f"All names begin with {'.'.join(parts[0][:shared])}."]
+
+
+def _without_seconds(names: Names, columns: Columns) -> tuple[Names, Columns, list[str]]:
+    return names, {name: cells for name, cells in columns.items() if name != ">seconds"}, []
 
 
 def _columns(groups: Sequence[Sequence[LayerReport]], mixed: bool) -> dict[str, list[str]]:
@@ -117,11 +135,6 @@ def _rows(group: Sequence[LayerReport]) -> str:
     return ratio_text(least) + ("!" if layer.few_rows else "")
 
 
-def ratio_text(ratio: float) -> str:
-    """Rows for each input, in three figures or so."""
-    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2g}"
-
-
 def _few_rows(layers: Sequence[LayerReport]) -> list[str]:
     few = [layer for layer in layers if layer.few_rows]
     if not few:
@@ -138,16 +151,9 @@ def _by_reason(title: str, reasons: Mapping[str, str]) -> str:
     lines = [f"{title}: {len(reasons)}"]
     for reason, names in by_reason(reasons).items():
         more = f" and {len(names) - _NAMES_PER_REASON} more" if len(names) > _NAMES_PER_REASON else ""
-        lines.append(f"  {', '.join(names[:_NAMES_PER_REASON])}{more}: {reason}")
+        said = f"  {', '.join(names[:_NAMES_PER_REASON])}{more}: {reason}"
+        lines.append(wrap(said, indent="    "))
     return "\n".join(lines)
-
-
-def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """The names that each reason is given for."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name or "(the model)")
-    return names
 
 
 def _stages(report: PruneReport) -> str:
@@ -163,37 +169,16 @@ def _stages(report: PruneReport) -> str:
     return table(["stage", *(f">{name}" for name in figures), ">seconds"], rows, title="Stage by stage")
 
 
-def count_text(count: int) -> str:
-    """A number of weights as one says it."""
-    for size, word in ((1e9, "billion"), (1e6, "million")):
-        if count >= size:
-            return f"{count / size:.3g} {word}"
-    return f"{count:,}"
-
-
 def _provenance(report: PruneReport) -> list[str]:
     told = report.provenance
     if told is None:
         return []
-    share = f", {report.weights / told.model.parameters:.0%} of them in pruned layers" if told.model.parameters else ""
+    share = ""
+    if told.model.parameters:
+        share = f", {share_text(report.weights, told.model.parameters)} of them in pruned layers"
     seed = "" if told.seed is None else f", seed {told.seed}"
     versions = ", ".join(f"{name} {version}" for name, version in told.versions.items())
     return [
         f"{told.model.name}: {count_text(told.model.parameters)} parameters{share}",
         f"{told.created}{seed}, {versions}",
     ]
-
-
-def seconds_text(seconds: float) -> str:
-    """A time as one says it."""
-    if not math.isfinite(seconds):
-        return "?"
-    if seconds < 0.01:
-        return "<0.01 s"
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -39,7 +39,7 @@ def page(report: PruneReport, title: str | None = None) -> str:
         '<html lang="en">',
         '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{text(shown)}</title>",
-        f"<style>\n{_asset('style.css')}</style></head>",
+        f"<style>\n{_asset('style.css')}{layers.card_style(report)}</style></head>",
         "<body>",
         *filter(None, parts),
         f"<script>\n{_asset('table.js')}</script>",

@@ -7,15 +7,15 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sparsecomp.prune.figures import error_text, role, seconds_text
 from sparsecomp.prune.page.markup import Axes, figure, label, name_text, section, svg, text, ticks
-from sparsecomp.prune.text import error_text, role, seconds_text
 
 if TYPE_CHECKING:
     from sparsecomp.prune.report import LayerReport, PruneReport
     from sparsecomp.prune.tuning import TuningReport
 
 # a curve needs so many layers of one role; errors nearer to each other than this make a flat one
-_POINTS, _FLAT = 3, 1.1
+_POINTS, _FLAT = 5, 1.1
 _MOST_PANELS = 12
 _CURVES_SHOWN = 6
 
@@ -38,9 +38,9 @@ def depth(report: PruneReport) -> str:
     ]
     scale = ticks(0.0, max([*errors, *held]))
     drawn = "".join(_panel(name, layers, scale) for name, layers in list(panels.items())[:_MOST_PANELS])
-    key = '<span class="key a"></span> calibration rows' + (
-        ' <span class="key b"></span> held-out rows' if held else ""
-    )
+    key = '<span class="line"><span class="key a"></span> calibration rows</span>'
+    if held:
+        key += ' <span class="line"><span class="key b"></span> held-out rows</span>'
     more = len(panels) - _MOST_PANELS
     rest = f" {more} more kinds of layers are in the table only." if more > 0 else ""
     said = f'<p class="note">Layers of one kind in the model\u2019s order, all panels on one scale. {key}.{rest}</p>'
@@ -90,7 +90,8 @@ def tunings(report: PruneReport) -> str:
     table = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     note = (
         '<p class="note">Losses are relative squared errors against what the dense model returns there, before and '
-        "after. Held-out batches are not trained on; the step that is best on them is kept, 0 is the state before.</p>"
+        "after. Held-out batches are not trained on; the step that is best on them is kept (the ring), 0 is the state "
+        "before.</p>"
     )
     curves = f'<div class="figures">{"".join(map(_curve, report.tunings))}</div>'
     if len(report.tunings) > _CURVES_SHOWN:
@@ -131,7 +132,7 @@ def _curve(tuning: TuningReport) -> str:
         parts.append(axes.dot(tuning.best_step, tuning.held_out_after, "b ring", tip, 5))
     return figure(
         svg(axes.width, axes.height, parts, title),
-        f"<code>{name_text(tuning.name)}</code>: the ring is the step that was kept",
+        f"<code>{name_text(tuning.name)}</code>",
     )
 
 
@@ -167,4 +168,4 @@ def _progress(report: PruneReport, name: str) -> str:
     parts = axes.drawn([(i, str(i)) for i in range(1, len(report.stages) + 1)])
     parts.append(axes.line([(i, value) for i, value, _ in points], "a"))
     parts += [axes.dot(i, value, "a", f"{stage}: {value:.4f}", 4) for i, value, stage in points]
-    return figure(svg(axes.width, axes.height, parts, name), text(name))
+    return figure(svg(axes.width, axes.height, parts, f"{name} by stage"))

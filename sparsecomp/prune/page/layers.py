@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sparsecomp.prune.figures import by_reason, count_text, error_text, ratio_text
 from sparsecomp.prune.page.markup import name_text, section, text
-from sparsecomp.prune.text import by_reason, count_text, error_text, ratio_text
 
 if TYPE_CHECKING:
     from sparsecomp.prune.report import LayerReport, PruneReport
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # longer tables scroll inside a box of their own, so that what follows stays near
 _LONG_TABLE = 30
 _NAMES_SHOWN = 4
+_NAME_COLUMN = 2
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,25 @@ def layer_table(report: PruneReport) -> str:
         f"<tr><td class=n>{i}</td>{''.join(each.cell(layer) for each in columns[1:])}</tr>"
         for i, layer in enumerate(layers, 1)
     )
-    # on a narrow screen rows become cards, in which each figure has its column's name before it
-    named = "".join(
-        f'#layers td:nth-child({i})::before{{content:"{text(each.head)}"}}\n'
-        for i, each in enumerate(columns, 1)
-        if i > 2
-    )
     long = " long" if len(layers) > _LONG_TABLE else ""
     return (
-        f"<style>@media (max-width:640px){{\n{named}}}</style>\n"
         '<p class="filter" hidden><label>Show layers whose line has <input type="search" autocomplete="off" '
         f'spellcheck="false"></label> <output aria-live="polite">{len(layers)} of {len(layers)}</output></p>\n'
         f'<div class="scroll{long}" role="region" aria-label="Layers" tabindex="0">\n'
         f'<table class="sortable"><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>\n'
         f"{_alike(layers)}"
     )
+
+
+def card_style(report: PruneReport) -> str:
+    """On a narrow screen rows become cards, in which each figure has its column's name before it."""
+    columns = _columns(list(report.layers.values())) if report.layers else []
+    named = "".join(
+        f'  .sortable td:nth-child({i})::before {{ content: "{text(each.head)}" }}\n'
+        for i, each in enumerate(columns, 1)
+        if i > _NAME_COLUMN
+    )
+    return f"@media (max-width: 640px) {{\n{named}}}\n"
 
 
 def _columns(layers: Sequence[LayerReport]) -> list[_Column]:

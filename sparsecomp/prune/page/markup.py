@@ -34,9 +34,10 @@ def pairs(items: Iterable[tuple[str, str]], kind: str) -> str:
     return f'<dl class="{kind}">\n{lines}</dl>'
 
 
-def figure(drawn: str, caption: str) -> str:
-    """A drawing and the text below it (HTML)."""
-    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>\n"
+def figure(drawn: str, caption: str = "") -> str:
+    """A drawing and the text below it (HTML), if there is any."""
+    below = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f"<figure>{drawn}{below}</figure>\n"
 
 
 def svg(width: float, height: float, parts: Iterable[str], title: str) -> str:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sparsecomp.patterns import NM, VNM, Block, Unstructured
+from sparsecomp.prune.figures import role
 from sparsecomp.prune.page.markup import figure, label, name_text, section, svg, text
-from sparsecomp.prune.text import role
 
 if TYPE_CHECKING:
     from sparsecomp.prune.report import LayerReport, PruneReport
@@ -33,10 +33,10 @@ _UNEVEN, _SURE = 0.05, 5.0
 
 def maps(report: PruneReport) -> str:
     """At most three masks of blocks or of no structure at all, those that show the most, each of another role."""
-    found: dict[str, tuple[float, LayerReport, Tensor, tuple[int, int]]] = {}
+    found: dict[tuple[str, str], tuple[float, LayerReport, Tensor, tuple[int, int]]] = {}
     for name, layer in report.layers.items():
-        mask = report.masks.get(name)
-        if mask is None or mask.numel() == 0 or role(name) in found or len(found) == _CANDIDATES:
+        mask, key = report.masks.get(name), (role(name), str(layer.pattern))
+        if mask is None or mask.numel() == 0 or key in found or len(found) == _CANDIDATES:
             continue
         if not isinstance(layer.pattern, Block | Unstructured):
             continue
@@ -44,7 +44,7 @@ def maps(report: PruneReport) -> str:
         shares = _shares(mask, cell)
         seen = _structure(shares, mask, cell)
         if isinstance(layer.pattern, Block) or seen > _STRUCTURE:
-            found[role(name)] = (seen, layer, shares, cell)
+            found[key] = (seen, layer, shares, cell)
     best = sorted(found.values(), key=lambda each: -each[0])[:_MOST_MAPS]
     drawn = "".join(_map(layer, shares, cell) for _, layer, shares, cell in best)
     said = (

@@ -7,11 +7,11 @@ promise a quality.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from sparsecomp.prune.figures import count_text, error_text, geometric_mean, ratio_text, seconds_text, share_text
 from sparsecomp.prune.page.markup import name_text, pairs, section, text
-from sparsecomp.prune.text import count_text, error_text, ratio_text, seconds_text
 
 if TYPE_CHECKING:
     from sparsecomp.prune.report import LayerReport, PruneReport
@@ -24,10 +24,13 @@ REFERENCES = ((0.236, "wanda", 0.73), (0.155, "sparsegpt", 0.89), (0.124, "fast"
 LEVELS = (
     (0.05, "small", "The model may do as it is; check it on your own task."),
     (0.15, "moderate", "Expect the model to answer a little differently; tune it before you rely on it."),
-    (0.25, "large", "Without tuning, expect answers to differ plainly from the dense model's."),
-    (math.inf, "very large", "Such a model needs training, not only tuning, or a pattern that keeps more."),
+    (0.25, "large", "Without tuning, expect answers to differ plainly from the dense model\u2019s."),
+    (math.inf, "very large", "Expect it to be of little use before it is tuned or trained."),
 )
 _SCALE = (0.01, 1.0)
+_PATTERNS_NAMED = 3
+# methods that change no kept weight
+_SCORES = ("magnitude", "wanda", "ria")
 
 
 def level(error: float) -> tuple[str, str]:
@@ -41,7 +44,10 @@ def default_title(report: PruneReport) -> str:
     patterns = report.patterns
     if not patterns:
         return model
-    return f"{model} to {patterns[0]}" if len(patterns) == 1 else f"{model} to {len(patterns)} patterns"
+    if len(patterns) > _PATTERNS_NAMED:
+        return f"{model} to {len(patterns)} patterns"
+    *first, last = patterns
+    return f"{model} to {', '.join(first)} and {last}" if first else f"{model} to {last}"
 
 
 def heading(report: PruneReport, title: str) -> str:
@@ -52,7 +58,7 @@ def heading(report: PruneReport, title: str) -> str:
         day, _, hour = told.created.partition("T")
         words.insert(0, f"{day} {hour[:5]} UTC")
         if told.model.source:
-            words.insert(0, told.model.source)
+            words.insert(0, f"loaded from {told.model.source}")
         words.append(f"sparsecomp {told.versions.get('sparsecomp', '?')}")
     said = " \u00b7 ".join(map(text, words))
     return f'<header>\n<h1>{text(title)}</h1>\n<p class="byline">{said}</p>\n</header>'
@@ -70,15 +76,15 @@ def verdict(report: PruneReport) -> str:
         return section(
             "Verdict",
             f'<p class="verdict"><strong>{_count(len(odd), "layer")} without a finite error</strong>, such as '
-            f"{name_text(odd[0].name)}: their inputs in the calibration were all zero, or too large to be squared. "
-            "Look at them before you use the model.</p>",
+            f"{name_text(odd[0].name)}: what the dense layer gave on the calibration rows was zero, and what the "
+            "pruned one gives is not. Look at them before you use the model.</p>",
             "verdict",
         )
     weights_only = [layer for layer in changed if layer.measured_on == "weight"]
     if len(weights_only) == len(changed):
         parts = [_of_weights(report)]
     else:
-        parts = [_of_outputs(report, changed), _scale(report, changed)]
+        parts = [_of_outputs(report, changed), _scale(changed)]
         if weights_only:
             parts.append(
                 f"<p>{_count(len(weights_only), 'layer')} had no calibration data; for those the error is that of the "
@@ -99,35 +105,46 @@ def _of_weights(report: PruneReport) -> str:
 
 
 def _of_outputs(report: PruneReport, changed: list[LayerReport]) -> str:
-    judged = _judged(report)
+    errors = _judged(changed)
+    judged = geometric_mean(errors.values())
     word, advice = level(judged)
-    unseen = "" if judged == report.mean_error else " on data the method had not seen"
-    worst = max(changed, key=lambda each: each.error)
+    unseen = " on data the method had not seen" if report.mean_held_out_error is not None else ""
+    worst = max(errors, key=lambda name: errors[name])
     sentences = [
         f'<p class="verdict"><strong>The mean error of a layer is {error_text(judged)}: {word}.</strong> '
         f"What pruning changed in a layer\u2019s output{unseen} has {judged:.1%} of that output\u2019s norm "
         f"({judged**2:.1%} of its energy), in the geometric mean over {_count(len(changed), 'layer')}; "
-        f"the worst is {name_text(worst.name)} with {error_text(worst.error)}. {advice}</p>"
+        f"the worst is {name_text(worst)} with {error_text(errors[worst])}."
+        f"{'' if report.tunings else ' ' + advice}</p>"
     ]
+    if judged >= LEVELS[1][0] and report.method in _SCORES:
+        sentences.append(
+            f"<p><code>{text(report.method)}</code> only chooses weights. Methods that also change the kept ones "
+            "do better: on the model of the scale below <code>balanced</code> had half the error of "
+            "<code>wanda</code>.</p>"
+        )
     if report.tunings:
         gained = [each for each in report.tunings if math.isfinite(each.held_out_after) and each.best_step]
         helped = f"{len(gained)} of {_count(len(report.tunings), 'tuning')} lowered the held-out loss"
         sentences.append(
             f"<p>These errors are from before tuning, which then changed the kept weights: {helped}. "
-            "The scale below does not know of it.</p>"
+            "Judge the tuned model by its answers, not by this scale.</p>"
         )
     if report.stages:
         sentences.append("<p>What was measured on the whole model says more; it is below, stage by stage.</p>")
     return "\n".join(sentences)
 
 
-def _judged(report: PruneReport) -> float:
-    """The mean error to judge by: that on unseen rows where there is one and it is the larger."""
-    held_out = report.mean_held_out_error
-    return report.mean_error if held_out is None or not math.isfinite(held_out) else max(held_out, report.mean_error)
+def _judged(layers: Sequence[LayerReport]) -> dict[str, float]:
+    """The error of each layer to judge by: that on unseen rows where there is one."""
+    errors = {}
+    for layer in layers:
+        held_out = layer.held_out_error
+        errors[layer.name] = layer.error if held_out is None or not math.isfinite(held_out) else held_out
+    return errors
 
 
-def _scale(report: PruneReport, changed: list[LayerReport]) -> str:
+def _scale(changed: list[LayerReport]) -> str:
     """Where the layers and their mean stand between 0.01 and 1, on a logarithmic scale."""
     start, zones = _SCALE[0], []
     for limit, word, _ in LEVELS:
@@ -135,23 +152,23 @@ def _scale(report: PruneReport, changed: list[LayerReport]) -> str:
         place = f"left:{_place(start):.1f}%;width:{_place(end) - _place(start):.1f}%"
         zones.append(f'<span class="zone" style="{place}">{word}</span>')
         start = end
-    errors = [layer.error for layer in changed]
+    errors = _judged(changed).values()
     low, high = _place(min(errors)), _place(max(errors))
     marks = "".join(
         f'<span class="end" style="left:{_place(each):.1f}%">{each:g}</span>'
         for each in (_SCALE[0], *(limit for limit, _, _ in LEVELS if limit < _SCALE[1]), _SCALE[1])
     )
-    known = ", ".join(f"{error:.2f} with {cosine:.2f} ({method})" for error, method, cosine in REFERENCES)
-    mean = _judged(report)
+    *known, last = [f"{cosine:.2f} at {error:.2f} ({method})" for error, method, cosine in REFERENCES]
+    mean = geometric_mean(errors)
     return (
         f'<div class="scale" role="img" aria-label="mean error {error_text(mean)} on a scale from 0.01 to 1; layers '
         f'from {error_text(min(errors))} to {error_text(max(errors))}">'
         f'{"".join(zones)}<span class="range" style="left:{low:.1f}%;width:{max(high - low, 0.3):.1f}%"></span>'
         f'<span class="mean" style="left:{_place(mean):.1f}%"></span>{marks}</div>\n'
-        '<p class="note">Mark: the mean; bar: from the best to the worst layer. For scale: when the 36 encoder layers '
-        "of all-MiniLM-L6-v2 were pruned to 2:4 and not tuned, a mean error of "
-        f"{known} was the mean cosine between embeddings of the pruned and of the dense model. That is one model: the "
-        "words are a guide, and errors of layers do not add up to the quality of a task. Measure yours.</p>"
+        '<p class="note">Mark: the mean; bar: from the best layer to the worst. For scale: with the 36 encoder layers '
+        "of all-MiniLM-L6-v2 pruned to 2:4 and not tuned, the mean cosine between the embeddings of the pruned and of "
+        f"the dense model was {', '.join(known)} and {last}. That is one model: the words are a guide, and errors of "
+        "layers do not add up to the quality of a task. Measure yours.</p>"
     )
 
 
@@ -189,7 +206,7 @@ def totals(report: PruneReport) -> str:
             items.append(("rows for each input", f"<b>{ratio_text(min(ratios))}</b> at least"))
     items.append(("time for the layers", f"<b>{seconds_text(report.seconds)}</b>"))
     note = (
-        '<p class="note">Zeros in dense weights make nothing smaller or faster by themselves: '
+        f'<p class="note">{_covered(report)}Zeros in dense weights make nothing smaller or faster by themselves: '
         "<code>sparsecomp compile</code> packs them, and measures what that is worth on a machine.</p>"
     )
     return section("Totals", pairs(items, "cards") + "\n" + note, "totals")
@@ -201,17 +218,25 @@ def _left(report: PruneReport) -> str:
 
 def _share(report: PruneReport) -> str:
     assert report.provenance is not None
+    parameters = report.provenance.model.parameters
+    return f"<b>{text(share_text(report.weights, parameters))}</b> of {count_text(parameters)} parameters"
+
+
+def _covered(report: PruneReport) -> str:
+    """The share of what could be pruned, where embeddings are a part of the model."""
+    if report.provenance is None:
+        return ""
     model = report.provenance.model
-    said = f"<b>{report.weights / model.parameters:.0%}</b> of {count_text(model.parameters)} parameters"
     others = model.matrix_weights - model.embedding_weights
-    if model.embedding_weights and others > 0:
-        said += f", {report.weights / others:.0%} of the matrices that are no embeddings"
-    return said
+    if not model.embedding_weights or others <= 0:
+        return ""
+    return (
+        f"Embeddings hold {count_text(model.embedding_weights)} of the parameters; of all other matrices "
+        f"{text(share_text(report.weights, others))} were pruned. "
+    )
 
 
 def _errors(errors: Iterable[float]) -> str:
-    from sparsecomp.prune.report import geometric_mean
-
     values = list(errors)
     return f"<b>{error_text(geometric_mean(values))}</b> ({error_text(max(values))})"
 
