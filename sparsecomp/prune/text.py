@@ -85,15 +85,24 @@ def _without_uniform(names: Names, columns: Columns) -> tuple[Names, Columns, li
 
 
 def _without_beginning(names: Names, columns: Columns) -> tuple[Names, Columns, list[str]]:
-    """What all names begin with goes, up to the number of a block where lines are of several blocks."""
-    parts = [role(name).split(".") if len(group) > 1 else name.split(".") for group in names for name in group]
+    """What all names begin with goes, or what those of several blocks do where other layers stand beside them."""
+    starred = [[role(name) if len(group) > 1 else name for name in group] for group in names]
+    several = [name.split(".") for group in starred if len(group) > 1 for name in group]
+    parts = several or [name.split(".") for group in starred for name in group]
     shared = 0
     while all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
         shared += 1
-    if not shared or len(parts) == 1:
+    beginning = ".".join(parts[0][:shared]) + "."
+    if not shared or sum(map(len, names)) == 1:
         return names, columns, []
-    short = [[".".join(name.split(".")[shared:]) for name in group] for group in names]
-    return short, columns, [f"All names begin with {'.'.join(parts[0][:shared])}."]
+    everywhere = all(name.startswith(beginning) for group in starred for name in group)
+    mark = "" if everywhere else "\u2026"
+
+    def short(name: str, star: str) -> str:
+        return mark + ".".join(name.split(".")[shared:]) if star.startswith(beginning) else name
+
+    shorter = [[short(*each) for each in zip(*pair, strict=True)] for pair in zip(names, starred, strict=True)]
+    return shorter, columns, [f"{f'{mark} stands for' if mark else 'All names begin with'} {beginning}"]
 
 
 def _without_seconds(names: Names, columns: Columns) -> tuple[Names, Columns, list[str]]:
