@@ -234,7 +234,7 @@ def test_modes_gradients_hooks_and_switches_are_as_before():
     assert [module.training for module in model.modules()] == [True, True, False, True]
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert torch.backends.mha.get_fastpath_enabled()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(CalibrationError, match="mat1 and mat2 shapes"):
         calibrate(model, [torch.randn(3, 5)])
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())

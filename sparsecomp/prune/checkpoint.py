@@ -42,12 +42,13 @@ def digest(*parts: object) -> str:
 
 @cache
 def _code() -> bytes:
-    """The versions of the package and of torch, and the sources of this folder and of calibration."""
+    """The versions of the package and of torch, and the sources of this folder and of what calibrates."""
     from sparsecomp import __version__
 
     here = Path(__file__).parent
     sha = hashlib.sha256(f"{__version__} {torch.__version__}".encode())
-    for path in (*sorted(here.glob("*.py")), here.parent / "calibration.py", here.parent / "gram.py"):
+    calibrating = ("batches", "calibration", "gram", "recorder", "rows", "snapshot")
+    for path in (*sorted(here.glob("*.py")), *(here.parent / f"{name}.py" for name in calibrating)):
         # where a package is installed without sources, its version has to do
         if path.is_file():
             sha.update(path.read_bytes())

@@ -6,17 +6,20 @@ Takes the pruned model, the dense one and batches. Needs no labels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsecomp.calibration import row_mask, run_batch
-from sparsecomp.errors import ModelError
-from sparsecomp.layers import find_linears, require_layers
-from sparsecomp.prune.blocks import Forward, RowMask, find_blocks, first_tensor
-from sparsecomp.prune.tuning import Call, Target, Tuning, TuningReport, evaluating, split, tune, variance
+from sparsecomp.batches import Forward, eager, entering, fresh, run_batch
+from sparsecomp.errors import CalibrationError, ModelError
+from sparsecomp.layers import LayerTable, find_linears, require_layers
+from sparsecomp.prune.blocks import find_chains
+from sparsecomp.prune.calls import first_tensor
+from sparsecomp.prune.tuning import Call, Target, Tuning, TuningReport, evaluating, split, tunable, tune, variance
+from sparsecomp.rows import RowMask, RowMasks
+from sparsecomp.snapshot import ModuleState
 
 Output = Callable[[Any, Any], Tensor]
 
@@ -45,13 +48,50 @@ def distill(
 
     ``held_out`` batches, or a share of ``batches``, are not trained on and decide which step is kept.
 
-    Rows that ``mask`` hides count neither in the hidden states nor in an ``output`` with the mask's leading dimensions.
+    Rows that ``mask`` hides count neither in the hidden states nor in an ``output`` with the mask's leading dimensions;
+    where ``mask`` gives masks by name, the hidden states have the name of their block and the output is "output".
+    Both models run as in ``calibrate``.
 
-    Raises ModelError if there is neither a chain of blocks nor an ``output``, or ``teacher`` shares pruned
-    weights with the model; CalibrationError for fewer than two batches.
+    Raises ModelError if there is neither a chain of blocks nor an ``output``, or ``teacher`` shares weights that are
+    tuned with the model; CalibrationError for fewer than two batches; MethodError where no gradient reaches the
+    weights, as in a forward under torch.no_grad.
     """
-    every, train, kept_out = split(batches, held_out, tuning.held_out)
-    layers = require_layers(find_linears(model))
+    model, teacher = eager(model), eager(teacher)
+    with entering(model), entering(teacher), evaluating(teacher):
+        every, train, kept_out = split(batches, held_out, tuning.held_out)
+        layers = require_layers(find_linears(model))
+        _check(model, teacher, masks, layers)
+        candidates = _candidates(model, masks, output)
+        rows = RowMasks(teacher, mask, [*layers, *candidates, "output"])
+        wanted = _Wanted(_Entry(teacher, forward, candidates), every, rows, output, tuning.autocast)
+        watched = wanted.watch(kept_out[0])
+        if not watched and output is None:
+            raise ModelError(_NO_STATES)
+        known = {index: wanted(index) for index in kept_out}
+        scales = [variance(each) for each in zip(*known.values(), strict=True)]
+
+        def loss(call: Call, index: int) -> Tensor:
+            targets = known[index] if index in known else wanted(index)
+            made = wanted.outputs(call, index)
+            parts = [target.loss(each) / scale for target, each, scale in zip(targets, made, scales, strict=True)]
+            blocks, rest = parts[: len(watched)], parts[len(watched) :]
+            return torch.stack([*rest, *([torch.stack(blocks).mean(), blocks[-1]] if blocks else [])]).sum()
+
+        stored = {
+            f"model.{name}.weight" if name else "model.weight": each if layers[name].kind == "linear" else each.t()
+            for name, each in masks.items()
+        }
+        student = _Entry(model, forward, watched)
+        return tune("whole model", student, stored, loss, train, kept_out, tuning, show_progress)
+
+
+_NO_STATES = (
+    "the model has no repeated blocks with masks whose hidden states could be matched; "
+    "pass output=lambda result, batch: ... to say what is"
+)
+
+
+def _check(model: nn.Module, teacher: nn.Module, masks: Mapping[str, Tensor], layers: LayerTable) -> None:
     for name, each in masks.items():
         if name not in layers:
             raise ModelError(f'a mask is given for "{name}", which is no linear layer of the model; pass report.masks')
@@ -60,74 +100,63 @@ def distill(
                 f'the mask of "{name}" has shape {tuple(each.shape)}, its weight {layers[name].shape}; '
                 "pass the masks of this model's report"
             )
-    own = {id(layers[name].parameter) for name in masks}
+    own = {id(layers[name].parameter) for name in masks} | {id(each) for each in tunable(model, {}).values()}
     if any(id(each) in own for each in teacher.parameters()):
         raise ModelError(
             "teacher shares weights with the model and was pruned with it; keep a copy.deepcopy of the dense model"
         )
-    watched = tuple(_watched(model, masks, output))
-    wanted = _Wanted(_Entry(teacher, forward, watched), every, mask, output, tuning.autocast)
-    with evaluating(teacher):
-        known = {index: wanted(index) for index in kept_out}
-    scales = [variance(each) for each in zip(*known.values(), strict=True)]
-
-    def loss(call: Call, index: int) -> Tensor:
-        targets = known[index] if index in known else wanted(index)
-        made = wanted.outputs(call, index)
-        parts = [target.loss(each) / scale for target, each, scale in zip(targets, made, scales, strict=True)]
-        blocks, rest = parts[: len(watched)], parts[len(watched) :]
-        return torch.stack([*rest, *([torch.stack(blocks).mean(), blocks[-1]] if blocks else [])]).sum()
-
-    stored = {
-        f"model.{name}.weight" if name else "model.weight": each if layers[name].kind == "linear" else each.t()
-        for name, each in masks.items()
-    }
-    student = _Entry(model, forward, watched)
-    with evaluating(teacher):
-        return tune("whole model", student, stored, loss, train, kept_out, tuning, show_progress)
 
 
-def _watched(model: nn.Module, masks: Mapping[str, Tensor], output: Output | None) -> list[str]:
+def _candidates(model: nn.Module, masks: Mapping[str, Tensor], output: Output | None) -> list[str]:
+    """The blocks of all chains."""
     try:
-        return list(find_blocks(model, masks).modules)
+        return [name for chain in find_chains(model, masks) for name in chain.modules]
     except ModelError:
         if output is None:
-            raise ModelError(
-                "the model has no repeated blocks with masks whose hidden states could be matched; "
-                "pass output=lambda result, batch: ... to say what is"
-            ) from None
+            raise ModelError(_NO_STATES) from None
         return []
 
 
 class _Entry(nn.Module):
     """A model called on a batch, that also gives the hidden states its blocks return."""
 
-    def __init__(self, model: nn.Module, forward: Forward | None, watched: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, forward: Forward | None, watched: Sequence[str]) -> None:
         super().__init__()
-        self.model, self._forward, self._watched = model, forward, watched
+        self.model, self._forward, self.watched = model, forward, tuple(watched)
+        self.seen: Callable[[str, Tensor], None] | None = None
 
-    def forward(self, batch: Any, index: int) -> tuple[Any, list[Tensor]]:
-        with _noting(self.model, self._watched) as states:
+    def forward(self, batch: Any, index: int) -> tuple[Any, dict[str, Tensor]]:
+        with _noting(self.model, self.watched, self.seen) as states:
             result = run_batch(self.model, batch, index, self._forward)
-        return result, [states[name] for name in self._watched]
+        return result, states
 
 
 @contextmanager
-def _noting(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+def _noting(
+    model: nn.Module, names: Iterable[str], seen: Callable[[str, Tensor], None] | None
+) -> Iterator[dict[str, Tensor]]:
     states: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            states[name] = first_tensor(output)
+            with suppress(ModelError):
+                states[name] = first_tensor(output)
+                if seen is not None:
+                    seen(name, states[name])
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    handles = [_part(model, name).register_forward_hook(note(name)) for name in names]
     try:
         yield states
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    """The block of that name, also where parts of only one of two models are compiled."""
+    return model.get_submodule(".".join(each for each in name.split(".") if each != "_orig_mod"))
 
 
 class _Wanted:
@@ -137,29 +166,62 @@ class _Wanted:
         self,
         teacher: _Entry,
         batches: Sequence[Any],
-        mask: RowMask | None,
+        rows: RowMasks,
         output: Output | None,
         autocast: torch.dtype | None,
     ) -> None:
-        self.teacher, self.batches, self.mask = teacher, batches, mask
+        self.teacher, self.batches, self.rows = teacher, batches, rows
         self.output, self.autocast = output, autocast
+        self._state = ModuleState(teacher)
 
-    def outputs(self, call: Call, index: int) -> list[Tensor]:
+    def watch(self, index: int) -> tuple[str, ...]:
+        """Watch only the blocks that return hidden states, as in this batch, in the order of their calls."""
+        with self._dense():
+            _, states = self.teacher(fresh(self.batches[index]), index)
+        self.teacher.watched = tuple(states)
+        return self.teacher.watched
+
+    def outputs(self, call: Call, index: int, own: Any = None) -> list[Tensor]:
         """The blocks' hidden states, then the output."""
-        result, states = call(self.batches[index], index)
-        assert isinstance(states, list)
+        result, states = call(fresh(self.batches[index]) if own is None else own, index)
+        missing = next((name for name in self.teacher.watched if name not in states), None)
+        if missing is not None:
+            raise CalibrationError(
+                f'batch {index} does not reach block "{missing}" as others do; distil with batches of one kind'
+            )
+        found = [states[name] for name in self.teacher.watched]
         if self.output is None:
-            return states
+            return found
         made = self.output(result, self.batches[index])
         if not isinstance(made, Tensor) or not made.is_floating_point() or made.ndim == 0:
             got = f"{made.dtype} of shape {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
             raise ModelError(f"output(result, batch) gave a {got}; it must give numbers as a tensor [..., features]")
-        return [*states, made]
+        return [*found, made]
+
+    @contextmanager
+    def _dense(self) -> Iterator[None]:
+        device = next((each.device.type for each in self.teacher.parameters()), "cpu")
+        try:
+            with torch.no_grad(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+                yield
+        finally:
+            self._state.restore()
 
     def __call__(self, index: int) -> list[Target]:
         """The targets of the batch."""
-        device = next((each.device.type for each in self.teacher.parameters()), "cpu")
-        with torch.no_grad(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            made = self.outputs(self.teacher, index)
-        rows = row_mask(self.batches[index], self.mask)
-        return [Target(each, rows) for each in made]
+        own = fresh(self.batches[index])
+        masks: dict[str, Tensor | None] = {}
+
+        def note(name: str, state: Tensor) -> None:
+            masks[name] = self.rows.of(name, state)
+
+        with self._dense(), self.rows.reading(index, own):
+            self.teacher.seen = note
+            try:
+                made = self.outputs(self.teacher, index, own)
+            finally:
+                self.teacher.seen = None
+            names = [*self.teacher.watched, *(["output"] if self.output is not None else [])]
+            if self.output is not None:
+                masks["output"] = self.rows.of("output", made[-1])
+        return [Target(each, masks[name]) for name, each in zip(names, made, strict=True)]

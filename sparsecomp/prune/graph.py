@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from sparsecomp.batches import arguments, entering, fresh
 from sparsecomp.layers import LinearRef
 from sparsecomp.prune.tuning import evaluating
 
@@ -73,9 +74,10 @@ def find_hidden(
     through what acts on channels one by one, the joins of gated MLPs, and attention from the output projection to the
     values of each head.
     """
-    args, kwargs = _arguments(batch)
     try:
-        with evaluating(model), torch.no_grad():
+        args, kwargs = arguments(fresh(batch), 0)
+        # a cache of keys and values is no tensor that the program could return
+        with entering(model), evaluating(model), torch.no_grad():
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises whatever the model's code meets
         reason = f"torch.export cannot trace the model: {' '.join(str(error).split())[:200]}"
@@ -105,12 +107,6 @@ def _apart(found: list[Hidden], reasons: dict[str, str]) -> tuple[Hidden, ...]:
             taken.update(each.producers)
             kept.append(each)
     return tuple(kept)
-
-
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, list | tuple) else ((batch,), {})
 
 
 @dataclass(frozen=True)

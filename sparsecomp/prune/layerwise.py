@@ -6,7 +6,8 @@ Takes layers, patterns and statistics, gives ``Solved`` values; writing them is 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ from sparsecomp.prune.checkpoint import Checkpoint, digest
 from sparsecomp.prune.error import relative_error
 from sparsecomp.prune.graph import Hidden
 from sparsecomp.prune.permute import search
-from sparsecomp.prune.report import LayerReport
+from sparsecomp.prune.report import ROWS_PER_INPUT, LayerReport
 from sparsecomp.prune.weight import PrunedWeight, prune_weight
 
 
@@ -58,11 +59,17 @@ class Solved:
 
     def write(self) -> None:
         """Put the weight into the layer, and its bias into the order of the rows."""
-        self.layer.set_weight(self.weight)
+        with torch.inference_mode(self.layer.parameter.is_inference()):
+            self.layer.set_weight(self.weight)
         bias = self.layer.bias
         if self.rows is not None and bias is not None:
-            with torch.no_grad():
-                bias.copy_(bias[self.rows.to(bias.device)])
+            put(bias, bias.detach()[self.rows.to(bias.device)])
+
+
+def put(tensor: Tensor, values: Tensor) -> None:
+    """Write ``values`` into a parameter or buffer in place, also if it was made under torch.inference_mode."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(values)
 
 
 def make_jobs(
@@ -116,6 +123,21 @@ def solve(
     return solved
 
 
+def warn_of_thin(reports: Iterable[LayerReport]) -> None:
+    """One UserWarning if layers were fitted to so few rows that their errors say little of other data."""
+    every = list(reports)
+    thin = [each for each in every if each.few_rows]
+    if thin:
+        worst = min(thin, key=lambda each: each.rows_per_input or 0.0)
+        warnings.warn(
+            f"{len(thin)} of {len(every)} pruned layers have fewer than {ROWS_PER_INPUT} calibration rows for each "
+            f'input ("{worst.name}" has {worst.rows} for {worst.shape[1]}), so that their errors look better than they '
+            "are; calibrate with more batches",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 @contextmanager
 def naming(name: str) -> Iterator[None]:
     """Put the layer's name before the message of an error."""
@@ -130,7 +152,7 @@ def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoin
     weight = job.layer.get_weight()
     key = ""
     if checkpoint.folder is not None:
-        key = digest(weight, str(job.pattern), job.method, job.gram, job.held_out, job.mask, segments)
+        key = digest(weight, str(job.pattern), job.method, job.gram, job.held_out, job.mask, segments, job.rows)
         found = checkpoint.load(name, key)
         if found is not None:
             tensors, facts = found
@@ -167,7 +189,7 @@ def _best_order(
     if segments is None or job.gram is None:
         return plain, error, None
     order = search(weight, job.gram, job.pattern, segments)
-    if torch.equal(order, torch.arange(len(order))):
+    if torch.equal(order, torch.arange(len(order), device=order.device)):
         return plain, error, None
     permuted, permuted_error = _prune(weight, job, order)
     before = (plain.error if error is None else error, plain.error)

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsecomp.batches import eager
 from sparsecomp.calibration import LayerStatistics
 from sparsecomp.errors import CalibrationError, ModelError, PatternError
 from sparsecomp.layers import Globs, LayerTable, check_globs, find_linears, require_layers
 from sparsecomp.patterns import NM, Pattern, Unstructured, parse
 from sparsecomp.prune.checkpoint import Checkpoint
 from sparsecomp.prune.graph import Hidden, find_hidden
-from sparsecomp.prune.layerwise import Solved, make_jobs, solve
+from sparsecomp.prune.layerwise import Solved, make_jobs, solve, warn_of_thin
 from sparsecomp.prune.permute import order_matters
 from sparsecomp.prune.provenance import describe
 from sparsecomp.prune.registry import Method, get_method
 from sparsecomp.prune.report import PruneReport
+from sparsecomp.snapshot import outside_inference_mode
 
 if TYPE_CHECKING:
     from sparsecomp.plan import Plan
@@ -64,23 +66,27 @@ def prune(
     missing when the method needs them; ModelError if no layer can be sparse, a glob matches none or only what a
     broader one before it gives another pattern, or a mask has no layer.
     """
-    chosen = get_method(method)
-    found = require_layers(find_linears(model, only, skip))
-    patterns, skipped = choose_patterns(found, pattern)
-    for what, statistics in (("calibration", calibration), ("held_out", held_out)):
-        if statistics is not None and not isinstance(statistics, Mapping):
-            raise CalibrationError(
-                f"{what} is a {type(statistics).__name__}, not statistics by layer; pass sc.calibrate(model, batches)"
-            )
-    grams = calibration or {}
-    check_calibration(chosen, list(patterns), calibration)
-    given = check_masks(masks, patterns, found)
-    hidden, unpermuted = permutable(model, example, method, found, patterns, given)
-    jobs = make_jobs(found, patterns, method, grams, held_out or {}, given)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        solved = solve(jobs, hidden, Checkpoint(checkpoint), f"pruning ({method})", show_progress)
-    report = write(method, solved, skipped, unpermuted)
+    model = eager(model)
+    # what is made in inference mode could not be trained on later
+    with outside_inference_mode():
+        chosen = get_method(method)
+        found = require_layers(find_linears(model, only, skip))
+        patterns, skipped = choose_patterns(found, pattern)
+        for what, statistics in (("calibration", calibration), ("held_out", held_out)):
+            if statistics is not None and not isinstance(statistics, Mapping):
+                raise CalibrationError(
+                    f"{what} is a {type(statistics).__name__}, not statistics by layer; "
+                    "pass sc.calibrate(model, batches)"
+                )
+        check_calibration(chosen, list(patterns), calibration)
+        given = check_masks(masks, patterns, found)
+        hidden, unpermuted = permutable(model, example, method, found, patterns, given)
+        jobs = make_jobs(found, patterns, method, calibration or {}, held_out or {}, given)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            solved = solve(jobs, hidden, Checkpoint(checkpoint), f"pruning ({method})", show_progress)
+        report = write(method, solved, skipped, unpermuted)
+    warn_of_thin(report.layers.values())
     return replace(report, provenance=describe(model, skipped, seed=seed))
 
 

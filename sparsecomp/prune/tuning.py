@@ -9,16 +9,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from sparsecomp.calibration import require_batches
+from sparsecomp.batches import entering, require_batches
 from sparsecomp.display import progress
 from sparsecomp.errors import CalibrationError, MethodError
+from sparsecomp.snapshot import ModuleState, clone, copied
 
 _WARM_UP = 20
 _LAST_RATE = 0.02
@@ -138,35 +138,125 @@ def tunable(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Para
     }
 
 
-@dataclass(eq=False)
 class _State:
-    """Parameters in float32 apart from the module's, so that nothing is half tuned if the work is interrupted."""
+    """Parameters in float32 apart from the module's, so that nothing is half tuned if the work is interrupted.
 
-    module: nn.Module
-    masks: Mapping[str, Tensor]
-    parameters: Mapping[str, nn.Parameter]
-    autocast: torch.dtype | None
-    values: dict[str, Tensor] = field(default_factory=dict)
+    While a loss is made and followed back, leaves with these values stand in the places of the module's parameters:
+    what is computed once more on the way back, as activation checkpointing does, meets them as well.
+    """
 
-    def __post_init__(self) -> None:
-        self.values = {name: each.detach().float().clone().requires_grad_() for name, each in self.parameters.items()}
+    def __init__(
+        self,
+        module: nn.Module,
+        masks: Mapping[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.module, self.parameters, self.autocast = module, parameters, autocast
+        # made under inference mode they could not be saved for the way back
+        self.masks = {name: clone(each) for name, each in masks.items()}
+        self.values = {name: each.detach().float().clone().requires_grad_() for name, each in parameters.items()}
+        # code that computes parts once more may follow only what its inputs ask for, so that until it is known that
+        # there is none, everything asks
+        self.recomputes = True
+        self._device = next(iter(parameters.values())).device.type
+        self._state = ModuleState(module)
+        names = {id(each): name for name, each in parameters.items()}
+        self._places = [
+            (part._parameters, key, each, names.get(id(each)))
+            for part in module.modules()
+            for key, each in part._parameters.items()
+            if each is not None
+        ]
 
     def masked(self, name: str) -> Tensor:
-        value = self.values[name]
+        value = self.values[name].detach()
         mask = self.masks.get(name)
         return value if mask is None else value * mask
 
+    @contextmanager
+    def placed(self, learning: bool) -> Iterator[dict[str, Tensor]]:
+        """The values of now in the places of the parameters, as leaves by name."""
+        leaves = {name: self.masked(name).to(each.dtype) for name, each in self.parameters.items()}
+        for leaf in leaves.values():
+            leaf.requires_grad_(learning)
+        try:
+            for places, key, parameter, name in self._places:
+                if name is not None:
+                    places[key] = leaves[name]  # type: ignore[assignment]
+                else:
+                    other = parameter.detach()
+                    other.requires_grad_(learning and self.recomputes and other.is_floating_point())
+                    places[key] = other  # type: ignore[assignment]
+            yield leaves
+        finally:
+            for places, key, parameter, _ in self._places:
+                places[key] = parameter
+            self._state.restore()
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward with the values of now."""
-        current = {name: self.masked(name).to(each.dtype) for name, each in self.parameters.items()}
-        device = next(iter(self.parameters.values())).device.type
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            return functional_call(self.module, current, args, kwargs)
+        """The module's forward."""
+        if self.recomputes and torch.is_grad_enabled():
+            args, kwargs = copied((args, kwargs), _asking)
+        # weights that another context keeps in another type would be those of an earlier step
+        with torch.autocast(self._device, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+            return self.module(*args, **kwargs)
+
+    def evaluate(self, loss: Loss, batches: Sequence[int]) -> float:
+        """The mean loss of these batches."""
+        total = 0.0
+        for index in batches:
+            with torch.no_grad(), self.placed(learning=False):
+                total += float(loss(self.call, index))
+        return total / len(batches)
+
+    def learn(self, name: str, loss: Loss, index: int) -> bool:
+        """Give the values the gradients of the loss of a batch; False if the loss is not finite."""
+        with torch.enable_grad(), self.placed(learning=True) as leaves:
+            value = loss(self.call, index)
+            if not bool(torch.isfinite(value)):
+                return False
+            if value.requires_grad:
+                recomputes = self.recomputes and _runs_own_code(value)
+                value.backward()  # type: ignore[no-untyped-call]
+                self.recomputes = recomputes
+            watched = self.masks or leaves
+            if all(leaves[each].grad is None for each in watched):
+                raise MethodError(
+                    f"{name}: no gradient reaches its weights, as where a forward runs under torch.no_grad or "
+                    "torch.inference_mode, so that it cannot be tuned; take that off the forward, or leave tuning out"
+                )
+        for each, leaf in leaves.items():
+            mask = self.masks.get(each)
+            gradient = None if leaf.grad is None else leaf.grad.float()
+            self.values[each].grad = gradient if gradient is None or mask is None else gradient * mask
+        return True
 
     def write(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
                 parameter.copy_(self.masked(name))
+
+
+def _asking(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    # not itself a leaf, for a block may write into it
+    return tensor.detach().requires_grad_().clone()
+
+
+def _runs_own_code(value: Tensor) -> bool:
+    """Whether the way back from ``value`` runs Python code of someone's own, such as a reentrant checkpoint's."""
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting.extend(each for each, _ in node.next_functions)
+    return False
 
 
 def tune(
@@ -186,21 +276,20 @@ def tune(
     requires_grad of its parameters does not change. A loss that is not finite ends the tuning with the best state
     so far, and the report says so.
 
-    Raises MethodError if nothing can be tuned.
+    Raises MethodError if nothing can be tuned, or no gradient reaches the pruned weights.
     """
     begin = time.perf_counter()
     parameters = tunable(module, masks)
     if not parameters:
         raise MethodError(f"{name}: it has no weight, bias or norm that could be tuned; leave tuning out")
-    state = _State(module, masks, parameters, settings.autocast)
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        # the fused encoder layer has no gradient
-        torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(module):
-            return _descend(name, state, loss, train, held_out, settings, show_progress, begin)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    if any(each.is_inference() for each in (*module.parameters(), *module.buffers())):
+        raise MethodError(
+            f"{name}: its tensors were made under torch.inference_mode and take no part in training; build or load the "
+            "model outside of it, or leave tuning out"
+        )
+    with entering(module), evaluating(module):
+        state = _State(module, masks, parameters, settings.autocast)
+        return _descend(name, state, loss, train, held_out, settings, show_progress, begin)
 
 
 def _descend(
@@ -214,10 +303,10 @@ def _descend(
     begin: float,
 ) -> TuningReport:
     optimizer = torch.optim.Adam(state.values.values(), lr=settings.learning_rate, betas=_BETAS)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator(device="cpu").manual_seed(settings.seed)
     sample = train[:: max(1, len(train) // _TRAIN_SAMPLE)][:_TRAIN_SAMPLE]
-    before = _mean(state, loss, held_out)
-    train_before = _mean(state, loss, sample)
+    before = state.evaluate(loss, held_out)
+    train_before = state.evaluate(loss, sample)
     best, best_step, best_values = before, 0, _copy(state.values)
     curve = [(0, before)]
     check = max(1, settings.steps // _CHECKS)
@@ -226,26 +315,24 @@ def _descend(
     steps = range(1, settings.steps + 1)
     for step in progress(steps, f"tuning {name}", settings.steps) if show_progress else steps:
         if not order:
-            order = [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
+            order = [train[i] for i in torch.randperm(len(train), generator=generator, device="cpu").tolist()]
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _rate(step, settings.steps)
-        with torch.enable_grad():
-            value = loss(state.call, order.pop())
-            if not bool(torch.isfinite(value)):
-                stopped = f"the loss is not finite at step {step}; a smaller learning_rate may help"
-                break
-            optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        if not state.learn(name, loss, order.pop()):
+            stopped = f"the loss is not finite at step {step}; a smaller learning_rate may help"
+            break
+        # Adam makes its counts of steps on the default device
+        with torch.device("cpu"):
+            optimizer.step()
         if step % check == 0 or step == settings.steps:
-            now = _mean(state, loss, held_out)
+            now = state.evaluate(loss, held_out)
             curve.append((step, now))
             if now < best:
                 best, best_step, best_values = now, step, _copy(state.values)
     with torch.no_grad():
         for key, value in best_values.items():
             state.values[key].copy_(value)
-    train_after = _mean(state, loss, sample)
+    train_after = state.evaluate(loss, sample)
     if best_step:
         state.write()
     seconds = time.perf_counter() - begin
@@ -258,11 +345,6 @@ def _rate(step: int, steps: int) -> float:
     """Share of the learning rate at ``step`` of 1 to ``steps``."""
     falling = 0.5 * (1.0 + math.cos(math.pi * (step - 1) / steps))
     return min(1.0, step / min(_WARM_UP, steps)) * (_LAST_RATE + (1.0 - _LAST_RATE) * falling)
-
-
-def _mean(state: _State, loss: Loss, batches: Sequence[int]) -> float:
-    with torch.no_grad():
-        return sum(float(loss(state.call, i)) for i in batches) / len(batches)
 
 
 def _copy(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -288,7 +370,7 @@ class Target:
         """``output`` [..., features]; ``rows`` is a bool mask of its leading dimensions; another shape counts whole."""
         fits = rows is not None and output.shape[:-1][: rows.ndim] == rows.shape
         self.rows = rows.to(output.device) if rows is not None and fits else None
-        self.value = self._select(output.detach())
+        self.value = self._select(clone(output))
 
     def _select(self, output: Tensor) -> Tensor:
         rows = output if self.rows is None else output[self.rows]

@@ -8,6 +8,12 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # few rows are enough to test with; the warning of them has tests of its own
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*calibration rows for each input:UserWarning"))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

@@ -12,7 +12,7 @@ from torch import nn
 from sparsecomp.calibration import calibrate
 from sparsecomp.errors import CalibrationError, MethodError, ModelError
 from sparsecomp.prune import Tuning, prune, prune_blocks, sequential
-from sparsecomp.prune.blocks import find_blocks
+from sparsecomp.prune.blocks import find_chains
 from sparsecomp.prune.error import relative_error
 
 QUICK = Tuning(steps=12, learning_rate=3e-3)
@@ -208,7 +208,7 @@ def test_models_and_batches_that_do_not_fit():
 def test_blocks_are_the_list_that_holds_most_layers():
     model = nn.ModuleDict({"small": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "large": encoder(blocks=4)})
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    blocks = find_blocks(model, names)
+    blocks = find_chains(model, names)[0]
     assert blocks.name == "large.blocks" and len(blocks.modules) == 4
     assert blocks.owner("large.blocks.10.q") is None
     assert blocks.owner("large.blocks.1.q") == "large.blocks.1"
