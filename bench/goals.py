@@ -154,10 +154,14 @@ def standings(result: dict[str, Any]) -> Iterator[Standing]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The table of goals, the worst row of each beside its bound; "" if the result has no row of any."""
+    """The goals, the worst row of each beside its bound, in a table for each number of threads; "" without any row."""
     found = list(standings(result))
-    lines = (_cells(each) for each in found)
-    return table(_COLUMNS, lines, title="Goals: ratio to the best dense engine of the row") if found else ""
+    tables = []
+    for threads in dict.fromkeys(each.threads for each in found):
+        lines = [_cells(each) for each in found if each.threads == threads]
+        title = f"Goals, {threads} thread{'s' if threads > 1 else ''}: ratio to the best dense engine of the row"
+        tables.append(table(_COLUMNS, lines, title=title))
+    return "\n\n".join(tables)
 
 
 _COLUMNS = (
@@ -165,15 +169,14 @@ _COLUMNS = (
     "pattern",
     "out x in",
     "batch",
-    "weights",
-    ">threads",
-    ">mean",
+    "?weights",
+    "?>mean",
     ">worst",
-    ">low-high",
-    "of",
-    ">bound",
+    "?>low-high",
+    "?of",
+    "?>bound",
     ">least",
-    ">aim",
+    "?>aim",
     "reached by",
 )
 
@@ -187,7 +190,6 @@ def _cells(each: Standing) -> tuple[str, ...]:
         " ".join(f"{out}x{columns}" for out, columns in goal.shapes),
         _span(goal.batches),
         goal.weights,
-        str(each.threads),
         f"{geometric_mean(row.speedup for row in each.rows):.2f}x",
         f"{worst.speedup:.2f}x",
         f"{low:.2f}-{high:.2f}",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsecomp.display import table
+from sparsecomp.display import table, wrap
 from sparsecomp.errors import FormatError
 
 EVEN = 0.97
@@ -109,36 +109,37 @@ def render(result: dict[str, Any]) -> str:
         for threads in dict.fromkeys(each.row["threads"] for each in found):
             chosen = [each for each in found if each.row["dtype"] == dtype and each.row["threads"] == threads]
             title = f"{dtype}, {threads} thread{'s' if threads > 1 else ''}{', pinned' if threads == 1 else ''}"
-            parts.append(table(_COLUMNS, (_cells(each) for each in chosen), title=title))
+            for weights in dict.fromkeys(each.row["weights"] for each in chosen):
+                rows = [_cells(each) for each in chosen if each.row["weights"] == weights]
+                parts.append(table(_COLUMNS, rows, title=f"{title}, {weights} weights"))
     parts.append(_means(found))
     if curve := _curve(found):
         parts.append(curve)
     for name, reason in result["missing"].items():
-        parts.append(f"left out: {name}: {reason}")
+        parts.append(wrap(f"left out: {name}: {reason}"))
     for name, remark in result.get("remarks", {}).items():
-        parts.append(f"{name}: {remark}")
+        parts.append(wrap(f"{name}: {remark}"))
     for threads, seen in result.get("shared_cores", {}).items():
         end = "; then patience was at its end, and later rounds were kept unseen" if seen["gave_up"] else ""
-        parts.append(
-            f"{threads} threads: cores of this machine were shared for a while; {seen['dropped_rounds']} rounds were "
-            f"measured again after {seen['waited_s']} s{end}"
+        shared = (
+            f"{threads} threads: cores of this machine were shared for a while; {seen['dropped_rounds']} rounds were"
         )
+        parts.append(wrap(f"{shared} measured again after {seen['waited_s']} s{end}"))
     return "\n\n".join(parts)
 
 
 _COLUMNS = (
     ">out x in",
     ">batch",
-    "weights",
     "pattern",
-    ">us",
-    ">best dense us",
+    "?>us",
+    ">dense us",
     "by",
-    ">torch us",
+    "?>torch us",
     ">speedup",
-    ">low-high",
+    "?>low-high",
     ">bound",
-    "limit",
+    "?limit",
     "verdict",
 )
 
@@ -148,7 +149,6 @@ def _cells(each: Comparison) -> tuple[str, ...]:
     return (
         f"{row['out']}x{row['in']}",
         str(row["batch"]),
-        row["weights"],
         row["pattern"],
         f"{row['us']:.4g}",
         f"{each.dense['us']:.4g}",
@@ -170,7 +170,7 @@ def _heading(machine: dict[str, Any]) -> str:
             f"measured peaks, {threads} thread(s): fp32 {peak['fp32_gflops']:.0f} GFLOP/s, "
             f"bf16 {peak['bf16_gflops']:.0f} GFLOP/s, memory {peak['read_gb_s']:.0f} GB/s"
         )
-    return "\n".join(lines)
+    return "\n".join(map(wrap, lines))
 
 
 def _curve(found: list[Comparison]) -> str:

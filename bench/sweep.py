@@ -49,6 +49,11 @@ class Settings:
     seconds: float = 0.6
 
 
+def check_pattern(label: str) -> None:
+    """PatternError unless the label is a pattern, such as "2:4", or one with int8 weights, such as "2:4+int8"."""
+    sc.parse_pattern(label.removesuffix(INT8))
+
+
 def sweep(*parts: Settings) -> dict[str, Any]:
     """Measure; the result holds machine, settings, what to know of engines, and a row for each timing.
 
@@ -80,16 +85,11 @@ def sweep(*parts: Settings) -> dict[str, Any]:
         makes = {engine.name: partial(Product, engine, threads) for engine in engines}
         cores[threads] = Cores(threads)
         with workers(makes, threads, [engine.name for engine in engines if engine.openmp]) as started:
-            for part, shape, dtype in progress(groups, f"measuring, {threads} thread(s)"):
-                wanted = [*dense_engines(), *(sparse[pattern] for pattern in part.patterns)]
-                why = {engine.name: engine.missing(dtype) for engine in wanted}
-                missing |= {f"{name}, {dtype}": reason for name, reason in why.items() if reason is not None}
-                ready = [engine for engine in wanted if why[engine.name] is None]
-                remarks |= {f"{each.name}, {dtype}": text for each in ready if (text := each.remark(dtype)) is not None}
-                asked = {engine.name: started[engine.name] for engine in ready}
-                # weights of an earlier shape would fill the memory
-                ask_all((worker for name, worker in started.items() if name not in asked), "clear")
-                rows.extend(_rows(part, device, ready, asked, shape, dtype, threads, cores[threads]))
+            notes = missing, remarks
+            cases = _measured(groups, sparse, started, device, threads, cores[threads], notes)
+            count = sum(len(part.batches) + len(part.cold_batches) for part, _, _ in groups)
+            for measured in progress(cases, f"measuring, {threads} thread(s)", count):
+                rows.extend(measured)
     return {
         "format": FORMAT,
         "kind": "gemm",
@@ -101,6 +101,30 @@ def sweep(*parts: Settings) -> dict[str, Any]:
         "shared_cores": {str(threads): each.record() for threads, each in cores.items() if each.dropped_rounds},
         "rows": rows,
     }
+
+
+def _measured(
+    groups: list[tuple[Settings, tuple[int, int], str]],
+    sparse: Mapping[str, SparseEngine],
+    started: Mapping[str, Worker],
+    device: Device,
+    threads: int,
+    cores: Cores,
+    notes: tuple[dict[str, str], dict[str, str]],
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each case once it is measured; ``notes`` gain what is missing and what to know of engines."""
+    missing, remarks = notes
+    for part, shape, dtype in groups:
+        wanted = [*dense_engines(), *(sparse[pattern] for pattern in part.patterns)]
+        why = {engine.name: engine.missing(dtype) for engine in wanted}
+        missing.update({f"{name}, {dtype}": reason for name, reason in why.items() if reason is not None})
+        ready = [engine for engine in wanted if why[engine.name] is None]
+        told = {f"{each.name}, {dtype}": each.remark(dtype) for each in ready}
+        remarks.update({name: text for name, text in told.items() if text is not None})
+        asked = {engine.name: started[engine.name] for engine in ready}
+        # weights of an earlier shape would fill the memory
+        ask_all((worker for name, worker in started.items() if name not in asked), "clear")
+        yield from _rows(part, device, ready, asked, shape, dtype, threads, cores)
 
 
 def default_path(result: dict[str, Any], folder: Path) -> Path:
@@ -126,7 +150,8 @@ def _rows(
     dtype: str,
     threads: int,
     cores: Cores,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each case, a batch on warm or cold weights."""
     copies = _copies(settings, device, shape, dtype)
     ask_all(asked.values(), "load", shape, dtype, copies)
     cases = [(batch, "warm", 1) for batch in settings.batches]
@@ -136,6 +161,7 @@ def _rows(
         _check(errors, dtype, f"{shape[0]}x{shape[1]}, batch {batch}, {threads} threads")
         samplers = {name: partial(worker.ask, "sample") for name, worker in asked.items()}
         timings = measure(samplers, settings.seconds, cores)
+        found = []
         for engine in engines:
             row: dict[str, Any] = {
                 "out": shape[0],
@@ -154,7 +180,8 @@ def _rows(
                 request = Request(pattern, shape, DTYPES[dtype], "cpu", batch, engine.quantized)
                 limit = bound(request, device, threads, warm=weights == "warm")
                 row |= {"bound": round(limit.value, 3), "bound_by": limit.limited_by}
-            yield row
+            found.append(row)
+        yield found
 
 
 def _copies(settings: Settings, device: Device, shape: tuple[int, int], dtype: str) -> int:

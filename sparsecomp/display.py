@@ -57,14 +57,16 @@ def table(
     natural = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     room = width - 2  # a blank before the table, and the rule reaches one column beyond it
     gap = 3 if sum(natural) + 3 * (len(columns) - 1) <= room else 2
-    floors = _floors(natural, right, _NAMES, _WORDS, None)
+    # a heading may be folded, a number not
+    least = [max(map(len, (*name.split(), *each))) for name, *each in zip(head, *cells, strict=True)]
+    floors = _floors(natural, least, right, _NAMES, _WORDS, None)
     while sum(floors[i] for i in kept) + gap * (len(kept) - 1) > room:
         optional = [i for i in kept if columns[i].startswith("?")]
         if not optional:
             break
         kept.remove(optional[-1])
         hidden.insert(0, head[optional[-1]])
-    widths, gap = _widths([natural[i] for i in kept], [right[i] for i in kept], room, gap)
+    widths, gap = _widths([natural[i] for i in kept], [least[i] for i in kept], [right[i] for i in kept], room, gap)
     head, right = [head[i] for i in kept], [right[i] for i in kept]
     lines = [[row[i] for i in kept] for row in cells]
     names = _shortened([line[0] for line in lines], widths[0]) if lines else []
@@ -94,24 +96,31 @@ def fits(columns: Sequence[str], rows: Iterable[Sequence[object]], width: int | 
     return sum(natural) + 2 * (len(natural) - 1) + 2 <= (width or terminal_width())
 
 
-def _floors(natural: Sequence[int], right: Sequence[bool], names: int, words: int, middle: int | None) -> list[int]:
+def _floors(
+    natural: Sequence[int], least: Sequence[int], right: Sequence[bool], names: int, words: int, middle: int | None
+) -> list[int]:
     """The least width of each column; ``middle`` is that of words between the first and the last column."""
     floors = list(natural)
     for i, size in enumerate(natural):
-        if i == 0:
+        if right[i]:
+            floors[i] = least[i]
+        elif i == 0:
             floors[i] = min(size, names)
-        elif not right[i] and i == len(natural) - 1:
+        elif i == len(natural) - 1:
             floors[i] = min(size, words)
-        elif not right[i] and middle is not None:
-            floors[i] = min(size, middle)
+        elif middle is not None:
+            # shapes and the like are words, and are not broken
+            floors[i] = min(size, max(middle, min(least[i], 2 * middle)))
     return floors
 
 
-def _widths(natural: Sequence[int], right: Sequence[bool], room: int, gap: int) -> tuple[list[int], int]:
+def _widths(
+    natural: Sequence[int], least: Sequence[int], right: Sequence[bool], room: int, gap: int
+) -> tuple[list[int], int]:
     """Widths that fill the room, and the gap between columns; wider than the room only where nothing gives way."""
     tries = ((_NAMES, _WORDS, None, gap), (_NAMES, _WORDS, _MIDDLE, gap), (12, 16, _MIDDLE, 1), (8, 8, 6, 1))
     for names, words, middle, gap in tries:
-        widths = _floors(natural, right, names, words, middle)
+        widths = _floors(natural, least, right, names, words, middle)
         if sum(widths) + gap * (len(widths) - 1) <= room:
             break
     spare = max(0, room - sum(widths) - gap * (len(widths) - 1))
@@ -172,12 +181,12 @@ def numbered(names: Iterable[str]) -> list[tuple[str, int]]:
     """Names that differ in their numbers only, as one with "*" in place of these, each with how many they are."""
     alike: dict[tuple[str, ...], list[list[str]]] = {}
     for name in names:
-        parts = name.split(".")
-        alike.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
+        parts = re.split(r"(\d+)", name)  # words and numbers in turn
+        alike.setdefault(tuple(parts[::2]), []).append(parts)
     found = []
     for group in alike.values():
         same = [len(set(values)) == 1 for values in zip(*group, strict=True)]
-        found.append((".".join(p if kept else "*" for p, kept in zip(group[0], same, strict=True)), len(group)))
+        found.append(("".join(p if kept else "*" for p, kept in zip(group[0], same, strict=True)), len(group)))
     return found
 
 
