@@ -188,6 +188,11 @@ class CpuBackend(Backend):
         module = native()
         return module if isinstance(module, str) else None
 
+    def refusal(self) -> str | None:
+        """The extension's own words where it is installed and refuses this machine or SPARSECOMP_ISA, else None."""
+        module = native()
+        return module if isinstance(module, str) and not isinstance(extension(), str) else None
+
     def supports(self, request: Request) -> str | None:
         """None for N:M, V:N:M and blocks that fill vectors, in fp32, fp16 and bf16 on the CPU, else the reason."""
         if request.device != "cpu":
@@ -220,8 +225,8 @@ class CpuBackend(Backend):
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The layout of ``packed``, which must be on the CPU."""
         family, arguments = _stored(packed.pattern, packed.shape, packed.values.dtype, packed.values.shape[0])
-        values = torch.empty(_call(family, "values_bytes")(*arguments), dtype=torch.uint8)
-        metadata = torch.empty(_call(family, "metadata_bytes")(*arguments), dtype=torch.uint8)
+        values = torch.empty(_call(family, "values_bytes")(*arguments), dtype=torch.uint8, device="cpu")
+        metadata = torch.empty(_call(family, "metadata_bytes")(*arguments), dtype=torch.uint8, device="cpu")
         canonical = {"values": packed.values.detach().contiguous(), "metadata": packed.metadata.contiguous()}
         _call(family, "pack")(*arguments, *_addresses(**canonical), values.data_ptr(), metadata.data_ptr())
         scales = () if packed.scales is None else (packed.scales.detach().contiguous(),)
@@ -232,8 +237,8 @@ class CpuBackend(Backend):
         _require_layout(kernel)
         shapes = _canonical_shapes(kernel)
         layout, scales = kernel.tensors[:2], kernel.tensors[2:]
-        values = torch.empty(shapes[0], dtype=torch.int8 if scales else kernel.dtype)
-        metadata = torch.empty(shapes[1], dtype=torch.uint8)
+        values = torch.empty(shapes[0], dtype=torch.int8 if scales else kernel.dtype, device="cpu")
+        metadata = torch.empty(shapes[1], dtype=torch.uint8, device="cpu")
         pointers = _addresses(values=layout[0], metadata=layout[1])
         _call(_family(kernel), "unpack")(*kernel.arguments, *pointers, values.data_ptr(), metadata.data_ptr())
         quantized = (scales[0], kernel.dtype) if scales else ()
@@ -243,7 +248,7 @@ class CpuBackend(Backend):
         """The dense weight [out, in], written straight from the layout."""
         _require_layout(kernel)
         values, metadata, *scales = kernel.tensors
-        weight = torch.empty(kernel.shape, dtype=torch.int8 if scales else kernel.dtype)
+        weight = torch.empty(kernel.shape, dtype=torch.int8 if scales else kernel.dtype, device="cpu")
         pointers = _addresses(values=values, metadata=metadata)
         _call(_family(kernel), "to_dense")(*kernel.arguments, *pointers, weight.data_ptr(), torch.get_num_threads())
         return dequantize(weight, scales[0], kernel.dtype) if scales else weight

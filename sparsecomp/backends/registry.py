@@ -118,6 +118,10 @@ class Backend(ABC):
     def missing(self) -> str | None:
         """None if this machine can run the backend at all, else the reason why not."""
 
+    def refusal(self) -> str | None:
+        """Why kernels that are installed refuse this machine or its settings, so that layers run slower unasked."""
+        return None
+
     @abstractmethod
     def supports(self, request: Request) -> str | None:
         """None if the backend runs this request here, else the reason why not."""
@@ -217,6 +221,8 @@ def prepared(weight: Weight, pattern: Pattern, wanted: str | None, preferred: st
             raise ModelError(f'backend "{wanted}" {reason}; leave backend=None to have one chosen')
         return _prepare(wanted, weight, pattern)
     able = [name for name, reason in explain(request) if reason is None] or [choose(request)]
+    if weight.device.type == "cpu" and (refusal := backends()["cpu"].refusal()) is not None:
+        _warn_refused(refusal)
     refused: list[tuple[str, str]] = []
     for name in sorted(able, key=lambda name: name != preferred):
         try:
@@ -250,3 +256,12 @@ def first_line(error: Exception) -> str:
 @lru_cache(maxsize=256)
 def _warn_once(message: str) -> None:
     warnings.warn(f"{message}; the next one is taken, see layer.explain()", stacklevel=4)
+
+
+@lru_cache(maxsize=1)
+def _warn_refused(refusal: str) -> None:
+    warnings.warn(
+        f"sparse layers multiply dense here: {refusal}; correct that, see: sparsecomp doctor",
+        RuntimeWarning,
+        stacklevel=4,
+    )
