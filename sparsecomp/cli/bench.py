@@ -6,8 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
+from sparsecomp.cli.parser import counts, counts_or_none, output_file, positive, shapes, words
 from sparsecomp.errors import ModelError
 
+AUTO = "auto"
 _EXAMPLE = """\
 example: sparsecomp bench --shapes 4096x4096,3072x768 --batches 1,8 --dtypes fp32 --output result.json
 
@@ -19,20 +21,25 @@ docs/results.md explains the table. The default sweep is meant to take under six
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Add the verb."""
     parser = verbs.add_parser("bench", help="measure sparse against dense on this machine", epilog=_EXAMPLE)
-    parser.add_argument("--shapes", type=_shapes, metavar="LIST", help="out x in, such as 4096x4096,3072x768")
-    parser.add_argument("--batches", type=_numbers, metavar="LIST", help="rows of the input, such as 1,8,32,128")
-    parser.add_argument("--cold", type=_numbers, metavar="LIST", help="batches also measured on cold weights; 0: none")
-    parser.add_argument("--dtypes", type=_words, metavar="LIST", help="of fp32,bf16")
-    parser.add_argument("--patterns", type=_words, metavar="LIST", help="such as 2:4,8:16,2:4+int8 (int8 weights)")
+    parser.add_argument("--shapes", type=shapes, metavar="LIST", help="out x in, such as 4096x4096,3072x768")
+    parser.add_argument("--batches", type=counts, metavar="LIST", help="rows of the input, such as 1,8,32,128")
+    parser.add_argument(
+        "--cold", type=counts_or_none, metavar="LIST", help="batches also measured on cold weights; 0: none"
+    )
+    parser.add_argument("--dtypes", type=words, metavar="LIST", help="of fp32,bf16")
+    parser.add_argument("--patterns", type=words, metavar="LIST", help="such as 2:4,8:16,2:4+int8 (int8 weights)")
     parser.add_argument(
         "--goals", action="store_true", help="measure what the kernels are held to, and say where each goal stands"
     )
-    parser.add_argument("--threads", type=_numbers, metavar="LIST", help="default: 1 and all cores")
-    parser.add_argument("--seconds", type=float, metavar="S", help="time for all engines of a row (0.6; goals: 1)")
+    parser.add_argument("--threads", type=counts, metavar="LIST", help="default: 1 and all cores")
+    parser.add_argument("--seconds", type=positive, metavar="S", help="time for all engines of a row (0.6; goals: 1)")
     parser.add_argument(
-        "--output", metavar="FILE", help="write the result as JSON; auto: bench/results/DATE-CPU-gemm.json"
+        "--output",
+        metavar="FILE",
+        type=_result_file,
+        help="write the result, a .json file; auto: bench/results/DATE-CPU-gemm.json",
     )
-    parser.add_argument("--plot", metavar="SVG", help="write the limit plot of the largest shape")
+    parser.add_argument("--plot", metavar="SVG", type=output_file(".svg"), help="limit plot of the largest shape")
     return parser
 
 
@@ -44,30 +51,35 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = {
         "shapes": arguments.shapes,
         "batches": arguments.batches,
-        "cold_batches": None if arguments.cold is None else tuple(batch for batch in arguments.cold if batch > 0),
+        "cold_batches": arguments.cold,
         "dtypes": arguments.dtypes,
         "patterns": arguments.patterns,
         "threads": arguments.threads or tuple(dict.fromkeys((1, cores))),
         "seconds": arguments.seconds,
     }
     if arguments.goals:
-        if given := [name for name in ("shapes", "batches", "cold_batches", "dtypes", "patterns") if chosen[name]]:
-            raise ModelError(f"--goals sets {', '.join(given)} itself; leave either out")
+        if given := [
+            name for name in ("shapes", "batches", "cold_batches", "dtypes", "patterns") if chosen[name] is not None
+        ]:
+            options = ", ".join("cold" if name == "cold_batches" else name for name in given)
+            raise ModelError(f"--goals sets {options} itself; leave either out")
         parts = goals.parts(chosen["threads"], arguments.seconds)
     else:
         parts = [sweep.Settings(**{name: value for name, value in chosen.items() if value is not None})]
     used = {dtype for part in parts for dtype in part.dtypes}
     if unknown := used - {"fp32", "bf16"}:
         raise ModelError(f"--dtypes got {', '.join(sorted(unknown))}; allowed are fp32 and bf16")
+    for pattern in dict.fromkeys(pattern for part in parts for pattern in part.patterns):
+        sweep.check_pattern(pattern)
     if too_many := [count for count in chosen["threads"] if not 1 <= count <= cores]:
         raise ModelError(f"--threads got {too_many[0]}; this process may use 1 to {cores} cores")
     result = sweep.sweep(*parts)
     print(report.render(result))
-    if table := goals.render(result):
-        print(f"\n{table}")
+    if arguments.goals:
+        print(f"\n{goals.render(result)}")
     if arguments.output:
         path = Path(arguments.output)
-        path = sweep.default_path(result, Path("bench/results")) if arguments.output == "auto" else path
+        path = sweep.default_path(result, Path("bench/results")) if arguments.output == AUTO else path
         sweep.write(result, path)
         print(f"\nwrote {path}")
     if arguments.plot:
@@ -77,19 +89,5 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in _words(text))
-
-
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    shapes = []
-    for word in _words(text):
-        out, separator, columns = word.partition("x")
-        if not separator:
-            raise argparse.ArgumentTypeError(f"{word} is no shape; write out x in, such as 4096x4096")
-        shapes.append((int(out), int(columns)))
-    return tuple(shapes)
+def _result_file(text: str) -> str:
+    return text if text == AUTO else output_file(".json")(text)

@@ -3,48 +3,123 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sparsecomp.cli import models
+from sparsecomp.cli import choices, hub, models, pruned
+from sparsecomp.cli.parser import counts
+from sparsecomp.display import listed
+from sparsecomp.errors import ModelError, PatternError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsecomp.layers import LayerTable
+    from sparsecomp.plan import Plan
 
 _EXAMPLE = """\
 example: sparsecomp compile shop.models:build --pattern 2:4 --method magnitude -o packed.safetensors
 
-The plan is printed first: each layer's times, dense and sparse, and whether it goes sparse. Layers in which dense is
-faster stay dense, unless --everywhere. Without --method the weights must fit the pattern already. Read the file with
+The plan is printed first: each layer's times, in dense torch and sparse, and whether it goes sparse. Layers in which
+dense torch is faster stay dense, unless --everywhere. Without --method the weights must fit the pattern already. For
+weights that "sparsecomp prune" wrote, --pattern may be left out: the layers it pruned are packed, in the patterns it
+noted, and the layers it left dense stay dense. Read the file with
     sc.load("packed.safetensors", into=build())
+
+Patterns by layer: --pattern 'encoder.*=2:4' --pattern 8:16; a layer's full name counts before any glob, then the first
+glob that matches; the pattern without a glob is that of all other layers. "auto" is the pattern that suits this
+machine.
 """
+BATCHES = (1, 128)
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Add the verb."""
     parser = verbs.add_parser("compile", help="pack a model into sparse layers and save it", epilog=_EXAMPLE)
     models.add_model(parser)
-    parser.add_argument("--pattern", required=True, help='such as "2:4" or "8:16"')
+    choices.add_pattern(parser, False, "; needed unless prune wrote the weights")
     parser.add_argument("--method", help="prune first: magnitude, wanda, sparsegpt, fast, balanced, ...")
     parser.add_argument("--everywhere", action="store_true", help="pack layers in which dense is faster, too")
-    parser.add_argument("--batch", metavar="LIST", default="1,128", help="rows of x to plan for (default 1,128)")
+    parser.add_argument("--batch", metavar="LIST", type=counts, help="rows of x to plan for (default 1,128)")
+    parser.add_argument("--all", action="store_true", help="a row for each layer, where equal ones share one else")
+    parser.add_argument(
+        "--require-sparse", action="store_true", help="fail, with exit code 1 and no file, if no layer is packed"
+    )
     models.add_pruning(parser)
-    models.add_output(parser, "safetensors")
+    models.add_output(parser, "safetensors", ".safetensors", ".st")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     import sparsecomp as sc
+    from sparsecomp.layers import find_linears, require_layers
 
-    model = models.load_model(arguments.model, arguments.weights)
-    chosen = {"only": arguments.only, "skip": arguments.skip}
-    calibration = models.load_calibration(arguments, model)
+    given = choices.read_patterns(arguments.pattern or [])
+    choices.check_method(arguments.method, arguments.calibration)
+    if arguments.everywhere and (arguments.batch or arguments.all):
+        option = "--batch" if arguments.batch else "--all"
+        raise ModelError(f"{option} is for the plan, which --everywhere does without; leave one of them out")
+    if arguments.batch_item is not None and arguments.calibration is None:
+        raise ModelError("--batch-item is the part of a calibration batch; give --calibration as well")
+    model = models.load_model(arguments.model, arguments.weights, arguments.auto_class)
+    every = find_linears(model)
+    found = require_layers(find_linears(model, arguments.only, arguments.skip))
+    noted = pruned.recorded(arguments.model, arguments.weights)
+    # who names a method and a pattern wants them everywhere
+    noted = None if given and arguments.method else noted
+    if not given and noted is None:
+        raise PatternError("--pattern is missing, and the weights do not note any; give one, such as --pattern 2:4")
+    chosen = choices.by_layer(found, choices.without_auto(given, model), noted)
+    choices.check_finite(found, list(chosen))
+    if arguments.method is None:
+        choices.check_fit(found, chosen)
+    elif note := choices.head_note(model, chosen, arguments.method, arguments.calibration is not None):
+        print(note, file=sys.stderr)
     dense = models.count_bytes(model)
-    prepared = {"calibration": calibration, "method": arguments.method, **chosen}
-    if arguments.everywhere:
-        sc.compile(model, arguments.pattern, where="everywhere", **prepared)
-    else:
-        plan = sc.plan(model, arguments.pattern, batch=models.numbers(arguments.batch), **chosen)
-        print(plan)
-        sc.compile(model, plan, **prepared)
+    with hub.without_cache(model):
+        calibration = models.load_calibration(arguments, model)
+        choices.check_calibration(arguments.method, calibration, list(chosen))
+        prepared: dict[str, Any] = {"calibration": calibration, "method": arguments.method}
+        prepared |= {"only": arguments.only, "skip": arguments.skip}
+        plan = None
+        if not arguments.everywhere:
+            plan = sc.plan(model, chosen, batch=arguments.batch or BATCHES, only=arguments.only, skip=arguments.skip)
+            plan = _name_dense(plan, found, noted is not None)
+            print(plan.text(every=arguments.all))
+        with warnings.catch_warnings():
+            # said below, in a line of the output
+            warnings.filterwarnings("ignore", message="compile packed 0 of")
+            sc.compile(model, chosen if plan is None else plan, where="everywhere", **prepared)
+    packed = _packed(model)
+    if arguments.require_sparse and not packed:
+        reasons = () if plan is None else (*plan.stayed_dense.values(), *plan.skipped.values())
+        why = next(iter(reasons), "none could be")
+        raise ModelError(
+            f"none of {len(every)} layers is packed ({why}), and --require-sparse wants one; wrote no file"
+        )
     sc.save(model, arguments.output)
+    if plan is None and (left := [name for name in found if name not in packed]):
+        print(f"left dense{' by prune' if noted is not None else ''}: {listed(left)}")
     size = Path(arguments.output).stat().st_size
+    print(f"packed {len(packed)} of {len(every)} layers{'' if packed else ': the model runs dense, as before'}")
     print(f"wrote {arguments.output}: {size / 1e6:.1f} MB; the dense weights take {dense / 1e6:.1f} MB")
     return 0
+
+
+def _name_dense(plan: Plan, found: LayerTable, noted: bool) -> Plan:
+    """The plan, in which layers that have no pattern because prune left them dense say so."""
+    if not noted:
+        return plan
+    decided = {layer.name for layer in plan}
+    left = {name: "prune left it dense" for name in found if name not in decided}
+    return dataclasses.replace(plan, skipped={**plan.skipped, **left})
+
+
+def _packed(model: nn.Module) -> set[str]:
+    from sparsecomp.nn import SparseLinear
+
+    return {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 _EXAMPLE = """\
 example: sparsecomp doctor
 
+--json prints the same facts as JSON: rates in operations and bytes a second, a reason for each backend that is missing.
 The exit code is 0 if a compiled kernel can run here, and 1 if only dense fallbacks can.
 """
 
@@ -23,73 +27,118 @@ OPTIONAL = {
     "openvino": "a dense baseline of bench",
     "transformers": "Hugging Face folders as MODEL",
 }
+_FALLBACKS = ("dense", "reference")
+_OPERATORS = "onnxruntime operators"
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Add the verb."""
     parser = verbs.add_parser("doctor", help="say what this machine can run and what is missing", epilog=_EXAMPLE)
     parser.add_argument("--quick", action="store_true", help="do not measure the machine's peaks")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
+    with warnings.catch_warnings():
+        # a refused machine is what the table and the last line are about
+        warnings.simplefilter("ignore", RuntimeWarning)
+        facts = _facts(quick=arguments.quick)
+    print(json.dumps(facts, indent=1, allow_nan=False) if arguments.json else _text(facts))
+    return 0 if facts["compiled"] else 1
+
+
+def _facts(quick: bool) -> dict[str, Any]:
     import torch
 
     import sparsecomp as sc
+    from sparsecomp.backends.cpu import CpuBackend
     from sparsecomp.backends.registry import backends
-    from sparsecomp.display import table
     from sparsecomp.onnx.session import library_path
 
-    print(f"sparsecomp {sc.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     reasons = {name: backend.missing() for name, backend in backends().items()}
-    print(_devices(quick=arguments.quick))
-    print()
-    rows = [(name, "ready" if reason is None else "missing", reason or "") for name, reason in reasons.items()]
-    library = library_path()
-    rows.append(
-        ("onnxruntime operators", "ready" if library else "missing", "" if library else "the library was not built")
-    )
-    print(table(("backend", "state", "why"), rows))
-    print()
-    packages = [(name, _version(name), purpose) for name, purpose in OPTIONAL.items()]
-    print(table(("optional package", "version", "used for"), packages))
-    compiled = [name for name, reason in reasons.items() if reason is None and name not in ("dense", "reference")]
-    if not compiled:
-        print(
-            "\nNo compiled kernel can run here, so sparse layers multiply dense; reinstall with a C++ compiler at hand."
-        )
-    return 0 if compiled else 1
+    return {
+        "sparsecomp": sc.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "devices": [_device(kind, quick) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()],
+        "backends": {name: {"ready": reason is None, "reason": reason} for name, reason in reasons.items()},
+        "onnxruntime_operators": library_path() is not None,
+        "packages": {name: _version(name) for name in OPTIONAL},
+        "compiled": [name for name, reason in reasons.items() if reason is None and name not in _FALLBACKS],
+        "refused": CpuBackend().refusal(),
+    }
 
 
-def _devices(quick: bool) -> str:
+def _device(kind: str, quick: bool) -> dict[str, Any]:
     import torch
 
+    from sparsecomp.backends.cpu import native
     from sparsecomp.device import detect
 
-    lines = []
-    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        device = detect(kind)
-        lines.append(device.describe())
-        if kind == "cpu":
-            from sparsecomp.backends.cpu import native
+    device = detect(kind)
+    found: dict[str, Any] = {"kind": kind, "description": device.describe(), "instruction_sets": None}
+    found |= {"natural_pattern": str(device.natural_pattern()), "flops": None, "bytes_per_second": None}
+    module = native()
+    if kind == "cpu" and not isinstance(module, str):
+        found["instruction_sets"] = str(module.isa_available()).split(",")
+    if not quick:
+        dtypes = (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+        found["flops"] = {name: device.flops(dtype) for name, dtype in dtypes}
+        found["bytes_per_second"] = device.bandwidth()
+    return found
 
-            module = native()
-            if not isinstance(module, str):
-                lines.append(f"     instruction sets: {module.isa_available()} (SPARSECOMP_ISA names a lower one)")
-            lines.append(f"     natural pattern at half the weights: {device.natural_pattern()}")
-        if not quick:
-            dtypes = (("float32", torch.float32), ("bfloat16", torch.bfloat16))
-            peaks = ", ".join(f"{name} {device.flops(dtype) / 1e9:.0f} GFLOP/s" for name, dtype in dtypes)
-            lines.append(f"     measured peaks: {peaks}, memory {device.bandwidth() / 1e9:.0f} GB/s")
-    if not torch.cuda.is_available():
+
+def _text(facts: dict[str, Any]) -> str:
+    from sparsecomp.display import table, wrap
+
+    lines = [f"sparsecomp {facts['sparsecomp']}, Python {facts['python']}, torch {facts['torch']}"]
+    for device in facts["devices"]:
+        lines.append(wrap(device["description"], indent="     "))
+        if device["instruction_sets"] is not None:
+            sets = ", ".join(device["instruction_sets"])
+            lines.append(wrap(f"     instruction sets: {sets} (SPARSECOMP_ISA names a lower one)", indent="       "))
+        lines.append(f"     natural pattern at half the weights: {device['natural_pattern']}")
+        if device["flops"] is not None:
+            peaks = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in device["flops"].items())
+            memory = f"memory {device['bytes_per_second'] / 1e9:.0f} GB/s"
+            lines.append(wrap(f"     measured peaks: {peaks}, {memory}", indent="       "))
+    if all(device["kind"] != "cuda" for device in facts["devices"]):
         lines.append("cuda: torch sees no GPU")
+    packages = [(name, facts["packages"][name] or "not installed", purpose) for name, purpose in OPTIONAL.items()]
+    lines += ["", table(("backend", "state", "why"), _backend_rows(facts))]
+    lines += ["", table(("optional package", "version", "used for"), packages)]
+    if not facts["compiled"]:
+        why = facts["refused"]
+        how = why if why is not None else "reinstall with a C++ compiler at hand"
+        lines += ["", wrap(f"No compiled kernel can run here, so sparse layers multiply dense: {how}.", indent="")]
     return "\n".join(lines)
 
 
-def _version(package: str) -> str:
+def _backend_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Those that are ready, then those that are missing, in one row for each reason."""
+    rows = [(name, "ready", "") for name, each in facts["backends"].items() if each["ready"]]
+    operators = facts["onnxruntime_operators"]
+    rows += [(_OPERATORS, "ready", "")] * operators
+    missing: dict[str, list[str]] = {}
+    for name, each in facts["backends"].items():
+        if not each["ready"]:
+            missing.setdefault(each["reason"], []).append(name)
+    for reason, names in missing.items():
+        one = len(names) == 1
+        rows.append(
+            (names[0] if one else f"{len(names)} others", "missing", reason if one else f"{reason}: {', '.join(names)}")
+        )
+    if not operators:
+        rows.append((_OPERATORS, "missing", "the library was not built"))
+    return rows
+
+
+def _version(package: str) -> str | None:
+    """The version of a package, None if it is not installed."""
     if find_spec(package) is None:
-        return "not installed"
+        return None
     for distribution in (package, f"{package}-cuda13x", f"{package}-cuda12x"):
         try:
             return version(distribution)

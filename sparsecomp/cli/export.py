@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from sparsecomp.cli import models
+from sparsecomp.cli import hub, models
 
 _EXAMPLE = """\
 example: sparsecomp export packed.safetensors --model shop.models:build --inputs shop.data:example \\
              --form packed -o model.onnx
 
-A Hugging Face folder needs no --inputs: token ids and an attention mask are used.
-packed keeps values and metadata apart and runs anywhere through a function body; dense writes zeros, for TensorRT.
+A Hugging Face folder needs no --inputs: token ids and a mask, or pixels, of any batch and length are used. A factory
+gives a tuple of arguments, a dict of keyword arguments, or the only argument; their first axis may have any size.
+packed keeps values and metadata apart: ONNX Runtime runs it anywhere through a function body, and fast with the
+operators of this package. dense writes the zeros, for OpenVINO, TensorRT and others that know no function bodies.
 """
 
 
@@ -19,10 +22,10 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     """Add the verb."""
     parser = verbs.add_parser("export", help="write a saved packed model as ONNX", epilog=_EXAMPLE)
     parser.add_argument("file", metavar="FILE", help="a file that compile wrote")
-    models.add_model(parser, "--model")
-    parser.add_argument("--inputs", metavar="FACTORY", help="module:function giving the arguments of one forward call")
+    models.add_model(parser, "--model", weights=False)
+    parser.add_argument("--inputs", metavar="FACTORY", help="module:function giving the arguments of one call")
     parser.add_argument("--form", choices=("packed", "dense"), default="packed", help="default: packed")
-    models.add_output(parser, "ONNX")
+    models.add_output(parser, "ONNX", ".onnx")
     return parser
 
 
@@ -30,8 +33,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     import sparsecomp as sc
 
-    model = models.load_model(arguments.model, arguments.weights)
-    sc.load(arguments.file, into=model)
-    inputs, axes = models.load_inputs(arguments.inputs, arguments.model)
-    print(sc.export_onnx(model, inputs, arguments.output, form=arguments.form, dynamic_shapes=axes))
+    model = models.load_model(arguments.model, auto_class=arguments.auto_class)
+    model = sc.load(arguments.file, into=model)
+    call = models.load_call(arguments.inputs, arguments.model, model)
+    with hub.without_cache(model):
+        names = hub.output_names(model, call) if Path(arguments.model).is_dir() else None
+        report = sc.export_onnx(
+            model,
+            call.args,
+            arguments.output,
+            form=arguments.form,
+            output_names=names,
+            dynamic_shapes=call.axes,
+            kwargs=call.kwargs or None,
+        )
+    print(report)
     return 0

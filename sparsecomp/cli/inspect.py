@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import math
 from pathlib import Path
+from typing import Any
+
+from sparsecomp.errors import ModelError
 
 _EXAMPLE = """\
 example: sparsecomp inspect packed.safetensors
@@ -19,20 +25,45 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
         "inspect", help="check a saved model or an ONNX file and say what is in it", epilog=_EXAMPLE
     )
     parser.add_argument("file", metavar="FILE", help="a .safetensors file of this package, or an .onnx file")
-    parser.add_argument("--pattern", default="2:4", help="for .onnx: the pattern to check against (default 2:4)")
+    parser.add_argument("--pattern", help="for .onnx alone: the pattern to check against (default 2:4)")
+    parser.add_argument("--all", action="store_true", help="for .safetensors: a row for each layer, equal ones too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     path = Path(arguments.file)
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         from sparsecomp.onnx import verify
 
-        verified = verify(path, arguments.pattern)
-        print(verified)
+        verified = verify(path, arguments.pattern or "2:4")
+        print(_json(verified, fits=verified.fits) if arguments.json else verified)
         return 0 if verified.fits else 1
     from sparsecomp.storage import inspect
 
-    print(inspect(path))
+    if arguments.pattern is not None:
+        raise ModelError(
+            f'--pattern is what an .onnx file is checked against; "{path}" says itself which patterns its layers have, '
+            "so leave it out"
+        )
+    found = inspect(path)
+    print(_json(found) if arguments.json else found.text(every=arguments.all))
     return 0
+
+
+def _json(value: Any, **more: object) -> str:
+    """A frozen dataclass as JSON: its fields, and what else is given."""
+    return json.dumps({**_plain(value), **more}, indent=1, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import sparsecomp
-from sparsecomp.cli import bench, compile, doctor, export, inspect, prune
+from sparsecomp.cli import bench, compile, doctor, export, inspect, plan, prune
+from sparsecomp.cli.parser import Parser
+from sparsecomp.cli.words import in_words_of_the_command_line
 from sparsecomp.errors import SparsecompError
 
-VERBS = (doctor, prune, compile, export, inspect, bench)
+VERBS = (doctor, plan, prune, compile, export, inspect, bench)
 
 _EPILOG = """\
 exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted
@@ -22,7 +28,7 @@ example: sparsecomp compile shop.models:build --pattern 2:4 --method magnitude -
 
 def parser() -> argparse.ArgumentParser:
     """The parser with every verb."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="sparsecomp",
         description="Prune, pack, run and export N:M sparse linear layers.",
         epilog=_EPILOG,
@@ -46,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
+    arguments.command = ["sparsecomp", *(sys.argv[1:] if argv is None else argv)]
     try:
-        code: int = arguments.run(arguments)
+        with _plain_warnings():
+            code: int = arguments.run(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -64,10 +72,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within the block, warnings of this package are one line without a place in its code; others are as ever."""
+    package, usual = Path(sparsecomp.__file__).parent, warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if category in (UserWarning, RuntimeWarning) and package in Path(filename).parents:
+            print(f"warning: {in_words_of_the_command_line(' '.join(str(message).split()))}", file=sys.stderr)
+        else:
+            usual(message, category, filename, *rest)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or "no message"
     if isinstance(error, SparsecompError | OSError):
-        return text
+        return in_words_of_the_command_line(text)
     return f"{type(error).__name__}: {text} (add --debug for the traceback)"
 
 

@@ -5,9 +5,10 @@ Takes names, gives objects. A name is a Python factory ``module:function`` or a 
 
 from __future__ import annotations
 
+import inspect
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,58 +16,66 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsecomp.calibration import Calibration, calibrate
-from sparsecomp.errors import FormatError, ModelError
-from sparsecomp.files import require_folder, safetensors
+from sparsecomp.cli import hub
+from sparsecomp.cli.hub import Call
+from sparsecomp.cli.parser import output_file
+from sparsecomp.errors import CalibrationError, ModelError
+from sparsecomp.files import safetensors
 
 MODEL_HELP = (
     "a Python factory module:function that takes no argument and returns an nn.Module (the current folder is on the "
     "import path), or a local Hugging Face folder (needs transformers)"
 )
+_WEIGHT_FILES = (".safetensors", ".st", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".h5")
 
 
-def add_model(parser: ArgumentParser, flag: str = "model") -> None:
-    """Add the argument that names a model, and --weights."""
+def add_model(parser: ArgumentParser, flag: str = "model", weights: bool = True) -> None:
+    """Add the argument that names a model, --auto-class, and --weights unless the verb reads weights itself."""
     if flag.startswith("-"):
         parser.add_argument(flag, required=True, metavar="MODEL", help=MODEL_HELP)
     else:
         parser.add_argument(flag, metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--weights", metavar="FILE", help="load these dense weights (safetensors) into the model first")
+    parser.add_argument(
+        "--auto-class",
+        metavar="NAME",
+        help="transformers class for a folder (default: the one in its config.json, with its head)",
+    )
+    if weights:
+        parser.add_argument(
+            "--weights", metavar="FILE", help="load these dense weights (safetensors) into the model first"
+        )
 
 
 def add_pruning(parser: ArgumentParser) -> None:
-    """Add --calibration, --only and --skip."""
+    """Add --calibration, --batch-item, --only and --skip."""
     parser.add_argument("--calibration", metavar="FACTORY", help="module:function giving an iterable of batches")
+    parser.add_argument(
+        "--batch-item",
+        metavar="ITEM",
+        help="the part of each batch that the model takes: 0 for batches (x, label), a key for dicts",
+    )
+    add_selection(parser)
+
+
+def add_selection(parser: ArgumentParser) -> None:
+    """Add --only and --skip."""
     parser.add_argument("--only", metavar="GLOB", action="append", help="only layers of these names (may be repeated)")
-    parser.add_argument("--skip", metavar="GLOB", action="append", help="leave layers of these names dense")
+    parser.add_argument(
+        "--skip", metavar="GLOB", action="append", help="leave layers of these names dense (may be repeated)"
+    )
 
 
-def add_output(parser: ArgumentParser, kind: str) -> None:
-    """Add --output, for a file of that kind in a folder that is there."""
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", type=output_path, help=f"{kind} file to write")
-
-
-def output_path(text: str) -> str:
-    """The path of a file to write, for argparse: its folder is there."""
-    try:
-        require_folder(Path(text))
-    except FormatError as error:
-        raise ArgumentTypeError(str(error)) from None
-    return text
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """The whole numbers of a list such as "1,8,128". Raises ModelError for anything else."""
-    try:
-        return tuple(int(word) for word in text.split(",") if word.strip())
-    except ValueError:
-        raise ModelError(f'"{text}" is no list of whole numbers; write it like 1,8,128') from None
+def add_output(parser: ArgumentParser, kind: str, *endings: str) -> None:
+    """Add --output, for a file of that kind and those endings in a folder that is there."""
+    check = output_file(*endings)
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", type=check, help=f"{kind} file to write")
 
 
 def call_factory(name: str, what: str) -> Any:
     """The result of ``module:function``, called without arguments. Raises ModelError, saying what went wrong."""
     module_name, separator, function_name = name.partition(":")
     if not separator or not module_name or not function_name:
-        raise ModelError(f'"{name}" does not name {what}; write it as module:function, such as shop.models:build')
+        raise ModelError(_no_factory(name, what))
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -74,70 +83,154 @@ def call_factory(name: str, what: str) -> Any:
         module = import_module(module_name)
     except ImportError as error:
         raise ModelError(f'module "{module_name}" of "{name}" cannot be imported: {error}') from error
+    except Exception as error:
+        raise ModelError(f'module "{module_name}" of "{name}" cannot be imported, it raises {_told(error)}') from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ModelError(f'module "{module_name}" has no function "{function_name}"; "{name}" needs one')
-    return function()
+    _require_no_arguments(name, function)
+    try:
+        return function()
+    except Exception as error:
+        raise ModelError(f'factory "{name}" raised {_told(error)}') from error
 
 
-def load_model(name: str, weights: str | None = None) -> nn.Module:
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'} (add --debug for the traceback)"
+
+
+def _require_no_arguments(name: str, function: Callable[..., Any]) -> None:
+    try:
+        needed = [
+            each.name
+            for each in inspect.signature(function).parameters.values()
+            if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        ]
+    except (TypeError, ValueError):
+        return  # built in, without a signature; the call will tell
+    if needed:
+        raise ModelError(
+            f'factory "{name}" wants {", ".join(needed)}; it must take no argument, so name a function that calls it: '
+            "def build(): return ..."
+        )
+
+
+def _no_factory(name: str, what: str) -> str:
+    """Why a name without a function behind it is no factory, and what to write."""
+    path = Path(name)
+    write = "write it as module:function, such as shop.models:build"
+    if path.suffix.lower() in _WEIGHT_FILES:
+        there = "is a file of weights" if path.is_file() else "looks like a file of weights"
+        load = "" if path.suffix.lower() in (".safetensors", ".st") else " (wrap torch.load in it)"
+        extra = "" if load else ", and give the file with --weights"
+        return (
+            f'"{name}" {there}, which does not name {what}; name a factory that builds the model{load}{extra}: {write}'
+        )
+    if path.is_file():
+        return f'"{name}" is a file, which does not name {what}; {write}'
+    if "model" in what and name.count("/") == 1 and hub.is_hub_name(name) and not path.parent.is_dir():
+        return (
+            f'"{name}" is no folder here; if it is a Hugging Face id, download it first, with: hf download {name} '
+            f"--local-dir FOLDER, and name the folder; or {write}"
+        )
+    if "/" in name or name.startswith("."):
+        return f'"{name}" does not name {what}: there is no such folder; {write}'
+    return f'"{name}" does not name {what}; {write}, or download a Hugging Face id first and name its folder'
+
+
+def load_model(name: str, weights: str | None = None, auto_class: str | None = None) -> nn.Module:
     """The model of that name in eval mode, with the dense weights of the file if one is given.
 
     Raises ModelError for a name that is neither a factory nor a Hugging Face folder, or weights that do not fit.
     """
-    model = _from_folder(Path(name)) if Path(name).is_dir() else call_factory(name, "a model or a model folder")
+    path = None if weights is None else _readable(Path(weights))
+    if Path(name).is_dir():
+        return hub.load_folder(Path(name), auto_class, path).eval()
+    if auto_class is not None:
+        raise ModelError(f'--auto-class is the class of a Hugging Face folder, and "{name}" is none; leave it out')
+    model = call_factory(name, "a model or a model folder")
     if not isinstance(model, nn.Module):
-        raise ModelError(f'"{name}" returned a {type(model).__name__}; the factory must return an nn.Module')
-    if weights is not None:
-        _load_dense(model, Path(weights))
+        kind = f"the class {model.__name__}" if isinstance(model, type) else _a(type(model).__name__)
+        hint = "call it in the factory" if isinstance(model, type) else "build the model in it"
+        raise ModelError(f'"{name}" returned {kind}; the factory must return an nn.Module, so {hint}')
+    if path is not None:
+        _load_dense(model, path)
     return model.eval()
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def load_calibration(arguments: Namespace, model: nn.Module) -> Calibration | None:
     """The statistics of ``model`` on the batches that --calibration names, or None without one."""
     if arguments.calibration is None:
         return None
-    return calibrate(model, load_batches(arguments.calibration), only=arguments.only, skip=arguments.skip)
+    batches = load_batches(arguments.calibration, arguments.batch_item)
+    return calibrate(model, batches, only=arguments.only, skip=arguments.skip)
 
 
-def load_batches(name: str) -> Iterable[Any]:
-    """The batches that a factory gives. Raises ModelError for what is no iterable of batches."""
+def load_batches(name: str, item: str | None = None) -> Iterable[Any]:
+    """The batches that a factory gives, or that item of each. Raises ModelError for what is no iterable of batches."""
     batches = call_factory(name, "calibration batches")
     if not isinstance(batches, Iterable) or isinstance(batches, str | dict):
-        raise ModelError(f'"{name}" returned a {type(batches).__name__}; return an iterable of batches')
-    return batches
+        raise ModelError(f'"{name}" returned {_a(type(batches).__name__)}; return an iterable of batches')
+    return batches if item is None else _items(batches, item)
 
 
-def load_inputs(name: str | None, model_name: str) -> tuple[tuple[Any, ...], Any]:
-    """Example inputs for export and their dynamic axes as export_onnx takes them (None: the batch).
+def _items(batches: Iterable[Any], item: str) -> Iterator[Any]:
+    for number, batch in enumerate(batches):
+        try:
+            yield batch[item] if isinstance(batch, Mapping) else batch[int(item)]
+        except (KeyError, IndexError, ValueError, TypeError):
+            has = (
+                f"the keys {', '.join(map(str, batch))}"
+                if isinstance(batch, Mapping)
+                else f"{len(batch)} items"
+                if isinstance(batch, tuple | list)
+                else f"{_a(type(batch).__name__)}, which is one input"
+            )
+            raise CalibrationError(
+                f"--batch-item {item} is not in batch {number} (counted from 0), which has {has}; give a position "
+                "counted from 0 for tuples, a key for dicts, or leave it out"
+            ) from None
 
-    They come from a factory; for a Hugging Face folder they are token ids and a mask of any batch and length.
+
+def load_call(name: str | None, model_name: str, model: nn.Module) -> Call:
+    """The forward call to export with. From a factory it has the batch of any size (axes None).
+
+    A factory gives a tuple of arguments, a dict of keyword arguments, or the only argument. For a Hugging Face folder
+    they are token ids and a mask of any batch and length, or pixels of any batch.
     Raises ModelError where there is nothing to take them from.
     """
     if name is not None:
         inputs = call_factory(name, "example inputs")
-        return inputs if isinstance(inputs, tuple) else (inputs,), None
+        if isinstance(inputs, Mapping):
+            return Call((), dict(inputs), None)
+        return Call(inputs if isinstance(inputs, tuple) else (inputs,), {}, None)
     if not Path(model_name).is_dir():
         raise ModelError(f'exporting "{model_name}" needs example inputs; name a factory: --inputs module:function')
-    import torch
-
-    ids = torch.ones(2, 8, dtype=torch.int64)
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
-    return (ids, torch.ones_like(ids)), (axes, axes)
+    return hub.example_call(model)
 
 
-def _from_folder(folder: Path) -> nn.Module:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f'folder "{folder}" has no config.json; it must be a Hugging Face model folder')
+def _readable(path: Path) -> Path:
+    """The path of a safetensors file that can be read. Raises ModelError for any other."""
+    if not path.exists():
+        raise ModelError(f'dense weights "{path}" cannot be read: there is no such file')
+    if path.is_dir():
+        raise ModelError(f'dense weights "{path}" is a folder; name a safetensors file in it, or the folder as MODEL')
+    base = safetensors()
     try:
-        from transformers import AutoModel
-    except ImportError as error:
+        with base.safe_open(path, framework="pt"):
+            return path
+    except (base.SafetensorError, OSError) as error:
+        hint = (
+            "save the weights with safetensors.torch.save_file" if path.suffix in _WEIGHT_FILES[2:] else "save it again"
+        )
         raise ModelError(
-            f'model folder "{folder}" needs the package transformers; install it with: pip install transformers'
+            f'dense weights "{path}" cannot be read, so they do not fit the model: this is no whole safetensors file '
+            f"({' '.join(str(error).split())}); {hint}"
         ) from error
-    model = AutoModel.from_pretrained(folder, local_files_only=True)
-    assert isinstance(model, nn.Module)
-    return model
 
 
 def _load_dense(model: nn.Module, path: Path) -> None:

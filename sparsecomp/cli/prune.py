@@ -5,25 +5,33 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecomp.cli import models
-from sparsecomp.errors import CalibrationError, FormatError, ModelError, PatternError
+from sparsecomp.cli import choices, hub, models, pruned
+from sparsecomp.cli.parser import output_file, output_path, whole
+from sparsecomp.errors import CalibrationError, FormatError, ModelError
 from sparsecomp.files import safetensors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
+    from sparsecomp.patterns import Pattern
     from sparsecomp.prune import PruneReport, Tuning
 
 _EXAMPLE = """\
 example: sparsecomp prune shop.models:build --pattern 2:4 --method balanced --calibration shop.data:batches \\
              --blocks --tune 100 --distill 500 --checkpoint work --report report.html -o pruned.safetensors
 
-The file holds ordinary dense weights with zeros in them, under the model's own names. Go on with
-    sparsecomp compile shop.models:build --weights pruned.safetensors --pattern 2:4 -o packed.safetensors
+The file holds ordinary dense weights with zeros in them, under the model's own names, and notes which layer was
+pruned to which pattern. Go on with
+    sparsecomp compile shop.models:build --weights pruned.safetensors -o packed.safetensors
+
+A Hugging Face model is written as a folder, its tokenizer with it, where -o ends in a slash or is a folder:
+    sparsecomp prune bert/ --pattern 2:4 -o bert-pruned/
 
 Patterns by layer: --pattern 'encoder.*=2:4' --pattern 8:16; a layer's full name counts before any glob, then the first
 glob that matches; the pattern without a glob is that of all other layers.
@@ -34,20 +42,16 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     """Add the verb."""
     parser = verbs.add_parser("prune", help="prune a model, save dense weights with zeros", epilog=_EXAMPLE)
     models.add_model(parser)
-    parser.add_argument(
-        "--pattern",
-        required=True,
-        action="append",
-        metavar="[GLOB=]PATTERN",
-        help='such as "2:4", "8:16" or "2:4@v4"; with a glob on layer names it may be repeated',
-    )
+    choices.add_pattern(parser, True)
     parser.add_argument("--method", default="magnitude", help="magnitude (default), wanda, fast, balanced, ...")
     models.add_pruning(parser)
     parser.add_argument(
         "--blocks", action="store_true", help="prune block by block, each seeing the pruned ones before"
     )
-    parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="with --blocks: tune each block so long")
-    parser.add_argument("--distill", type=int, default=0, metavar="STEPS", help="then tune the whole model so long")
+    parser.add_argument(
+        "--tune", type=whole(), default=0, metavar="STEPS", help="with --blocks: tune each block so long"
+    )
+    parser.add_argument("--distill", type=whole(), default=0, metavar="STEPS", help="then tune the whole model so long")
     parser.add_argument("--learning-rate", type=float, metavar="RATE", help="of tuning (default 3e-4)")
     parser.add_argument(
         "--held-out",
@@ -55,40 +59,63 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
         metavar="SHARE",
         help="of the batches, to judge by (default 0.1, without --blocks or --distill only for best)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument("--seed", type=whole(), default=0, help="of everything random (default 0)")
     parser.add_argument(
         "--checkpoint", metavar="FOLDER", help="keep finished work there; a second call goes on from it"
     )
     parser.add_argument("--masks", metavar="FILE", help="use these masks (safetensors, by layer name; nonzero = kept)")
-    parser.add_argument(
-        "--save-masks", metavar="FILE", type=models.output_path, help="write the masks (safetensors, bool)"
-    )
+    parser.add_argument("--save-masks", metavar="FILE", type=output_file(), help="write the masks (safetensors, bool)")
     parser.add_argument(
         "--report",
         metavar="FILE",
         action="append",
-        type=models.output_path,
-        help="write the report: .json, .csv or .html",
+        type=output_file(),
+        help="write the report: .json, .csv or .html (may be repeated)",
     )
-    models.add_output(parser, "safetensors")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        type=output_path,
+        help="safetensors file to write, or FOLDER/ for a Hugging Face model",
+    )
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
+    from sparsecomp.layers import find_linears, require_layers
+    from sparsecomp.prune.model import check_masks, choose_patterns
+
+    given = choices.read_patterns(arguments.pattern)
+    choices.check_method(arguments.method, arguments.calibration)
     settings = _check(arguments)
     torch_io = safetensors("torch")
-    model = models.load_model(arguments.model, arguments.weights)
-    dense = copy.deepcopy(model) if arguments.distill else None
-    report = _prune(arguments, settings, model, dense)
+    masks = _load_masks(arguments.masks)
+    model = models.load_model(arguments.model, arguments.weights, arguments.auto_class)
+    pruned.check_output(arguments.output, model)
+    pattern = choices.plain(choices.without_auto(given, model))
+    found = require_layers(find_linears(model, arguments.only, arguments.skip))
+    chosen, _ = choose_patterns(found, pattern)
+    check_masks(masks, chosen, found)
+    choices.check_finite(found, list(chosen))
+    with hub.without_cache(model):
+        dense = copy.deepcopy(model) if arguments.distill else None
+        report = _prune(arguments, settings, model, dense, pattern, masks)
+    # prune_blocks leaves heads alone, so the note is on what was pruned
+    done = {name: layer.pattern for name, layer in report.layers.items()}
+    if note := choices.head_note(model, done, arguments.method, arguments.calibration is not None):
+        print(note, file=sys.stderr)
     # the work first: a report that cannot be written or printed must not cost it
-    torch_io.save_model(model, arguments.output)
+    patterns = {name: str(each) for name, each in done.items()}
+    size = pruned.save(model, arguments.output, patterns, arguments.model)
     if arguments.save_masks:
         torch_io.save_file({name: mask.contiguous() for name, mask in report.masks.items()}, arguments.save_masks)
     for path in arguments.report or []:
         report.save(path)
     print(report)
-    print(f"wrote {arguments.output} ({Path(arguments.output).stat().st_size / 1e6:.1f} MB of dense weights)")
+    print(f"wrote {arguments.output} ({size / 1e6:.1f} MB of dense weights)")
     return 0
 
 
@@ -98,6 +125,8 @@ def _check(arguments: argparse.Namespace) -> Tuning:
 
     if arguments.tune and not arguments.blocks:
         raise ModelError("--tune tunes block after block and needs --blocks; to tune the whole model use --distill")
+    if arguments.batch_item is not None and arguments.calibration is None:
+        raise ModelError("--batch-item is the part of a calibration batch; give --calibration as well")
     if arguments.learning_rate is not None and not (arguments.tune or arguments.distill):
         raise ModelError("--learning-rate is that of --tune and --distill; add one of them or leave it out")
     needs = [name for name in ("blocks", "distill", "held_out") if getattr(arguments, name)]
@@ -114,11 +143,17 @@ def _check(arguments: argparse.Namespace) -> Tuning:
     return base
 
 
-def _prune(arguments: argparse.Namespace, settings: Tuning, model: nn.Module, dense: nn.Module | None) -> PruneReport:
+def _prune(
+    arguments: argparse.Namespace,
+    settings: Tuning,
+    model: nn.Module,
+    dense: nn.Module | None,
+    pattern: Pattern | Mapping[str, Pattern],
+    masks: dict[str, Tensor] | None,
+) -> PruneReport:
     import sparsecomp as sc
     from sparsecomp.prune import distill, prune_blocks
 
-    pattern, masks = _patterns(arguments.pattern), _load_masks(arguments.masks)
     shared: dict[str, Any] = {
         "only": arguments.only,
         "skip": arguments.skip,
@@ -137,6 +172,8 @@ def _prune(arguments: argparse.Namespace, settings: Tuning, model: nn.Module, de
         )
         example = train[0] if train else None
         report = sc.prune(model, pattern, arguments.method, known, held_out=unseen, example=example, **shared)
+    counted = {"batches": len(train) or None, "held_out_batches": len(held_out) or None}
+    report = report.with_command(arguments.command, data=arguments.calibration, **counted)
     if dense is None:
         return report
     settings = dataclasses.replace(settings, steps=arguments.distill)
@@ -150,7 +187,7 @@ def _batches(arguments: argparse.Namespace, settings: Tuning) -> tuple[list[Any]
 
     if arguments.calibration is None:
         return [], []
-    batches = list(models.load_batches(arguments.calibration))
+    batches = list(models.load_batches(arguments.calibration, arguments.batch_item))
     if not batches:
         raise CalibrationError(f'"{arguments.calibration}" gave no batches; it must give at least one')
     judged = arguments.blocks or arguments.distill or arguments.held_out is not None
@@ -172,19 +209,6 @@ def _whole_output(result: Any, batch: Any) -> Tensor:
     raise ModelError(
         f"--distill cannot tell what a {type(result).__name__} holds; use sparsecomp.distill(..., output=...)"
     )
-
-
-def _patterns(given: list[str]) -> str | Mapping[str, str]:
-    if len(given) == 1 and "=" not in given[0]:
-        return given[0]
-    patterns: dict[str, str] = {}
-    # a pattern without a glob is for what no glob matches, wherever it stands
-    for text in sorted(given, key=lambda each: "=" not in each):
-        glob, _, pattern = text.rpartition("=")
-        if (glob or "*") in patterns:
-            raise PatternError(f'two patterns are given for "{glob or "*"}"; give one')
-        patterns[glob or "*"] = pattern
-    return patterns
 
 
 def _load_masks(path: str | None) -> dict[str, Tensor] | None:

@@ -1,6 +1,8 @@
-"""Factories that the command-line tests name: a small model, its batches and an example input."""
+"""Factories that the command-line tests name: small models, their batches and example inputs."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,41 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16))
 
 
+def headed() -> nn.Module:
+    torch.manual_seed(0)
+    body = [(f"block{i}", nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))) for i in range(2)]
+    return nn.Sequential(OrderedDict([*body, ("classifier", nn.Linear(32, 8))]))
+
+
+def double() -> nn.Module:
+    return build().double()
+
+
+def holed() -> nn.Module:
+    model = build()
+    with torch.no_grad():
+        model.get_parameter("2.weight")[3, 4] = torch.nan
+    return model
+
+
 def batches() -> list[Tensor]:
     return [torch.randn(20, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
 
+def pairs() -> list[tuple[Tensor, Tensor]]:
+    return [(x, torch.zeros(20, dtype=torch.int64)) for x in batches()]
+
+
+def dicts() -> list[dict[str, Tensor]]:
+    return [{"pixels": x, "label": torch.zeros(20)} for x in batches()]
+
+
 def example() -> Tensor:
     return batches()[0][:2]
+
+
+def named_example() -> dict[str, Tensor]:
+    return {"input": example()}
 
 
 def broken() -> nn.Module:
@@ -25,3 +56,16 @@ def broken() -> nn.Module:
 
 def number() -> int:
     return 3
+
+
+def wants(width: int, depth: int, *, bias: bool = True) -> nn.Module:
+    return nn.Linear(width, depth, bias)
+
+
+class Wants(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+
+def kind() -> type[nn.Module]:
+    return nn.Sequential

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import sparsecomp as sc
-from sparsecomp.cli import bench, doctor
+from sparsecomp.cli import doctor
 from sparsecomp.cli.main import VERBS, main
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in a folder that holds the factories, with measurements kept apart."""
-    (tmp_path / "shop.py").write_text((HERE / "shop.py").read_text())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path) != HERE])
-    monkeypatch.delitem(sys.modules, "shop", raising=False)
-    monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path / "cache"))
 
 
 def build() -> torch.nn.Module:
@@ -144,6 +131,20 @@ def test_compile_refuses_weights_that_do_not_fit(capsys: pytest.CaptureFixture[s
         (["inspect", "shop.py"], "shop.py"),
         (["inspect", "absent.safetensors"], "absent.safetensors"),
         (["export", "absent.safetensors", "--model", "shop:build", "-o", "x.onnx"], "absent.safetensors"),
+        (["prune", "shop:build", "--weights", "absent.st", "--pattern", "2:4", "-o", "x"], "there is no such file"),
+        (["prune", "shop:build", "--weights", ".", "--pattern", "2:4", "-o", "x"], "is a folder"),
+        (["prune", "shop:wants", "--pattern", "2:4", "-o", "x"], "wants width, depth; it must take no argument"),
+        (["prune", "shop:Wants", "--pattern", "2:4", "-o", "x"], "wants width; it must take no argument"),
+        (["prune", "shop:kind", "--pattern", "2:4", "-o", "x"], "returned the class Sequential"),
+        (["prune", "shop:number", "--pattern", "2:4", "-o", "x"], "returned an int"),
+        (["prune", "shop:broken", "--pattern", "2:4", "-o", "x"], 'factory "shop:broken" raised'),
+        (["prune", "torn:build", "--pattern", "2:4", "-o", "x"], "it raises SyntaxError"),
+        (["prune", "bert-base-uncased", "--pattern", "2:4", "-o", "x"], "download a Hugging Face id first"),
+        (["prune", "google-bert/bert-base", "--pattern", "2:4", "-o", "x"], "hf download google-bert/bert-base"),
+        (["prune", "models/model.pt", "--pattern", "2:4", "-o", "x"], "wrap torch.load"),
+        (["prune", "model.safetensors", "--pattern", "2:4", "-o", "x"], "give the file with --weights"),
+        (["prune", "./absent/", "--pattern", "2:4", "-o", "x"], "there is no such folder"),
+        (["prune", "shop:build", "--auto-class", "AutoModel", "--pattern", "2:4", "-o", "x"], "leave it out"),
         (["bench", "--dtypes", "fp8"], "fp32 and bf16"),
         (["bench", "--threads", "100000"], "cores"),
     ],
@@ -172,17 +173,19 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_names_every_backend_and_each_reason_once(capsys: pytest.CaptureFixture[str]) -> None:
     from sparsecomp.backends.registry import backends
 
     code = main(["doctor", "--quick"])
     out = capsys.readouterr().out
-    for name, backend in backends().items():
-        line = next(line for line in out.splitlines() if line.split()[:1] == [name])
-        assert ("ready" in line) == (backend.missing() is None)
-        assert (backend.missing() or "") in line
-    ready = {name for name, backend in backends().items() if backend.missing() is None} - {"dense", "reference"}
-    assert code == (0 if ready else 1)
+    assert max(map(len, out.splitlines())) <= 80
+    told, reasons = " ".join(out.split()), {name: each.missing() for name, each in backends().items()}
+    assert all(name in told for name in reasons)
+    assert all(told.count(" ".join(reason.split())) == 1 for reason in set(reasons.values()) - {None})
+    for name in [name for name, reason in reasons.items() if reason is None]:
+        assert next(line for line in out.splitlines() if line.split()[:1] == [name]).split() == [name, "ready"]
+    compiled = {name for name, reason in reasons.items() if reason is None} - {"dense", "reference"}
+    assert code == (0 if compiled else 1)
 
 
 def test_bench_writes_a_result_that_its_report_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,30 +204,3 @@ def test_bench_writes_a_result_that_its_report_reads(tmp_path: Path, capsys: pyt
         assert f"{each.speedup:.2f}x" in out
     assert json.loads(Path("r.json").read_text())["machine"]["peaks"]["1"]["fp32_gflops"] > 0
     assert Path("p.svg").read_text().count("<circle") == 2 * 2
-
-
-def test_lists_on_the_command_line() -> None:
-    assert bench._shapes("4096x11008, 3x5") == ((4096, 11008), (3, 5))
-    assert bench._numbers("1,8") == (1, 8)
-
-
-def test_a_hugging_face_folder_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("onnxscript")
-    config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=50
-    )
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
-    arguments = ["compile", "bert", "--pattern", "2:4", "--method", "magnitude", "--only", "encoder.*", "--everywhere"]
-    assert main([*arguments, "-o", "packed.safetensors"]) == 0
-    assert main(["export", "packed.safetensors", "--model", "bert", "-o", "model.onnx"]) == 0
-    import onnxruntime
-
-    model = sc.load("packed.safetensors", into=transformers.AutoModel.from_pretrained(tmp_path / "bert")).eval()
-    ids = torch.randint(0, 50, (3, 11))
-    mask = torch.ones_like(ids)
-    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-    feeds = dict(zip((each.name for each in session.get_inputs()), (ids.numpy(), mask.numpy()), strict=True))
-    got = torch.from_numpy(session.run(None, feeds)[0])
-    torch.testing.assert_close(got, model(ids, mask).last_hidden_state.detach(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,211 @@
+"""Patterns, methods and weights as named on the command line, checked before anything is measured.
+
+Takes what was typed, gives what ``sparsecomp.plan``, ``prune`` and ``compile`` take. Refuses with options in its words.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from sparsecomp.calibration import Calibration
+from sparsecomp.device import detect
+from sparsecomp.display import listed
+from sparsecomp.errors import CalibrationError, ModelError, PatternError
+from sparsecomp.layers import LayerTable
+from sparsecomp.pack import pack
+from sparsecomp.pack.format import DTYPES
+from sparsecomp.patterns import Pattern, Unstructured, parse
+
+AUTO = "auto"
+# parts of names under which models keep the layer that turns features into scores
+_HEADS = frozenset(
+    {
+        "lm_head",
+        "classifier",
+        "classification_head",
+        "score",
+        "scores",
+        "head",
+        "heads",
+        "qa_outputs",
+        "embed_out",
+        "cls",
+    }
+)
+_SHOWN = 3
+
+
+def add_pattern(parser: ArgumentParser, required: bool, otherwise: str = "") -> None:
+    """Add --pattern, which may be repeated with globs on names."""
+    parser.add_argument(
+        "--pattern",
+        required=required,
+        action="append",
+        metavar="[GLOB=]PATTERN",
+        help='such as "2:4", "8:16", "2:4@v4" or "auto" (half the weights in groups that suit this machine); '
+        f"with a glob on layer names it may be repeated{otherwise}",
+    )
+
+
+def read_patterns(given: Sequence[str]) -> dict[str, str]:
+    """Patterns by glob, in the order given, "*" being that of all other layers and the last.
+
+    Raises PatternError for a pattern that is none and for two for one glob.
+    """
+    patterns: dict[str, str] = {}
+    # a pattern without a glob is for what no glob matches, wherever it stands
+    for text in sorted(given, key=lambda each: "=" not in each):
+        glob, _, pattern = text.rpartition("=")
+        if "=" in text and not glob.strip():
+            raise PatternError(f'--pattern "{text}" has no glob before "="; write GLOB=PATTERN, or the pattern alone')
+        if (glob or "*") in patterns:
+            raise PatternError(f'two patterns are given for "{glob or "*"}"; give one')
+        if pattern != AUTO:
+            parse(pattern)
+        patterns[glob or "*"] = pattern
+    return patterns
+
+
+def without_auto(patterns: Mapping[str, str], model: nn.Module) -> dict[str, Pattern]:
+    """The patterns, "auto" being the natural one where the model is; a line on standard error says which."""
+    natural: Pattern | None = None
+    if AUTO in patterns.values():
+        place = next((each.device for each in model.parameters() if each.device.type in ("cpu", "cuda")), "cpu")
+        device = detect(str(place))
+        natural = device.natural_pattern()
+        print(f'pattern "{AUTO}" is {natural} here ({device.name}, {device.isa or device.kind})', file=sys.stderr)
+    return {glob: natural if each == AUTO and natural is not None else parse(each) for glob, each in patterns.items()}
+
+
+def plain(patterns: Mapping[str, Pattern]) -> Pattern | Mapping[str, Pattern]:
+    """One pattern where it is that of all layers, else the mapping."""
+    return patterns["*"] if list(patterns) == ["*"] else patterns
+
+
+def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[str, str] | None) -> dict[str, Pattern]:
+    """The pattern of each layer to be packed.
+
+    ``recorded`` are the patterns that ``prune`` noted beside the weights: layers it left dense are then packed only
+    where a glob names them, and the pattern without a glob is that of the pruned layers. Without any pattern given each
+    layer has its recorded one.
+
+    Raises ModelError for globs and names that match no layer, PatternError where no layer has a pattern and for one
+    that cannot be packed.
+    """
+    from sparsecomp.prune.model import choose_patterns
+
+    if recorded is None:
+        chosen, _ = choose_patterns(found, plain(given))
+    else:
+        every = {name: given.get("*", parse(pattern)) for name, pattern in recorded.items()}
+        chosen, _ = choose_patterns(found, every)
+        if globs := {glob: pattern for glob, pattern in given.items() if glob != "*"}:
+            chosen.update(choose_patterns(found, globs)[0])
+    if not chosen:
+        raise PatternError("no layer has a pattern; name one in --pattern that matches a layer")
+    for pattern in dict.fromkeys(chosen.values()):
+        if isinstance(pattern, Unstructured):
+            raise PatternError(f'"{pattern}" is a mask-only pattern that no kernel runs; choose N:M or block patterns')
+    return {name: chosen[name] for name in found if name in chosen}
+
+
+def check_method(method: str | None, calibration: str | None) -> None:
+    """MethodError for an unknown method, CalibrationError for one that needs batches where none are named."""
+    from sparsecomp.prune import methods
+    from sparsecomp.prune.registry import get_method
+
+    assert methods()  # importing the package registers them
+    if method is None:
+        if calibration is not None:
+            raise ModelError(
+                "--calibration is for pruning, and without --method nothing is pruned; give both or neither"
+            )
+        return
+    if get_method(method).needs_gram and calibration is None:
+        raise CalibrationError(
+            f'method "{method}" needs calibration batches; name a factory: --calibration module:function'
+        )
+
+
+def check_calibration(method: str | None, calibration: Calibration | None, names: Sequence[str]) -> None:
+    """CalibrationError naming the layers to be pruned that no batch reached."""
+    if method is None or calibration is None:
+        return
+    if missing := [name for name in names if name not in calibration]:
+        raise CalibrationError(
+            f"no calibration batch reached {len(missing)} of {len(names)} layers ({listed(missing)}); give batches "
+            "that reach them, or leave them dense with --skip"
+        )
+
+
+def check_finite(found: LayerTable, names: Sequence[str]) -> None:
+    """ModelError for the first weight that holds NaN or Inf, with its place."""
+    for name in names:
+        weight = found[name].get_weight()
+        bad = ~torch.isfinite(weight)
+        if bool(bad.any()):
+            row, column = (int(each) for each in bad.nonzero()[0])
+            raise ModelError(
+                f'layer "{name}": weight[{row}, {column}] is {float(weight[row, column])}; repair the weights, or '
+                f"leave the layer dense with --skip '{name}'"
+            )
+
+
+def check_fit(found: LayerTable, chosen: Mapping[str, Pattern]) -> None:
+    """PatternError naming every layer whose weight does not fit its pattern; layers of other dtypes are not asked."""
+    refused: dict[str, str] = {}
+    for name, pattern in chosen.items():
+        weight = found[name].get_weight()
+        if weight.dtype not in DTYPES:
+            continue
+        try:
+            pack(weight, pattern)
+        except PatternError as error:
+            refused[name] = str(error).split("; prune it first")[0]
+    if refused:
+        first, reason = next(iter(refused.items()))
+        skips = " ".join(f"--skip '{name}'" for name in list(refused)[:_SHOWN])
+        more = " ..." if len(refused) > _SHOWN else ""
+        raise PatternError(
+            f'{len(refused)} of {len(chosen)} layers do not fit their pattern, such as "{first}": {reason}; prune them '
+            f"first, for example with --method magnitude, or leave them dense: {skips}{more}"
+        )
+
+
+def heads(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of the layers that turn the model's features into its output: its own answer, or by their names."""
+    own = None
+    ask = getattr(model, "get_output_embeddings", None)
+    if callable(ask):
+        try:
+            own = ask()
+        except (AttributeError, NotImplementedError, TypeError):
+            own = None
+    modules = dict(model.named_modules())
+    return [name for name in names if (own is not None and modules.get(name) is own) or _named_head(name)]
+
+
+def _named_head(name: str) -> bool:
+    for part in name.split("."):
+        if part.isdigit():
+            return False
+        if part in _HEADS:
+            return True
+    return False
+
+
+def head_note(model: nn.Module, chosen: Mapping[str, Pattern], method: str | None, calibrated: bool) -> str | None:
+    """A sentence on output heads that are pruned by what no data has informed; None where there is nothing to say."""
+    found = heads(model, list(chosen))
+    if not found or calibrated:
+        return None
+    how = "would have to be pruned" if method is None else f"is pruned by {method}, without calibration"
+    skips = " ".join(f"--skip '{name}'" for name in found[:_SHOWN])
+    return (
+        f"note: the output head ({listed(found)}) {how}, and a model's quality hangs on it; to leave it dense: {skips}"
+    )

@@ -1,0 +1,52 @@
+"""``sparsecomp plan``: what this machine could turn into speed, layer by layer; nothing is pruned or written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from sparsecomp.cli import choices, hub, models
+from sparsecomp.cli.compile import BATCHES
+from sparsecomp.cli.parser import counts
+
+_EXAMPLE = """\
+example: sparsecomp plan shop.models:build --pattern 2:4 --batch 1,32
+
+Each layer is measured in dense torch and sparse, at every batch. A layer would go sparse if it is slower at none and
+faster in the mean. "bound" is what the measured peaks of this machine allow at most. Weights need not be pruned yet.
+--json prints the plan as JSON, all times in seconds.
+"""
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Add the verb."""
+    parser = verbs.add_parser("plan", help="measure which layers of a model are worth making sparse", epilog=_EXAMPLE)
+    models.add_model(parser)
+    choices.add_pattern(parser, False, "; default auto")
+    parser.add_argument("--batch", metavar="LIST", type=counts, help="rows of x to plan for (default 1,128)")
+    models.add_selection(parser)
+    parser.add_argument("--all", action="store_true", help="a row for each layer, where equal ones share one else")
+    parser.add_argument("--json", action="store_true", help="print JSON: a row for each layer, and totals")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb."""
+    import sparsecomp as sc
+    from sparsecomp.layers import find_linears, require_layers
+
+    given = choices.read_patterns(arguments.pattern or [choices.AUTO])
+    model = models.load_model(arguments.model, arguments.weights, arguments.auto_class)
+    found = require_layers(find_linears(model, arguments.only, arguments.skip))
+    chosen = choices.by_layer(found, choices.without_auto(given, model), None)
+    with hub.without_cache(model):
+        plan = sc.plan(model, chosen, batch=arguments.batch or BATCHES, only=arguments.only, skip=arguments.skip)
+    if arguments.json:
+        facts = {"sparsecomp": sc.__version__, "model": arguments.model, "class": type(model).__name__}
+        print(json.dumps({**facts, **plan.to_dict(), "totals": plan.totals()}, indent=1, allow_nan=False))
+        return 0
+    print(plan.text(every=arguments.all))
+    if note := choices.head_note(model, {name: chosen[name] for name in plan.sparse}, None, False):
+        print(note, file=sys.stderr)
+    return 0
