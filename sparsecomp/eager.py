@@ -26,13 +26,14 @@ def eager_product(kernel: Kernel, activation: str) -> EagerProduct:
     return backends()[kernel.backend].eager(kernel, activation, product) or product
 
 
-def quick_call(layer_class: type[Module], product: str, dense_above: str) -> None:
+def quick_call(layer_class: type[Module], product: str, dense_above: str, stand_in: str) -> None:
     """Give layers of exactly that class a call that asks the attribute ``product`` at once, without the interpreter.
 
     It does what ``nn.Module.__call__`` and ``forward`` do for one tensor while nothing surrounds the call. Hooks of the
     layer and of all modules, another ``forward``, a layer that was compiled, patches of ``nn.Module``, profilers and
     compilers of Python's frames are seen at every call; ``nn.Module.__call__`` then serves it, and where the product
-    gives None. Nothing is changed without the compiled extension, and where ``nn.Module`` is patched already.
+    gives None, or where the parameter ``weight`` is not the attribute ``stand_in``. Nothing is changed without the
+    compiled extension, and where ``nn.Module`` is patched already.
     """
     extension = cpu.extension()
     home = vars(torch_module)
@@ -45,7 +46,7 @@ def quick_call(layer_class: type[Module], product: str, dense_above: str) -> Non
     def attribute(_: object, layer: Module | None, owner: type[Module] | None = None) -> object:
         return super(layer_class, owner if layer is None else layer).__call__  # type: ignore[misc]
 
-    descriptor = extension.layer_call(layer_class, Module, home, CALL_WATCHERS, product, dense_above)
+    descriptor = extension.layer_call(layer_class, Module, home, CALL_WATCHERS, product, dense_above, stand_in)
     type(descriptor).__get__ = attribute
     layer_class.__call__ = descriptor  # type: ignore[method-assign]
 

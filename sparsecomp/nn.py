@@ -6,27 +6,25 @@ Knows nothing of plans, masks or models.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 from torch.nn import functional
 
 from sparsecomp import ops
 from sparsecomp.activations import activate, require_activation
 from sparsecomp.backends import registry
-from sparsecomp.backends.registry import Kernel, Weight
+from sparsecomp.backends.registry import Weight
+from sparsecomp.carry import carry_over, why_not_carried
 from sparsecomp.eager import eager_product, plain_call, quick_call
-from sparsecomp.errors import ModelError, SparsecompError
-from sparsecomp.pack.format import PackedWeight, pack, part_names
-from sparsecomp.pack.move import moved, zero_weight
+from sparsecomp.errors import ModelError
+from sparsecomp.pack.format import FLOAT_DTYPES, PackedWeight, pack
+from sparsecomp.pack.move import zero_weight
 from sparsecomp.pack.quantize import quantize
-from sparsecomp.pack.state import STATE_VERSION, packed_of_state
+from sparsecomp.packed_module import PackedModule
 from sparsecomp.patterns import Pattern, parse
-from sparsecomp.readonly import NO_WEIGHT_GRADIENT, DenseCopy
 from sparsecomp.watch import transformed
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 Wish = tuple[str | None, str | None]  # the backend that is pinned, and the one that is preferred
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(PackedModule):
     """y = activation(x W^T + b) with W [out_features, in_features] packed in ``pattern``.
 
     x is [..., in_features] of the layer's dtype, y [..., out_features]. Under autocast x may be fp32, fp16 or bf16 and
@@ -56,11 +54,6 @@ class SparseLinear(nn.Module):
 
     Raises ModelError for a weight that no backend runs and PatternError for a pattern that cannot be packed.
     """
-
-    _version = STATE_VERSION
-    dense_above: int | None
-    _preferred: str | None = None
-    bias: nn.Parameter | None
 
     def __init_subclass__(cls, **named: Any) -> None:
         """A subclass with a ``__call__`` of its own costs all layers their quick call, so that it can be compiled."""
@@ -119,8 +112,9 @@ class SparseLinear(nn.Module):
         if bias is not None:
             if tuple(bias.shape) != (weight.shape[0],):
                 raise ModelError(f"bias has shape {tuple(bias.shape)}; this weight takes ({weight.shape[0]},)")
-            copy = bias.detach().to(weight.device, weight.dtype, copy=True).contiguous()
-            parameter = nn.Parameter(copy, requires_grad=bias.requires_grad or not isinstance(bias, nn.Parameter))
+            with torch.inference_mode(False):  # a bias made under it could never get a gradient
+                copy = bias.detach().to(weight.device, weight.dtype, copy=True).contiguous()
+                parameter = nn.Parameter(copy, requires_grad=bias.requires_grad or not isinstance(bias, nn.Parameter))
         layer._build(weight, pattern, parameter, wish, activation)
         return layer
 
@@ -137,21 +131,27 @@ class SparseLinear(nn.Module):
         quantized: bool = False,
         preferred: str | None = None,
     ) -> SparseLinear:
-        """A packed copy of ``linear``, which stays as it is.
+        """A packed copy of ``linear``, which stays as it is, with copies of its hooks, attributes and buffers.
 
         Without ``method`` the weight must fit ``pattern`` already (PatternError names the first group that does not).
         With one it is pruned first; ``gram`` [in, in] is X^T X of the layer's inputs for methods that need it.
         ``activation`` is what the layer applies after the product; the model must then no longer apply it.
         ``quantized`` rounds the packed weight to int8 with row scales. ``backend`` pins one backend by name, also when
         the layer is moved; ``preferred`` is taken wherever it runs the weight, and others elsewhere.
-        Raises ModelError for another module, whose weight may be [in, out].
+        Raises ModelError for another module, whose weight may be [in, out], for one that does more than nn.Linear, and
+        for float64, which no sparse kernel computes in.
         """
         if not isinstance(linear, nn.Linear):
             raise ModelError(
                 f"from_linear takes an nn.Linear, got {type(linear).__name__}; sparsecomp.compile knows which other "
                 f"layers of a model can be packed"
             )
+        if reason := why_not_carried(linear, nn.Linear):
+            raise ModelError(f"from_linear cannot pack this layer: {reason}")
         weight = linear.weight.detach()
+        if weight.dtype == torch.float64:
+            allowed = ", ".join(map(str, FLOAT_DTYPES))
+            raise ModelError(f"the weight is torch.float64, which has no sparse kernel; convert it to one of {allowed}")
         if method is not None:
             from sparsecomp.prune import prune_weight
 
@@ -160,11 +160,14 @@ class SparseLinear(nn.Module):
         source: Weight = weight
         if quantized or not weight.is_cuda:
             source = quantize(pack(weight, pattern)) if quantized else pack(weight, pattern)
-        return cls._of(source, parse(pattern), linear.bias, (backend, preferred), activation).train(linear.training)
+        layer = cls._of(source, parse(pattern), linear.bias, (backend, preferred), activation).train(linear.training)
+        carry_over(linear, layer, cls.reserved_names(), shared=False)
+        return layer
 
     def to_linear(self) -> nn.Linear:
         """The same layer as nn.Linear, zeros in place, exactly (int8 times scale rounded); the way back for training.
 
+        Hooks, attributes and buffers that the layer has beside its weight are copied.
         Raises ModelError for a layer with an activation, which nn.Linear cannot hold.
         """
         if self._activation != "none":
@@ -173,29 +176,23 @@ class SparseLinear(nn.Module):
                 f'layer.activation = "none" first'
             )
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(registry.backends()[self.kernel.backend].dense(self.kernel))
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        with torch.inference_mode(False):
+            linear.weight = nn.Parameter(registry.backends()[self.kernel.backend].dense(self.kernel))
+            if self.bias is not None:
+                linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        carry_over(self, linear, dir(nn.Linear), shared=False)
         return linear.train(self.training)
 
-    def packed(self) -> PackedWeight:
-        """The canonical form of the weight, exactly; treat its tensors as read-only."""
-        return registry.backends()[self.kernel.backend].restore(self.kernel)
+    @classmethod
+    def reserved_names(cls) -> frozenset[str]:
+        """Names that a layer put in the place of another cannot take over from it, as they mean something here."""
+        own = {name for base in cls.__mro__ for name in vars(base).get("__annotations__", ())}
+        return frozenset([*dir(cls), *own, *(f"layout_{index}" for index in range(8))]) - set(vars(nn.Module()))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Element type of x and y, and of the weight unless it is quantised."""
-        return self.kernel.dtype
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the weight is int8 with row scales."""
-        return self.kernel.quantized
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.kernel.tensors[0].device
+    def own_names(self) -> frozenset[str]:
+        """Attributes and buffers that are the packed weight's, and no user's."""
+        return self.reserved_names() & {*vars(self), *self._buffers}
 
     @property
     def activation(self) -> str:
@@ -207,59 +204,18 @@ class SparseLinear(nn.Module):
         self._activation = require_activation(name)
         self._eager = eager_product(self.kernel, self._activation)
 
-    @property
-    def weight(self) -> Tensor:
-        """A dense copy [out, in], built at every access and for reading only: training it raises ModelError."""
-        if is_compiling():
-            return ops.to_dense(self._tensors(), *self._facts())
-        return registry.backends()[self.kernel.backend].dense(self.kernel).detach().as_subclass(DenseCopy)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse a new ``weight``, and a ``dense_above`` that counts no rows; ModelError says why."""
-        if name == "dense_above":
-            ops.require_dense_above(value)
-        if name == "weight":
-            raise ModelError(f"layer.weight cannot be set: {NO_WEIGHT_GRADIENT}")
-        super().__setattr__(name, value)
-
-    def requires_grad_(self, requires_grad: bool = True) -> SparseLinear:
-        """Set requires_grad of the bias. The packed weight never has a gradient; to train it, train ``to_linear()``."""
-        return super().requires_grad_(requires_grad)
-
-    # --- the kernel -------------------------------------------------------------------------------------------------
-
-    def _prepared(self, weight: Weight) -> Kernel:
-        """The layout of ``weight``, packed or dense, for its device and dtype; nothing of the layer changes."""
-        pattern = self.pattern if isinstance(weight, Tensor) else weight.pattern
-        return registry.prepared(weight, pattern, self._wanted, self._preferred)
-
-    def _hold(self, kernel: Kernel, shared: bool = False) -> None:
-        """Make ``kernel`` the layer's only weight."""
-        if shared:  # before anybody sees the kernel: its storages are replaced
-            for tensor in kernel.tensors:
-                tensor.share_memory_()  # type: ignore[no-untyped-call]
-        for name in self._layout:
-            del self._buffers[name]
-        self.kernel = kernel
-        self.dense_above = None
-        self._layout = tuple(f"layout_{index}" for index in range(len(kernel.tensors)))
-        self._name = str(kernel.pattern)
-        self._eager = eager_product(kernel, self._activation)
-        for name, tensor in zip(self._layout, kernel.tensors, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
-
-    def _tensors(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._layout]
-
-    def _facts(self) -> tuple[str, str, int, int, torch.dtype]:
-        return self.kernel.backend, self._name, self.out_features, self.in_features, self.kernel.dtype
-
     # --- the product ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., out_features] for x [..., in_features]; any number of dimensions, any strides, no row at all."""
+        """y [..., out_features] for x [..., in_features]; any number of dimensions, any strides, no row at all.
+
+        A weight that ``torch.func.functional_call`` puts in the place of the packed one is multiplied dense.
+        """
         if not is_compiling():
             parameters = self._parameters
+            weight: Tensor | None = parameters.get("weight")
+            if weight is not self._packed_weight and weight is not None:
+                return activate(functional.linear(x, weight, self.bias), self._activation)
             # self.bias costs a failed lookup first; it is asked only where a parametrization took the parameter away
             bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
             y = self._eager(x, bias, self.dense_above)
@@ -270,6 +226,11 @@ class SparseLinear(nn.Module):
     def _dispatched(self, x: Tensor) -> Tensor:
         """The product through the dispatcher: autograd, compilers, modes and subclasses see one operator."""
         if not isinstance(x, Tensor):
+            if isinstance(x, fx.Proxy):
+                raise ModelError(
+                    "torch.fx cannot look into a packed layer, which is one operator; trace the model around it, where "
+                    "the layer is a call_module node"
+                )
             raise ModelError(f"input is a {type(x).__name__}; this layer takes a tensor [..., {self.in_features}]")
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ModelError(
@@ -300,90 +261,6 @@ class SparseLinear(nn.Module):
         dense = ops.to_dense(self._tensors(), *self._facts())
         return activate(functional.linear(x, dense, self.bias), self._activation)
 
-    # --- saved, copied, moved ---------------------------------------------------------------------------------------
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Move or convert through the canonical form; ``fn`` is asked on one element where it leads."""
-        probe = fn(torch.empty(1, dtype=self.dtype, device=self.device))
-        shared = probe.is_cpu and probe.is_shared()  # type: ignore[no-untyped-call]
-        kernel = None
-        if shared or probe.dtype != self.dtype or probe.device != self.device:
-            kernel = self._prepared(moved(self.packed(), probe.device, probe.dtype))
-        layout = {name: self._buffers.pop(name) for name in self._layout}
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            self._buffers.update(layout)
-        if kernel is not None:
-            self._hold(kernel, shared)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The module with the canonical form in place of the layout."""
-        state = dict(self.__dict__)
-        state["_buffers"] = {name: value for name, value in self._buffers.items() if name not in self._layout}
-        state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - set(self._layout)
-        state["packed"] = self.packed()
-        for name in ("kernel", "_eager", "_layout", "_name"):
-            del state[name]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Prepare the layout anew for this machine."""
-        state = dict(state)
-        packed, dense_above = state.pop("packed"), state.pop("dense_above")
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._layout = ()
-        self._hold(self._prepared(packed))
-        self.dense_above = dense_above
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination.update((prefix + part, tensor) for part, tensor in self.packed().parts.items())
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # the shapes alone do not always tell two patterns apart
-        notes = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if notes is not None:
-            notes["pattern"] = str(self.pattern)
-            notes["activation"] = self._activation
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load the canonical form, checked; whatever is wrong is reported and the layer stays as it was."""
-        names = [prefix + part for part in part_names(self.quantized)]
-        rest = {key: value for key, value in state_dict.items() if key not in names}
-        absent = [name for name in names if name not in state_dict]
-        missing_keys.extend(absent)
-        kernel = None
-        if not absent:
-            try:
-                kernel = self._loaded([state_dict[name].detach() for name in names], local_metadata)
-            except (SparsecompError, RuntimeError) as error:
-                error_msgs.append(f'While loading "{prefix[:-1]}": {error}')
-                return
-        errors: list[str] = []
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
-        error_msgs.extend(errors)
-        if kernel is not None and not errors:
-            self._hold(kernel)
-
-    def _loaded(self, parts: list[Tensor], notes: dict[str, Any]) -> Kernel:
-        shape = self.out_features, self.in_features
-        packed = packed_of_state(parts, notes, self.pattern, shape, self.dtype, self._activation)
-        if notes.get("assign_to_params_buffers", False):
-            return self._prepared(packed)
-        if self.device.type == "meta":
-            warnings.warn("loading into a layer on the meta device does nothing; pass assign=True", stacklevel=4)
-            return self.kernel
-        return self._prepared(moved(packed, self.device, self.dtype))
-
     # --- the report -------------------------------------------------------------------------------------------------
 
     def explain(self, batch: int = 1) -> Explanation:
@@ -397,11 +274,13 @@ class SparseLinear(nn.Module):
         dense = self.out_features * self.in_features * self.dtype.itemsize
         activation = "" if self._activation == "none" else f"activation={self._activation}, "
         weights = "weights=int8, " if self.quantized else ""
+        kept = self._packed_weight.nbytes
+        copy = f", and a dense copy of {kept}, for its values are read" if kept else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={self.pattern}, {activation}dtype={self.dtype}, {weights}kernel={self.kernel.backend}, "
-            f"bytes={self.kernel.nbytes} of {dense} dense"
+            f"bytes={self.kernel.nbytes} of {dense} dense{copy}"
         )
 
 
-quick_call(SparseLinear, "_eager", "dense_above")
+quick_call(SparseLinear, "_eager", "dense_above", "_packed_weight")

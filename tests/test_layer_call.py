@@ -296,14 +296,14 @@ def test_without_the_extension_the_class_is_as_it_was(monkeypatch: pytest.Monkey
         pass
 
     monkeypatch.setattr(cpu, "extension", lambda: "not there")
-    eager.quick_call(Plain, "_eager", "dense_above")
+    eager.quick_call(Plain, "_eager", "dense_above", "_packed_weight")
     assert "__call__" not in vars(Plain)
 
 
 def test_what_the_extension_is_given_is_checked() -> None:
     extension: Any = cpu.extension()
-    right = (SparseLinear, nn.Module, {}, (), "_eager", "dense_above")
-    for index, wrong in ((0, "a class"), (1, 3), (2, []), (3, []), (4, None), (5, 1)):
+    right = (SparseLinear, nn.Module, {}, (), "_eager", "dense_above", "_packed_weight")
+    for index, wrong in ((0, "a class"), (1, 3), (2, []), (3, []), (4, None), (5, 1), (6, 2)):
         with pytest.raises(TypeError, match="layer_call takes"):
             extension.layer_call(*right[:index], wrong, *right[index + 1 :])
     with pytest.raises(TypeError, match="layer_call takes"):

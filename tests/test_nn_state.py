@@ -116,13 +116,27 @@ def test_to_dtype_rounds_once(dtype: torch.dtype, pattern: str) -> None:
 def test_conversions_that_cannot_be_leave_the_layer_untouched() -> None:
     layer = make()
     weight = layer.packed().unpack()
-    with pytest.raises(ModelError, match=r"float64.*to_linear"):
-        layer.double()
+    with pytest.raises(ModelError, match=r"float8.*to_linear"):
+        layer.to(torch.float8_e5m2)
     big = SparseLinear.from_packed(pack(torch.tensor([[1e30, 0, 0, 1.0]]), "2:4"))
     with pytest.raises(ModelError, match="overflow"):
         big.half()
     assert big.dtype == torch.float32 and big.packed().unpack()[0, 0] == 1e30
     assert layer.bias is not None and layer.bias.dtype == torch.float32 and torch.equal(layer.packed().unpack(), weight)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "block4x4:0.5"])
+def test_a_model_becomes_float64_as_a_whole(pattern: str) -> None:
+    model = nn.Sequential(make(pattern=pattern), nn.LayerNorm(24), make(8, 24, pattern))
+    weight = model[0].packed().unpack()
+    model.double()
+    assert {each.dtype for each in model.parameters()} == {torch.float64}
+    assert torch.equal(model[0].packed().unpack(), weight.double()) and model[0].kernel.backend == "dense"
+    x = torch.randn(3, 40, dtype=torch.float64)
+    torch.testing.assert_close(model[0](x), expected(model[0], x), rtol=0, atol=1e-12)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    model.float()
+    assert model[0].kernel.backend == "cpu" and torch.equal(model[0].packed().unpack(), weight)
 
 
 def test_same_dtype_keeps_the_layout() -> None:
@@ -227,6 +241,6 @@ def test_nobody_sees_a_kernel_before_its_memory_is_shared(monkeypatch: pytest.Mo
         seen.extend(tensor.is_shared() for tensor in kernel.tensors)  # type: ignore[no-untyped-call]
         return eager_product(kernel, activation)
 
-    monkeypatch.setattr("sparsecomp.nn.eager_product", product)
+    monkeypatch.setattr("sparsecomp.packed_module.eager_product", product)
     layer.share_memory()
     assert seen == [True, True]

@@ -164,7 +164,7 @@ def test_model_error_for_unpackable_quantised_blocks() -> None:
     with pytest.raises(sc.errors.PatternError, match="row scales need"):
         SparseLinear(16, 16, "block4x4:0.5", quantized=True)
     with pytest.raises(ModelError, match="cannot become"):
-        quantised().to(torch.float64)
+        quantised().to(torch.float8_e5m2)
 
 
 def test_onnx_writes_what_the_integers_stand_for(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ struct State {
   std::array<Reference, 4> of_all;     // dicts among the globals
   std::array<Reference, 3> overrides;  // attributes that a layer has only where somebody gave it another call
   std::array<Fact, 3> facts;
-  Reference call_name, parameters_name, bias_name, product_name, limit_name;
+  Reference call_name, parameters_name, bias_name, weight_name, stand_in_name, product_name, limit_name;
 };
 
 // The class of a layer and this object hold one another, and are not looked for by the garbage collector: they stay.
@@ -83,8 +83,12 @@ PyObject* quick(const State& s, PyObject* layer, PyObject* x) {
         !patched(s, attributes.get()) && !watched(s)) {
       Reference parameters, bias, product, limit;  // the call may let another thread replace them
       parameters.share(item(attributes.get(), s.parameters_name));
-      // a dict of a class of its own may do more than hold the bias
-      if (parameters && PyDict_CheckExact(parameters.get())) bias.share(item(parameters.get(), s.bias_name));
+      // a dict of a class of its own may do more than hold the bias; another weight there than the one that stands for
+      // the packed one is somebody's who wants it multiplied
+      if (parameters && PyDict_CheckExact(parameters.get()) &&
+          item(parameters.get(), s.weight_name) == item(attributes.get(), s.stand_in_name)) {
+        bias.share(item(parameters.get(), s.bias_name));
+      }
       product.share(item(attributes.get(), s.product_name));
       limit.share(item(attributes.get(), s.limit_name));
       if (bias && product && limit) return call_product(product.get(), x, bias.get(), limit.get());
@@ -157,10 +161,12 @@ bool fill(State* s, PyObject* const* args) {
   s->watchers.share(args[3]);
   s->product_name.share(args[4]);
   s->limit_name.share(args[5]);
+  s->stand_in_name.share(args[6]);
   s->call_name.own(PyUnicode_InternFromString("__call__"));
   s->parameters_name.own(PyUnicode_InternFromString("_parameters"));
   s->bias_name.own(PyUnicode_InternFromString("bias"));
-  return s->call_name && s->parameters_name && s->bias_name &&
+  s->weight_name.own(PyUnicode_InternFromString("weight"));
+  return s->call_name && s->parameters_name && s->bias_name && s->weight_name &&
          intern<4>(&s->hooks, {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}) &&
          intern<4>(&s->of_all, {"_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
                                 "_global_backward_pre_hooks"}) &&
@@ -172,9 +178,9 @@ bool fill(State* s, PyObject* const* args) {
 }  // namespace
 
 PyObject* layer_call(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  if (given != 6 || !PyType_Check(args[0]) || !PyType_Check(args[1]) || !PyDict_Check(args[2]) ||
-      !PyTuple_Check(args[3]) || !PyUnicode_Check(args[4]) || !PyUnicode_Check(args[5])) {
-    PyErr_SetString(PyExc_TypeError, "layer_call takes two classes, a dict, a tuple of functions and two names");
+  if (given != 7 || !PyType_Check(args[0]) || !PyType_Check(args[1]) || !PyDict_Check(args[2]) ||
+      !PyTuple_Check(args[3]) || !PyUnicode_Check(args[4]) || !PyUnicode_Check(args[5]) || !PyUnicode_Check(args[6])) {
+    PyErr_SetString(PyExc_TypeError, "layer_call takes two classes, a dict, a tuple of functions and three names");
     return nullptr;
   }
   const Reference type(PyType_FromSpec(&spec));

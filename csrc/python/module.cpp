@@ -259,7 +259,8 @@ PyMethodDef methods[] = {
          "product(x, bias, dense_above), which calls otherwise for gradients and from dense_above rows on."),
     fast(
         "layer_call", layer_call,
-        "layer_call(class of the layer, nn.Module, its globals, watchers, name of the product, name of dense_above) -> "
+        "layer_call(class of the layer, nn.Module, its globals, watchers, names of the product, of dense_above and of "
+        "what stands for the weight) -> "
         "__call__ for the class, which calls the product at once where nothing surrounds the call. A watcher is a "
         "function that gives None where it does not watch."),
     {nullptr, nullptr, 0, nullptr}};

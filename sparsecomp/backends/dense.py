@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.backends.registry import Backend, Kernel, Request
-from sparsecomp.pack.format import FLOAT_DTYPES, PackedWeight
+from sparsecomp.pack.format import LAYER_DTYPES, PackedWeight
 
 
 class DenseBackend(Backend):
@@ -24,8 +24,8 @@ class DenseBackend(Backend):
 
     def supports(self, request: Request) -> str | None:
         """None for every packable pattern in a floating dtype, else the reason."""
-        if request.dtype not in FLOAT_DTYPES:
-            return f"multiplies in torch.float32, torch.float16 and torch.bfloat16, not in {request.dtype}"
+        if request.dtype not in LAYER_DTYPES:
+            return f"multiplies in {', '.join(map(str, LAYER_DTYPES))}, not in {request.dtype}"
         return None
 
     def prepare(self, packed: PackedWeight) -> Kernel:

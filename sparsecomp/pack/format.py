@@ -18,7 +18,9 @@ from sparsecomp.pack.bits import pack_positions, packed_bytes, unpack_positions
 from sparsecomp.patterns import NM, VNM, VNM_KEPT_COLUMNS, Block, Pattern, Unstructured, parse, row_nm
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DTYPES = (*FLOAT_DTYPES, torch.int8)
+# float64 has no sparse kernel; it is there so that a model with packed layers can become float64 as a whole
+LAYER_DTYPES = (*FLOAT_DTYPES, torch.float64)
+DTYPES = (*LAYER_DTYPES, torch.int8)
 LARGEST_INT8 = 127  # of quantised weights: symmetric, so -128 is not used
 
 
@@ -84,7 +86,7 @@ class PackedWeight:
         if dtype is None or dtype == self.dtype:
             return moved
         if self.scales is not None:
-            if dtype not in FLOAT_DTYPES:
+            if dtype not in LAYER_DTYPES:
                 raise PatternError(f"a quantised weight stands for a floating dtype, not for {dtype}")
             return replace(moved, dense_dtype=dtype)
         values = moved.values.to(dtype)
@@ -350,7 +352,7 @@ def _validate_block(packed: PackedWeight, pattern: Block) -> None:
 
 def _validate_scales(packed: PackedWeight) -> None:
     scales, out = packed.scales, packed.shape[0]
-    if scales is None or packed.dense_dtype not in FLOAT_DTYPES or packed.values.dtype != torch.int8:
+    if scales is None or packed.dense_dtype not in LAYER_DTYPES or packed.values.dtype != torch.int8:
         raise FormatError("row scales belong to int8 values that stand for a floating dtype; quantise the weight again")
     if scales.dtype != torch.float32 or tuple(scales.shape) != (out,):
         raise FormatError(

@@ -70,7 +70,7 @@ def to_bitmask(packed: PackedWeight) -> dict[str, Tensor]:
     mask = dense != 0
     counts = mask.sum(dim=1)
     return {
-        "shape": torch.tensor(packed.shape),
+        "shape": torch.tensor(packed.shape, device="cpu"),
         "compressed": dense[mask],
         "bitmask": pack_positions(mask.to(torch.uint8), 1),
         "row_offsets": counts.cumsum(0) - counts,

@@ -41,8 +41,8 @@ def sm80_offsets(rows: int, words: int, word_dtype: torch.dtype) -> Tensor:
     The order is CUTLASS's ColumnMajorInterleaved<2> with rows swapped so that one warp loads its fragment as 32
     consecutive 32-bit words; torch's semi-structured tensors use the same.
     """
-    m = torch.arange(rows).unsqueeze(1)
-    c = torch.arange(words).unsqueeze(0)
+    m = torch.arange(rows, device="cpu").unsqueeze(1)
+    c = torch.arange(words, device="cpu").unsqueeze(0)
     column = c // 2 * 2 * rows + c % 2 * 2 + m % 16 // 8
     if word_dtype == torch.int16:
         # the interleave of the columns of a pair sits inside groups of eight words

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from sparsecomp.errors import ModelError, SparsecompError
-from sparsecomp.pack.format import FLOAT_DTYPES, PackedWeight, pack
+from sparsecomp.pack.format import LAYER_DTYPES, PackedWeight, pack
 from sparsecomp.pack.quantize import quantize
 from sparsecomp.patterns import Block, Pattern, row_nm
 
@@ -23,8 +23,8 @@ def zero_weight(
 
     Raises ModelError for a dtype that no layer computes in and for a shape of other than two natural numbers.
     """
-    if dtype not in FLOAT_DTYPES:
-        raise ModelError(f"a layer computes in {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}; choose one of them")
+    if dtype not in LAYER_DTYPES:
+        raise ModelError(f"a layer computes in {', '.join(map(str, LAYER_DTYPES))}, got {dtype}; choose one of them")
     try:
         out, columns = shape = operator.index(shape[0]), operator.index(shape[1])
     except TypeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsecomp.errors import PatternError
-from sparsecomp.pack.format import FLOAT_DTYPES, LARGEST_INT8, PackedWeight, pack
+from sparsecomp.pack.format import LARGEST_INT8, LAYER_DTYPES, PackedWeight, pack
 from sparsecomp.patterns import row_nm
 
 
@@ -20,7 +20,7 @@ def quantize(packed: PackedWeight) -> PackedWeight:
     """
     if row_nm(packed.pattern) is None:
         raise PatternError(f'"{packed.pattern}" cannot be quantised: row scales need an N:M or V:N:M pattern')
-    if packed.values.dtype not in FLOAT_DTYPES:
+    if packed.values.dtype not in LAYER_DTYPES:
         raise PatternError(f"the weight holds {packed.values.dtype} already; quantise the packed float weight")
     values = packed.values.to(torch.float32)
     out, slots = values.shape

@@ -243,7 +243,7 @@ def test_not_finite_is_refused_with_its_place(pattern, dtype, value):
     [
         (torch.zeros(4), "2:4", r"shape \(4,\)"),
         ([[1.0]], "2:4", "got list"),
-        (torch.zeros(2, 4, dtype=torch.float64), "2:4", "torch.float64"),
+        (torch.zeros(2, 4, dtype=torch.complex64), "2:4", "torch.complex64"),
         (torch.zeros(2, 4), "unstructured:0.5", "mask-only"),
         (torch.zeros(2, 4).to_sparse(), "2:4", "torch.sparse_coo"),
         (torch.zeros(2, 4, device="meta"), "2:4", "without content"),
@@ -285,7 +285,7 @@ def test_rounding_keeps_the_form_canonical():
     with pytest.raises(PatternError, match="overflow"):
         pack(torch.tensor([[1e30, 0.0]]), "1:2").to(dtype=torch.float16)
     with pytest.raises(PatternError, match="cannot be packed"):
-        pack(weight, "2:4").to(dtype=torch.float64)
+        pack(weight, "2:4").to(dtype=torch.complex64)
 
 
 def damaged(change):
@@ -305,7 +305,7 @@ def put(tensor, where, value):
     [
         (lambda v, m: (v[:, :3], m), "shapes"),
         (lambda v, m: (v, m[:1]), "shapes"),
-        (lambda v, m: (v.double(), m), "torch.float64"),
+        (lambda v, m: (v.to(torch.complex64), m), "torch.complex64"),
         (lambda v, m: (v, m.to(torch.int8)), "torch.int8"),
         (lambda v, m: (v, put(m, (0, 0), 0b01000111)), "do not ascend"),
         (lambda v, m: (v, put(m, (0, 0), 0b01000101)), "do not ascend"),
