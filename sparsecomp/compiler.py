@@ -5,7 +5,8 @@ Has no logic of its own: the plan decides, prune changes weights, pack refuses t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -15,19 +16,20 @@ from torch import nn
 from sparsecomp.calibration import Calibration
 from sparsecomp.display import progress
 from sparsecomp.errors import CalibrationError, ModelError, SparsecompError
-from sparsecomp.layers import Globs, LayerTable, find_linears, replace_layer, require_layers
+from sparsecomp.layers import Globs, LayerTable, find_linears, require_layers
 from sparsecomp.nn import SparseLinear
 from sparsecomp.pack import pack
 from sparsecomp.patterns import Pattern, parse
-from sparsecomp.plan import Plan, plan
+from sparsecomp.plan import Patterns, Plan, plan
 from sparsecomp.report import Summary, summarise
+from sparsecomp.swap import swap
 
 _PLAN = "_sparsecomp_plan"
 
 
 def compile(
     model: nn.Module,
-    plan_or_pattern: Plan | str | Pattern | Sequence[str | Pattern] = "2:4",
+    plan_or_pattern: Plan | Patterns = "2:4",
     *,
     calibration: Calibration | None = None,
     method: str | None = None,
@@ -40,8 +42,10 @@ def compile(
     """Replace linear layers of ``model`` by packed SparseLinears, in place, and return the model.
 
     With a Plan its decisions are followed. With a pattern a plan is made first (``batch`` and ``max_error`` as in
-    ``plan``), and layers in which dense is faster stay dense, untouched; ``where="everywhere"`` packs every layer in
-    one pattern without measuring. ``report(model)`` gives the plan, ``summary(model)`` the result.
+    ``plan``), and layers in which dense torch is faster stay dense, untouched; ``where="everywhere"`` packs every layer
+    without measuring. A mapping from names and globs on names to patterns is read as ``prune`` reads it: layers that
+    none matches stay dense. ``report(model)`` gives the plan, ``summary(model)`` the result. Where nothing was packed
+    a UserWarning says so, with the reason.
 
     Weights must fit their pattern already (PatternError names the layer and group that do not, also for layers that
     turn out to stay dense, so that the answer does not depend on a measurement), unless ``method`` names a pruning
@@ -62,16 +66,26 @@ def compile(
     else:
         raise ModelError(f'where="{where}" is not known; use "faster" or "everywhere"')
     choices = _choices(decided, plan_or_pattern, found)
-    if method is None and decided is not None and isinstance(plan_or_pattern, str | Pattern):
+    if method is None and decided is not None and isinstance(plan_or_pattern, str | Pattern | Mapping):
         _check_fit(decided, found)
     layers = {
         name: _sparse(found, name, *choice, method, calibration)
         for name, choice in progress(list(choices.items()), "pruning and packing" if method else "packing")
     }
-    _swap(model, layers, found)
+    swap(model, layers)
     if decided is not None:
         setattr(model, _PLAN, decided)
+    if not layers:
+        warnings.warn(_nothing_packed(decided, found), stacklevel=2)
     return model
+
+
+def _nothing_packed(decided: Plan | None, found: LayerTable) -> str:
+    why = "" if decided is None else next(iter({**decided.stayed_dense, **decided.skipped}.values()), "")
+    return (
+        f"compile packed 0 of {len(found)} layers{f', the first because {why}' if why else ''}; the model runs dense, "
+        "as before, and sparsecomp.compiler.report(model) holds every reason"
+    )
 
 
 def report(model: nn.Module) -> Plan | None:
@@ -90,10 +104,16 @@ def summary(model: nn.Module, batch: Sequence[int] = (1, 32)) -> Summary:
 
 
 def _choices(
-    decided: Plan | None, pattern: Plan | str | Pattern | Sequence[str | Pattern], found: LayerTable
+    decided: Plan | None, pattern: Plan | Patterns, found: LayerTable
 ) -> dict[str, tuple[Pattern, int | None, str | None]]:
     """Pattern, ``dense_above`` and the fastest backend of each layer to be packed."""
     if decided is None:
+        if isinstance(pattern, Mapping):
+            from sparsecomp.prune.model import choose_patterns
+
+            if "auto" in pattern.values():
+                raise ModelError('where="everywhere" takes named patterns; pattern "auto" needs where="faster"')
+            return {name: (each, None, None) for name, each in choose_patterns(found, pattern)[0].items()}
         if isinstance(pattern, Plan) or (isinstance(pattern, Sequence) and not isinstance(pattern, str)):
             raise ModelError('where="everywhere" packs every layer in one pattern; give one, or use where="faster"')
         if pattern == "auto":
@@ -145,16 +165,3 @@ def _sparse(
         layer = SparseLinear.from_linear(found[name].as_linear(), pattern, method, gram, preferred=backend)
     layer.dense_above = dense_above
     return layer
-
-
-def _swap(model: nn.Module, layers: dict[str, SparseLinear], found: LayerTable) -> None:
-    """Put all layers in place, or none."""
-    done: list[str] = []
-    try:
-        for name, layer in layers.items():
-            replace_layer(model, name, layer)
-            done.append(name)
-    except Exception:
-        for name in done:
-            replace_layer(model, name, found[name].module)
-        raise

@@ -14,10 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparsecomp.carry import why_not_carried
 from sparsecomp.errors import ModelError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_OTHER_MATMULS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.Bilinear)
+_OTHER_MATMULS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+# their matrices are looked up, or are what a parametrization is made of: the layer around it is named
+_NO_MATMULS = (nn.Embedding, nn.EmbeddingBag, nn.utils.parametrize.ParametrizationList)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +80,8 @@ class LinearRef:
             raise ModelError(
                 f"{self.name}: got a weight of shape {tuple(weight.shape)}; the layer takes [out, in] = {self.shape}"
             )
-        with torch.no_grad():
+        # a Parameter made under inference_mode can be written under it only
+        with torch.inference_mode(self.parameter.is_inference()), torch.no_grad():
             self.parameter.copy_(weight if self.kind == "linear" else weight.t())
 
     def as_linear(self) -> nn.Linear:
@@ -143,6 +147,7 @@ def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> La
         for child in module.children()
     }
 
+    total = sum(each.numel() for each in model.parameters() if not isinstance(each, nn.UninitializedParameter))
     candidates: dict[str, tuple[LinearRef | None, str]] = {}
     for key, module in modules.items():
         name, aliases = names[key][0], tuple(names[key][1:])
@@ -159,6 +164,8 @@ def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> La
                 candidates[alias] = (None, f'the same layer as "{name}"')
         elif (why_not := _why_not_linear(module)) is not None:
             candidates[name] = (None, why_not)
+        else:
+            candidates |= _own_matrices(name, module, total)
     return _filter(candidates, _globs(only), _globs(skip))
 
 
@@ -268,21 +275,14 @@ def _kind(module: nn.Module) -> Literal["linear", "conv1d"] | None:
 def _why_not(name: str, module: nn.Module, owners: Mapping[object, list[str]]) -> str | None:
     if hasattr(module, "packed"):
         return "already sparse"
-    kind = type(module).__name__
-    parameter = module._parameters.get("weight")
-    if parameter is None:
-        return (
-            "its weight is computed by a parametrization or a hook; make it permanent first, for example with "
-            "torch.nn.utils.parametrize.remove_parametrizations"
-        )
-    if isinstance(parameter, nn.UninitializedParameter):
-        return "its weight has no shape yet; run the model on one batch first"
     base = nn.Linear if isinstance(module, nn.Linear) else _conv1d_class(module)
     assert base is not None
-    if type(module).forward is not base.forward:
-        return f"{kind} has a forward of its own, which a sparse layer would not repeat"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on this one object, which a sparse layer would not repeat"
+    parameter = module._parameters.get("weight")
+    if isinstance(parameter, nn.UninitializedParameter):
+        return "its weight has no shape yet; run the model on one batch first"
+    if (reason := why_not_carried(module, base)) is not None:
+        return reason
+    assert parameter is not None
     if type(parameter) is not nn.Parameter:
         return f"its weight is a {type(parameter).__name__}, not a plain Parameter (quantised or distributed)"
     if parameter.dtype not in DTYPES:
@@ -305,17 +305,38 @@ def _why_not_linear(module: nn.Module) -> str | None:
         return f"{kind} layers stay dense"
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return f"{type(module).__module__}.{kind} is not an nn.Linear (quantised or custom)"
-    # the experts of a mixture are often one Parameter [experts, out, in]
-    stacks = [key for key, each in module._parameters.items() if each is not None and _is_stack(each)]
-    if stacks:
-        return f"{kind} multiplies by stacks of matrices ({', '.join(stacks)}), not through linear layers"
     return None
 
 
-def _is_stack(parameter: nn.Parameter) -> bool:
-    if isinstance(parameter, nn.UninitializedParameter):
-        return False
-    return parameter.ndim >= 3 and min(parameter.shape[-3:]) > 1
+def _own_matrices(name: str, module: nn.Module, total: int) -> dict[str, tuple[None, str]]:
+    """Matrices that a module holds as Parameters of its own, by which it may multiply without a layer."""
+    if isinstance(module, _NO_MATMULS):
+        return {}
+    named: dict[str, tuple[None, str]] = {}
+    shaped = {
+        key: each
+        for key, each in module._parameters.items()
+        if each is not None and not isinstance(each, nn.UninitializedParameter) and each.is_floating_point()
+    }
+    # the experts of a mixture are often one Parameter [experts, out, in]
+    stacks = {key: each for key, each in shaped.items() if each.ndim >= 3 and min(each.shape[-3:]) > 1}
+    if stacks:
+        share = _share(sum(each.numel() for each in stacks.values()), total)
+        kind, keys = type(module).__name__, ", ".join(stacks)
+        named[name] = (None, f"{kind} multiplies by stacks of matrices ({keys}; {share}), not through linear layers")
+    for key, each in shaped.items():
+        if each.ndim == 2 and min(each.shape) > 1:
+            size = "x".join(map(str, each.shape))
+            reason = (
+                f"a bare Parameter {size} ({_share(each.numel(), total)}), no layer; if the model multiplies by it, "
+                "make it an nn.Linear to have it sparse"
+            )
+            named[f"{name}.{key}" if name else key] = (None, reason)
+    return named
+
+
+def _share(count: int, total: int) -> str:
+    return f"{100 * count / max(total, 1):.1f}% of the model's weights"
 
 
 def _storage(parameter: nn.Parameter) -> object:

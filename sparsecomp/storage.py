@@ -5,7 +5,8 @@ Knows SparseLinear and the contents of a file; must not know kernels or backends
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsecomp.container import FORMAT_VERSION, Contents, LayerEntry, key, read, some, write
-from sparsecomp.display import table
+from sparsecomp.display import label, listed, numbered, table, wrap
 from sparsecomp.errors import FormatError, ModelError
-from sparsecomp.layers import LayerTable, find_linears, replace_layer, require_module
+from sparsecomp.layers import LayerTable, find_linears, require_module
 from sparsecomp.nn import SparseLinear
 from sparsecomp.pack import PackedWeight
 from sparsecomp.pack.format import part_names
+from sparsecomp.swap import adopt, swap
 
 
 @dataclass(frozen=True)
@@ -50,29 +52,27 @@ class Summary:
     metadata: Mapping[str, str]
 
     def __str__(self) -> str:
-        """One line on the file and a table of its sparse layers."""
-        rows = [
-            (
-                w.name,
-                w.pattern,
-                f"{w.shape[0]}x{w.shape[1]}",
-                w.dtype,
-                "yes" if w.bias else "no",
-                w.activation,
-                w.dense_nbytes,
-                w.nbytes,
-            )
-            for w in self.layers
-        ]
+        """``text()`` for the terminal."""
+        return self.text()
+
+    def text(self, every: bool = False) -> str:
+        """One line on the file and a table of its sparse layers, equal ones in one row unless ``every`` asks for each.
+
+        Bytes are those of one layer.
+        """
+        rows: dict[tuple[object, ...], list[str]] = {}
+        for w in self.layers:
+            facts = w.pattern, f"{w.shape[0]}x{w.shape[1]}", w.dtype, "yes" if w.bias else "no", w.activation
+            rows.setdefault((*facts, w.dense_nbytes, w.nbytes, w.name if every else ""), []).append(w.name)
         title = (
             f"{self.path}: format {self.format_version}, written by sparsecomp {self.package_version}; "
             f"{len(self.layers)} sparse layers, {self.other_tensors} other tensors, "
             f"{self.nbytes} bytes of weights ({self.dense_nbytes} dense)"
         )
-        columns = ("layer", "pattern", ">shape", "dtype", "bias", "activation", ">dense bytes", ">bytes")
-        return "\n".join(
-            [table(columns, rows, title=title), *(f"{name}: {text}" for name, text in self.metadata.items())]
-        )
+        columns = ("layer", "pattern", ">out x in", "dtype", "?bias", "?activation", ">dense bytes", ">bytes")
+        drawn = table(columns, [(label(names), *facts[:-1]) for facts, names in rows.items()], title=title)
+        names = [wrap(f"{label(each)}: {listed(each)}") for each in rows.values() if len(numbered(each)) > 1]
+        return "\n".join([drawn, *names, *(f"{name}: {text}" for name, text in self.metadata.items())])
 
 
 def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -107,8 +107,8 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
 def load(path: str | Path, into: nn.Module) -> nn.Module:
     """Load ``path`` into a model of the class that was saved, dense or sparse, and return it.
 
-    The layers that were saved sparse become SparseLinear layers on the device of the layer they replace; all
-    other tensors are copied in place. Everything is checked first: any error leaves the model as it was.
+    The layers that were saved sparse become SparseLinear layers on the device of the layer they replace, with its hooks
+    and attributes; all other tensors are copied in place. Any error leaves the model as it was.
     A layer saved with an activation replaces a SparseLinear with the same one only: a dense model that has an
     activation of its own behind the layer would otherwise apply it twice.
     If the model itself is one linear layer, it cannot change in place and the new layer is returned.
@@ -127,19 +127,16 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
         if id(old) not in made:  # one module under two names is replaced once
             made.add(id(old))
             layers[name] = _new_layer(packed, state.get(key(name, "bias")), contents.activations[name], old)
-    own = into.state_dict()
-    within = tuple(key(name, "") for name in contents.layers)
-    others = {entry: value for entry, value in state.items() if not entry.startswith(within)}
-    _check_state(path, {entry: value for entry, value in own.items() if not entry.startswith(within)}, others)
-    _check_unknown(path, contents, state)
+    own, others = _rest(into, contents, state)
+    _check_unknown(path, contents, state, own)
+    _check_state(path, own, others)
     if "" in layers:
-        return layers[""]
-    for name, layer in layers.items():
-        replace_layer(into, name, layer)
-    with torch.no_grad():
+        adopt(into, layers[""], "")
+    with _restoring(own, others):
         for entry, value in others.items():
-            own[entry].copy_(value)
-    return into
+            _copy(own[entry], value)
+        swap(into, {name: layer for name, layer in layers.items() if name})
+    return layers.get("", into)
 
 
 def inspect(path: str | Path) -> Summary:
@@ -280,6 +277,13 @@ def _check_state(path: str | Path, own: Mapping[str, Any], loaded: Mapping[str, 
             )
         if mine.is_meta:
             raise FormatError(f'the model has "{entry}" on the meta device; give it memory first with .to_empty()')
+        part = _written(mine)
+        alike = part.shape == value.shape or torch.equal(value, _leading(value, part.shape).expand_as(value))
+        if not alike:
+            raise FormatError(
+                f'{path}: "{entry}" differs along a dimension that the model expands from one entry; give the model a '
+                "tensor of its own there, with .clone()"
+            )
         first = tied.setdefault(_place(mine), entry) if mine.numel() else entry
         if first != entry and not torch.equal(loaded[first], value):
             raise FormatError(
@@ -287,13 +291,57 @@ def _check_state(path: str | Path, own: Mapping[str, Any], loaded: Mapping[str, 
             )
 
 
-def _check_unknown(path: str | Path, contents: Contents, state: Mapping[str, Tensor]) -> None:
-    """Raises FormatError for tensors below a sparse layer that no SparseLinear has."""
+def _check_unknown(path: str | Path, contents: Contents, state: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:
+    """Raises FormatError for tensors below a sparse layer that neither a SparseLinear nor the model's layer has."""
     within = tuple(key(name, "") for name in contents.layers)
     known = {key(name, part) for name, packed in contents.layers.items() for part in packed.parts}
     known |= {key(name, "bias") for name in contents.biased}
-    unknown = sorted(entry for entry in state if entry.startswith(within) and entry not in known)
+    unknown = sorted(each for each in state if each.startswith(within) and each not in known and each not in own)
     if unknown:
         raise FormatError(
             f"{path} has {some(unknown)} too many; a sparse layer has values, metadata, scales if quantised, and bias"
         )
+
+
+def _rest(into: nn.Module, contents: Contents, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What remains of the model's and of the file's tensors beside the weights and biases of the sparse layers."""
+    modules = dict(into.named_modules(remove_duplicate=False))
+    replaced, loaded = set(), set()
+    for name, packed in contents.layers.items():
+        old = modules[name]
+        parts = part_names(old.quantized) if isinstance(old, SparseLinear) else ("weight",)
+        replaced |= {key(name, part) for part in (*parts, "bias")}
+        loaded |= {key(name, part) for part in (*packed.parts, "bias")}
+    own = {entry: value for entry, value in into.state_dict().items() if entry not in replaced}
+    return own, {entry: value for entry, value in state.items() if entry not in loaded}
+
+
+def _written(tensor: Tensor) -> Tensor:
+    """The part of a tensor that holds all its numbers: of expanded dimensions, the first entry."""
+    for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
+
+
+def _leading(value: Tensor, shape: torch.Size) -> Tensor:
+    return value[tuple(slice(size) for size in shape)]
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    # a tensor made under inference_mode can be written under it only
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        part = _written(target.detach())
+        part.copy_(_leading(value, part.shape))
+
+
+@contextmanager
+def _restoring(own: Mapping[str, Tensor], loaded: Iterable[str]) -> Iterator[None]:
+    """Give the model's tensors their numbers back if anything is raised."""
+    before = {entry: _written(own[entry].detach()).clone() for entry in loaded}
+    try:
+        yield
+    except BaseException:
+        for entry, value in before.items():
+            _copy(own[entry], value)
+        raise

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecomp import compiler, tune
+from sparsecomp import compiler, swap, tune
 from sparsecomp.backends.cpu import native
 from sparsecomp.backends.reference import ReferenceBackend
 from sparsecomp.backends.registry import Request
@@ -90,14 +90,14 @@ def test_weights_that_do_not_fit_are_refused_also_where_dense_wins(monkeypatch: 
 
 def test_a_failure_while_swapping_undoes_what_was_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net()
-    before, real = state_of(net), compiler.replace_layer
+    before, real = state_of(net), swap.replace_layer
 
     def failing(model: nn.Module, name: str, module: nn.Module) -> None:
         if name == "down" and isinstance(module, SparseLinear):
             raise ModelError("down: refused")
         real(model, name, module)
 
-    monkeypatch.setattr(compiler, "replace_layer", failing)
+    monkeypatch.setattr(swap, "replace_layer", failing)
     with pytest.raises(ModelError, match="refused"):
         compile(net, "2:4", method="magnitude", where="everywhere")
     assert untouched(net, before) and net.again is net.up

@@ -186,8 +186,8 @@ class Experts(nn.Module):
     ("make", "reason"),
     [
         (lambda: Doubling(4, 4), "Doubling has a forward of its own"),
-        (normalised, "computed by a parametrization or a hook"),
-        (masked, "computed by a parametrization or a hook"),
+        (normalised, "computed by a parametrization; make it permanent first, with torch.nn.utils.parametrize"),
+        (masked, 'torch.nn.utils.prune.remove(layer, "weight")'),
         (lambda: nn.Linear(4, 4, device="meta"), "on the meta device"),
         (lambda: nn.LazyLinear(4), "no shape yet"),
         (of_bytes, "its weight is int8; allowed are float32, float16, bfloat16, float64"),
@@ -197,7 +197,7 @@ class Experts(nn.Module):
         (lambda: Packed(nn.Linear(4, 4)), "already sparse"),
         (lambda: nn.Conv2d(3, 4, 3), "Conv2d layers stay dense"),
         (lambda: nn.LSTM(3, 4), "LSTM layers stay dense"),
-        (Experts, "Experts multiplies by stacks of matrices (gate_up), not through linear layers"),
+        (Experts, "Experts multiplies by stacks of matrices (gate_up; 76.2% of the model's weights), not through linear layers"),
     ],
 )
 def test_what_cannot_be_sparse_is_skipped_with_the_reason(make, reason):
