@@ -6,6 +6,7 @@ Takes a weight and its Gram, gives an order of columns. Whether the model allows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TypeGuard
 
 import torch
@@ -32,15 +33,15 @@ def search(weight: Tensor, gram: Tensor, pattern: Pattern, segments: Sequence[in
     the others plus max(x, their N-th).
     """
     columns = weight.shape[1]
-    order = torch.arange(columns)
+    order = torch.arange(columns, device="cpu")
     if not order_matters(pattern) or weight.numel() == 0:
         return order
     scores = _scores(weight, gram, pattern)
-    groups = torch.arange(columns) // pattern.m
+    groups = torch.arange(columns, device="cpu") // pattern.m
     # the last group, if it is cut short, keeps its columns
     movable = groups < columns // pattern.m
-    owner = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(list(segments)))
-    ends = torch.cumsum(torch.tensor([0, *segments]), dim=0).tolist()
+    owner = [place for place, length in enumerate(segments) for _ in range(length)]
+    ends = list(accumulate(segments, initial=0))
     state = _Swaps(scores, pattern.n, pattern.m)
     total = float(state.kept.sum())
     for _ in range(_SWEEPS):
@@ -48,7 +49,7 @@ def search(weight: Tensor, gram: Tensor, pattern: Pattern, segments: Sequence[in
         for i in range(columns):
             if not bool(movable[i]):
                 continue
-            start, stop = ends[int(owner[i])], ends[int(owner[i]) + 1]
+            start, stop = ends[owner[i]], ends[owner[i] + 1]
             gains = state.gains(i, start, stop)
             gains[(groups[start:stop] == groups[i]) | ~movable[start:stop]] = -torch.inf
             best = int(gains.argmax())
@@ -88,7 +89,7 @@ class _Swaps:
     def __init__(self, scores: Tensor, n: int, m: int) -> None:
         self.scores, self.n, self.m = scores.clone(), n, m
         self.rival = torch.zeros_like(scores)
-        self.kept = torch.zeros(scores.shape[1])
+        self.kept = scores.new_zeros(scores.shape[1])
         for group in range(scores.shape[1] // m):
             self._refresh(group)
 

@@ -55,10 +55,10 @@ def subsets_of(pattern: NM | VNM) -> Subsets | None:
     if comb(pattern.m, count) > MOST_SUBSETS:
         return None
     dropped = list(combinations(range(pattern.m), count))
-    kept = torch.ones(len(dropped), pattern.m, dtype=torch.bool)
+    kept = torch.ones(len(dropped), pattern.m, dtype=torch.bool, device="cpu")
     for index, columns in enumerate(dropped):
         kept[index, list(columns)] = False
-    indexes = torch.tensor(dropped, dtype=torch.int64).view(len(dropped), count)
+    indexes = torch.tensor(dropped, dtype=torch.int64, device="cpu").view(len(dropped), count)
     if isinstance(pattern, VNM):
         return Subsets(pattern, indexes, kept, pattern.v, _subsets_of_columns(pattern, kept))
     if pattern.transposable:
@@ -70,12 +70,13 @@ def _subsets_of_columns(pattern: VNM, kept: Tensor) -> Tensor:
     """For every set of columns a tile may keep, the subsets that keep nothing outside it."""
     keeps = [frozenset(row.nonzero().flatten().tolist()) for row in kept]
     column_sets = combinations(range(pattern.m), VNM_KEPT_COLUMNS)
-    return torch.tensor([[i for i, keep in enumerate(keeps) if keep <= set(columns)] for columns in column_sets])
+    allowed = [[i for i, keep in enumerate(keeps) if keep <= set(columns)] for columns in column_sets]
+    return torch.tensor(allowed, dtype=torch.int64, device="cpu")
 
 
 def _transposable_tiles(pattern: NM, kept: Tensor) -> Tensor:
     """Every M x M tile that keeps N in each row and in each column, as the subset of each row: 90 for 2:4."""
-    tiles = torch.tensor(list(product(range(len(kept)), repeat=pattern.m)))
+    tiles = torch.tensor(list(product(range(len(kept)), repeat=pattern.m)), dtype=torch.int64, device="cpu")
     columns = kept[tiles].sum(dim=1)  # [tiles, M]
     return tiles[(columns == pattern.n).all(dim=1)]
 
