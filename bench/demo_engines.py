@@ -70,6 +70,11 @@ class Contender:
     make: Callable[[], Embedding]
     openmp: bool = False
 
+    @property
+    def weights(self) -> str:
+        """Engines with the same weights give the same embeddings but for rounding."""
+        return self.name if self.kind == INT8 else self.kind
+
 
 def sparse_names(pattern: str) -> tuple[str, str, str, str]:
     """Names of SparseLinears in torch, all or as planned, and of ONNX Runtime with our operators and as it comes."""

@@ -27,11 +27,11 @@ def render(result: DemoResult, width: int | None = None) -> str:
     """The report as plain text; ``width`` in columns, by default the terminal's, at most 80."""
     width = width or min(_WIDEST, terminal_width())
     head = (
-        f"sparsecomp demo: all-MiniLM-L6-v2, {len(result.layers)} encoder layers at {result.pattern}, "
-        f"method {result.method}, {result.date}"
+        f"sparsecomp demo: all-MiniLM-L6-v2, {len(result.layers)} layers at {result.pattern} by {result.method}, "
+        f"{result.date}"
     )
     parts = [
-        "\n".join(wrap(line, width) for line in (head, result.device, result.calibration)),
+        "\n".join(wrap(line, width) for line in (head, result.device, _versions(result), result.calibration)),
         _layers(result, width),
         _size(result, width),
         _engines(result, width),
@@ -46,6 +46,15 @@ def render(result: DemoResult, width: int | None = None) -> str:
         ),
     ]
     return "\n\n".join(parts)
+
+
+def _versions(result: DemoResult) -> str:
+    packages = result.machine.get("packages", {})
+    return ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+
+
+def _with_notes(drawn: str, notes: Sequence[str], width: int) -> str:
+    return "\n".join([drawn, "", *(wrap(note, width, "") for note in notes)] if notes else [drawn])
 
 
 def _layers(result: DemoResult, width: int) -> str:
@@ -65,7 +74,7 @@ def _layers(result: DemoResult, width: int) -> str:
             lines.append([*cells, *([kernel] if several else [])])
             name = error = ""
     title = "Layer by layer: microseconds of one product, torch's dense and SparseLinear's"
-    return "\n".join([table(columns, lines, title, width), *_layer_notes(result, width)])
+    return _with_notes(table(columns, lines, title, width), _layer_notes(result), width)
 
 
 def _role(name: str) -> str:
@@ -75,7 +84,7 @@ def _role(name: str) -> str:
     return parts[number + 1] if number + 1 < len(parts) else name
 
 
-def _layer_notes(result: DemoResult, width: int) -> list[str]:
+def _layer_notes(result: DemoResult) -> list[str]:
     worst = sorted(result.layers, key=lambda row: row.error, reverse=True)[:_LARGEST_ERRORS]
     named = ", ".join(f"{row.name.removeprefix('encoder.layer.')} {row.error:.3f}" for row in worst)
     notes = [
@@ -96,7 +105,7 @@ def _layer_notes(result: DemoResult, width: int) -> list[str]:
         )
     else:
         notes.append(f"The planner makes all {len(result.layers)} layers sparse: none is slower than torch's dense.")
-    return [wrap(note, width, "") for note in notes]
+    return notes
 
 
 def _size(result: DemoResult, width: int) -> str:
@@ -119,7 +128,7 @@ def _engines(result: DemoResult, width: int) -> str:
     ]
     for batch in result.batches:
         best = fastest(of_kind(result.engines, DENSE), batch).times[batch].median
-        columns += [f">{batch} text" + ("s" if batch > 1 else ""), ">ratio"]
+        columns += [f">batch {batch}", ">ratio"]
         shown.append(_marked(result.engines, lambda each, b=batch: _ms(each, b), ".1f", min))  # type: ignore[misc]
         shown.append([f"{best / each.times[batch].median:.2f}x" for each in result.engines])
     columns += [">cosine", ">neighbour"]
@@ -140,7 +149,7 @@ def _engines(result: DemoResult, width: int) -> str:
         ),
         _NOT_MEASURED,
     ]
-    return "\n".join([table(columns, lines, title, width), *(wrap(note, width, "") for note in notes)])
+    return _with_notes(table(columns, lines, title, width), notes, width)
 
 
 def _ms(each: Measured, batch: int) -> float:
@@ -171,7 +180,7 @@ def _legend(result: DemoResult) -> str:
 def _spread(result: DemoResult, width: int) -> str:
     columns = ["engine"]
     for batch in result.batches:
-        columns += [f">{batch} text{'s' if batch > 1 else ''}, 10%-90%", ">over torch"]
+        columns += [f">batch {batch}, 10%-90%", ">over torch"]
     lines = []
     for each in result.engines:
         cells: list[object] = [each.name]
@@ -181,14 +190,17 @@ def _spread(result: DemoResult, width: int) -> str:
         lines.append(cells)
     counts = " and ".join(str(time.samples) for time in result.engines[0].times.values())
     title = f"Spread of these times in ms; {counts} rounds, all engines in turn"
-    times = [time for each in result.engines for time in each.times.values()]
     notes = []
-    if any(time.high > _NOISY * time.low for time in times):
+    if _noisy(result):
         notes.append("These times vary widely: something else was running. Run again on a quiet machine.")
     if result.difference:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in result.difference.items())
-        notes.append(f"Largest difference of an embedding's values to SparseLinear's: {errors}.")
-    return "\n".join([table(columns, lines, title, width), *(wrap(note, width, "") for note in notes)])
+        notes.append(f"Largest difference of an embedding's values to torch's with the same weights: {errors}.")
+    return _with_notes(table(columns, lines, title, width), notes, width)
+
+
+def _noisy(result: DemoResult) -> bool:
+    return any(time.high > _NOISY * time.low for each in result.engines for time in each.times.values())
 
 
 def _verdict(result: DemoResult, width: int) -> str:
@@ -205,7 +217,8 @@ def _verdict(result: DemoResult, width: int) -> str:
         )
     else:
         lines.append(f"- The sparse embeddings are close to the dense model's ({closeness}); check your own task.")
-    return "\n".join(["Verdict, from the figures above", *(wrap(line, width) for line in lines)])
+    title = "Verdict, from the figures above" + (" (of a machine that was not quiet)" if _noisy(result) else "")
+    return "\n".join([title, *(wrap(line, width) for line in lines)])
 
 
 def _next(result: DemoResult, width: int) -> str:

@@ -52,7 +52,7 @@ class DemoResult:
 
     ``machine`` and ``device`` say where it ran, ``stayed_dense`` which layers the planner would leave dense and why,
     ``missing`` which engines could not be measured and why. ``difference`` is the largest of an embedding's values to
-    SparseLinear's, by engine that runs the same weights. Bytes are of whole files or state dicts.
+    those of torch with the same weights, by engine. Bytes are of whole files or state dicts.
     """
 
     pattern: str

@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +49,7 @@ def result(*engines: Measured, **changes: Any) -> DemoResult:
         "pattern": "2:4",
         "method": "fast",
         "date": "2026-11-30",
-        "machine": {},
+        "machine": {"packages": {"torch": "2.13.0+cpu", "onnxruntime": "1.31.1", "openvino": None}},
         "device": "cpu: A Processor With A Very Long Name @ 2.50GHz, avx512_bf16, 128 cores, 128 threads, L1 48 KB",
         "threads": 2,
         "calibration": "Calibration(36 layers, 38,835 tokens, 24 Gram matrices, 67.2 MB)",
@@ -325,6 +326,33 @@ def test_engines_that_are_there_are_all_found(tmp_path: Path) -> None:
     assert "8:16 planned" in names
     assert {each.kind for each in found} == {DENSE, INT8, SPARSE}
     assert all(each.file is None or each.file.suffix in (".onnx", ".safetensors") for each in found)
+
+
+def test_engines_with_the_same_weights_share_a_quality_only_where_they_agree() -> None:
+    from sparsecomp.bench.demo import judge
+    from sparsecomp.bench.demo_engines import Contender
+    from sparsecomp.bench.minilm import compare as quality_of
+
+    generator = torch.Generator().manual_seed(0)
+    dense, rounded, sparse, wrong = (
+        torch.nn.functional.normalize(torch.randn(100, 8, generator=generator), dim=1) for _ in range(4)
+    )
+    given = {"a": dense, "b": dense + 1e-6, "int8": rounded, "int8 channel": dense, "s": sparse, "s wrong": wrong}
+    kinds = {"a": DENSE, "b": DENSE, "int8": INT8, "int8 channel": INT8, "s": SPARSE, "s wrong": SPARSE}
+    counts: dict[str, list[int]] = {name: [] for name in given}
+
+    def asked(name: str, texts: list[str]) -> torch.Tensor:
+        counts[name].append(len(texts))
+        return given[name][: len(texts)]
+
+    found = [Contender(name, kind, "", None, lambda: None) for name, kind in kinds.items()]  # type: ignore[arg-type,return-value]
+    qualities, difference = judge(found, {name: partial(asked, name) for name in given}, [str(i) for i in range(100)])
+    assert counts == {"a": [100], "b": [64], "int8": [100], "int8 channel": [100], "s": [100], "s wrong": [64, 100]}
+    assert difference.keys() == {"b", "s wrong"}
+    assert difference["b"] == pytest.approx(1e-6, rel=0.1)
+    for name in ("int8", "int8 channel", "s", "s wrong"):
+        assert qualities[name] == quality_of(dense, given[name])
+    assert qualities["a"] == qualities["b"]
 
 
 def test_embeddings_come_back_in_the_order_of_the_texts() -> None:
