@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sparsecomp.display import fits, label, table, wrap
+from sparsecomp.display import fits, label, quoted, table, wrap
 from sparsecomp.prune.figures import by_reason, count_text, error_text, ratio_text, role, share_text
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def render(report: PruneReport) -> str:
         )
         lines += [wrap(said), wrap(_LEGEND["mixed" if mixed else measures.pop()])]
     lines.extend(map(wrap, _few_rows(layers)))
-    lines.extend(wrap(f"{layer.name}: {note}") for layer in layers for note in layer.notes)
+    lines.extend(wrap(f"{quoted(layer.name)}: {note}") for layer in layers for note in layer.notes)
     if report.skipped:
         lines.append(_by_reason("Left dense", report.skipped))
     if report.unpermuted:

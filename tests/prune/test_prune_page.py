@@ -108,6 +108,7 @@ def test_the_verdict_promises_nothing_that_was_not_measured():
     assert "25% of the weights" in weights and "no calibration data" in weights and "large" not in weights
     odd = Page(page(report_of(layer("x", error=math.inf), layer("b")))).text
     assert "1 layer without a finite error, such as x" in odd
+    assert "the worst is \"7\" with" in Page(page(report_of(layer("7")))).text, "a number would read as a figure"
     assert "No layer was pruned." in Page(page(report_of())).text
     assert "answer as before" in Page(page(report_of(layer(error=0.0)))).text
     tuned = TuningReport("a", 40, 10, 0.3, 0.2, 0.4, 0.3, [(0, 0.4), (10, 0.3)], 3.0)

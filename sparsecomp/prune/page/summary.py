@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from sparsecomp.display import quoted
 from sparsecomp.prune.figures import count_text, error_text, geometric_mean, ratio_text, seconds_text, share_text
 from sparsecomp.prune.page.markup import name_text, pairs, section, text
 
@@ -25,7 +26,7 @@ LEVELS = (
     (0.05, "small", "The model may do as it is; check it on your own task."),
     (0.15, "moderate", "Expect the model to answer a little differently; tune it before you rely on it."),
     (0.25, "large", "Without tuning, expect answers to differ plainly from the dense model\u2019s."),
-    (math.inf, "very large", "Expect it to be of little use before it is tuned or trained."),
+    (math.inf, "very large", "Expect the model to be of little use before it is tuned or trained."),
 )
 _SCALE = (0.01, 1.0)
 _PATTERNS_NAMED = 3
@@ -76,7 +77,7 @@ def verdict(report: PruneReport) -> str:
         return section(
             "Verdict",
             f'<p class="verdict"><strong>{_count(len(odd), "layer")} without a finite error</strong>, such as '
-            f"{name_text(odd[0].name)}: what the dense layer gave on the calibration rows was zero, and what the "
+            f"{name_text(quoted(odd[0].name))}: what the dense layer gave on the calibration rows was zero, and what the "
             "pruned one gives is not. Look at them before you use the model.</p>",
             "verdict",
         )
@@ -114,7 +115,7 @@ def _of_outputs(report: PruneReport, changed: list[LayerReport]) -> str:
         f'<p class="verdict"><strong>The mean error of a layer is {error_text(judged)}: {word}.</strong> '
         f"What pruning changed in a layer\u2019s output{unseen} has {judged:.1%} of that output\u2019s norm "
         f"({judged**2:.1%} of its energy), in the geometric mean over {_count(len(changed), 'layer')}; "
-        f"the worst is {name_text(worst)} with {error_text(errors[worst])}."
+        f"the worst is {name_text(quoted(worst))} with {error_text(errors[worst])}."
         f"{'' if report.tunings else ' ' + advice}</p>"
     ]
     if judged >= LEVELS[1][0] and report.method in _SCORES:
@@ -182,7 +183,7 @@ def _warning(few: list[LayerReport], count: int) -> str:
     worst = min(few, key=lambda each: each.rows_per_input or 0.0)
     return (
         f'<p class="warning"><strong>Too little calibration.</strong> {len(few)} of {_count(count, "layer")} saw fewer '
-        f"than 4 rows for each input, the least {name_text(worst.name)}: {worst.rows or 0:,} rows for "
+        f"than 4 rows for each input, the least {name_text(quoted(worst.name))}: {worst.rows or 0:,} rows for "
         f"{worst.shape[1]:,} inputs. Their masks fit these rows, and their errors look better than they are; "
         "calibrate on more.</p>"
     )
