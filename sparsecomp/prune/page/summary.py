@@ -77,8 +77,8 @@ def verdict(report: PruneReport) -> str:
         return section(
             "Verdict",
             f'<p class="verdict"><strong>{_count(len(odd), "layer")} without a finite error</strong>, such as '
-            f"{name_text(quoted(odd[0].name))}: what the dense layer gave on the calibration rows was zero, and what the "
-            "pruned one gives is not. Look at them before you use the model.</p>",
+            f"{name_text(quoted(odd[0].name))}: on the calibration rows the dense layer gave zero, and the "
+            "pruned one does not. Look at them before you use the model.</p>",
             "verdict",
         )
     weights_only = [layer for layer in changed if layer.measured_on == "weight"]
