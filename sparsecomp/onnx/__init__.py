@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from sparsecomp.onnx.standin import ExportedLayer
     from sparsecomp.onnx.verify import VerifiedWeight, VerifyReport, verify
     from sparsecomp.onnx.verify import verify as verify_onnx
+    from sparsecomp.onnx.walk import Unseen
 
 __all__ = [
     "ExportReport",
     "ExportedLayer",
+    "Unseen",
     "VerifiedWeight",
     "VerifyReport",
     "export_onnx",
@@ -32,6 +34,7 @@ __all__ = [
 _HOME = {
     "ExportReport": "export",
     "ExportedLayer": "standin",
+    "Unseen": "walk",
     "VerifiedWeight": "verify",
     "VerifyReport": "verify",
     "export_onnx": "export",

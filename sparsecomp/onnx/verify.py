@@ -1,11 +1,10 @@
-"""An ONNX file -> for each weight of MatMul, Gemm and Conv, whether it fits an N:M pattern, and why not.
+"""An ONNX file -> for each weight its products read, whether it fits an N:M pattern, and why not.
 
-Reads any ONNX file. Knows patterns; must not know torch models.
+Reads any ONNX file and names what it could not judge. Knows patterns; must not know torch models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ import numpy.typing as npt
 from sparsecomp.display import table
 from sparsecomp.errors import FormatError, PatternError
 from sparsecomp.onnx.extra import require
-from sparsecomp.onnx.function import DOMAIN, OPERATORS
+from sparsecomp.onnx.walk import Packed, Unseen, Weight, places
 from sparsecomp.patterns import GROUP_SIZES, NM, parse
-
-_PASSED_THROUGH = ("Identity", "Cast", "Transpose", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -41,33 +38,51 @@ class VerifiedWeight:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All weights of a file, in the order of its nodes."""
+    """All weights of a file, in the order of its nodes, and the places that may hold others which were not judged."""
 
     path: Path
     pattern: str
     weights: tuple[VerifiedWeight, ...]
+    unseen: tuple[Unseen, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether there are weights and every one fits the pattern."""
-        return bool(self.weights) and all(weight.fits for weight in self.weights)
+        """Whether there are weights, every one fits the pattern, and there is no place that was not judged."""
+        return bool(self.weights) and all(weight.fits for weight in self.weights) and not self.unseen
 
     def __str__(self) -> str:
-        """A table of the weights."""
+        """A table of the weights, and one of the places that were not judged."""
+        fitting, count = sum(w.fits for w in self.weights), len(self.weights)
+        title = f"{self.path}: {fitting} of {count} weights that were judged fit {self.pattern}"
+        if not self.unseen:
+            title = f"{self.path}: {fitting} of {count} weights fit {self.pattern}"
+            if not count:
+                title += ", as no product in it reads a stored weight"
         rows = [
             (w.name, w.operator, "x".join(map(str, w.shape)), f"{w.density:.3f}", "yes" if w.fits else "no", w.reason)
             for w in self.weights
         ]
         columns = ("weight", "operator", ">shape", ">density", self.pattern, "why")
-        fitting = sum(w.fits for w in self.weights)
-        return table(columns, rows, title=f"{self.path}: {fitting} of {len(self.weights)} weights fit {self.pattern}")
+        shown = table(columns, rows, title=title)
+        if not self.unseen:
+            return shown
+        others = [(u.name or "-", u.operator, u.node, u.reason) for u in self.unseen]
+        were = "place was" if len(others) == 1 else "places were"
+        head = f"{len(others)} {were} not judged, so the file as a whole is not said to fit:"
+        return "\n\n".join([shown, table(("stored value", "operator", "node", "why not judged"), others, title=head)])
 
 
 def verify(path: str | Path, pattern: str = "2:4") -> VerifyReport:
-    """Check every MatMul, Gemm and Conv weight of an ONNX file against an N:M pattern along its reduced axis.
+    """Check every weight of an ONNX file against an N:M pattern along its reduced axis.
 
-    Weights are found through Identity, Cast, Transpose and DequantizeLinear. Packed layers of this package are
-    judged by their attributes. Raises FormatError for a file that is no ONNX model, PatternError for a pattern
+    Weights are the constant operands of MatMul, Gemm, Conv, ConvTranspose, Einsum, RNN, LSTM and GRU, of their
+    quantised forms and of ONNX Runtime's fused ones: initialisers, dense or sparse, defaults of inputs, Constant nodes,
+    and what constant nodes make of them, in the graph, in subgraphs (If, Loop, Scan) and in model-local functions, once
+    for each call. A quantised weight is zero where it equals its zero point. Packed layers of this package are judged
+    by their attributes. Whatever else may multiply by a stored matrix is named in ``unseen``.
+
+    Products of two values that both come from the inputs, such as attention scores, have no weight.
+    Raises FormatError for a file that is no ONNX model or lacks its external data, PatternError for a pattern
     that is not N:M.
     """
     wanted = parse(pattern)
@@ -75,78 +90,21 @@ def verify(path: str | Path, pattern: str = "2:4") -> VerifyReport:
         raise PatternError(f'verify takes an N:M pattern such as "2:4" or "8:16", got "{pattern}"')
     onnx = require("onnx")
     try:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own errors, or a missing file
         raise FormatError(f"{path} cannot be read as an ONNX model ({error}); check the path") from error
-    weights = tuple(_weights(model.graph, wanted, str(Path(path).parent)))
-    return VerifyReport(Path(path), str(wanted), weights)
+    weights: list[VerifiedWeight] = []
+    unseen: list[Unseen] = []
 
+    def judged(weight: Weight | Packed) -> VerifiedWeight:
+        return _judge(weight, wanted) if isinstance(weight, Weight) else _packed(weight, wanted)
 
-def _weights(graph: Any, wanted: NM, folder: str) -> Iterator[VerifiedWeight]:
-    helper, numpy_helper = require("onnx.helper"), require("onnx.numpy_helper")
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    makers = {name: node for node in graph.node for name in node.output}
-
-    def attributes(node: Any) -> dict[str, Any]:
-        return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-    def constant(name: str) -> tuple[str, npt.NDArray[Any]] | None:
-        """The initialiser behind a value and its array, transposed as the graph transposes it."""
-        if name in stored:
-            return name, numpy_helper.to_array(stored[name], base_dir=folder)
-        node = makers.get(name)
-        if node is None:
-            return None
-        if node.op_type == "Constant":
-            value = attributes(node).get("value")
-            return None if value is None else (name, numpy_helper.to_array(value))
-        if node.op_type not in _PASSED_THROUGH or (found := constant(node.input[0])) is None:
-            return None
-        if node.op_type == "Transpose":
-            return found[0], np.transpose(found[1], attributes(node).get("perm"))
-        if node.op_type == "DequantizeLinear":
-            return found[0], _centred(found[1], node, constant)
-        return found
-
-    for node in graph.node:
-        if node.domain == DOMAIN and node.op_type in OPERATORS.values():
-            yield _packed(node, attributes(node), stored, wanted)
-            continue
-        for operand in _operands(node):
-            if (found := constant(node.input[operand])) is not None and found[1].ndim >= 2:
-                rows = _rows(node.op_type, operand, found[1], attributes(node))
-                yield _judge(found[0], node, tuple(found[1].shape), rows, wanted)
-
-
-def _operands(node: Any) -> tuple[int, ...]:
-    if node.domain not in ("", "ai.onnx"):
-        return ()
-    return {"MatMul": (0, 1), "Gemm": (0, 1), "Conv": (1,)}.get(node.op_type, ())
-
-
-def _centred(quantised: npt.NDArray[Any], node: Any, constant: Any) -> npt.NDArray[Any]:
-    """Zero where the dequantised weight is zero: a nonzero zero point moves it."""
-    point = constant(node.input[2]) if len(node.input) > 2 else None
-    if point is None or not np.any(point[1]):
-        return quantised
-    shape = [1] * quantised.ndim
-    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-    if point[1].size > 1:
-        shape[axis] = point[1].size
-    centred: npt.NDArray[Any] = quantised.astype(np.int32) - point[1].astype(np.int32).reshape(shape)
-    return centred
-
-
-def _rows(operator: str, operand: int, weight: npt.NDArray[Any], attributes: dict[str, Any]) -> npt.NDArray[Any]:
-    """The weight as [rows, reduced axis]."""
-    if operator == "Conv":
-        moved = np.moveaxis(weight, 1, -1)
-        return moved.reshape(-1, moved.shape[-1])
-    if operator == "Gemm":
-        transposed = bool(attributes.get("transA" if operand == 0 else "transB", 0))
-        return weight if transposed == (operand == 1) else weight.T
-    last = weight if operand == 0 else np.swapaxes(weight, -1, -2)
-    return last.reshape(-1, last.shape[-1])
+    for place in places(model, str(Path(path).parent), judged):
+        if isinstance(place, Unseen):
+            unseen.append(place)
+        else:
+            weights.append(place)
+    return VerifyReport(Path(path), str(wanted), tuple(weights), tuple(unseen))
 
 
 def _counts(rows: npt.NDArray[Any], m: int) -> npt.NDArray[np.int64]:
@@ -156,7 +114,8 @@ def _counts(rows: npt.NDArray[Any], m: int) -> npt.NDArray[np.int64]:
     return counts
 
 
-def _judge(name: str, node: Any, shape: tuple[int, ...], rows: npt.NDArray[Any], wanted: NM) -> VerifiedWeight:
+def _judge(weight: Weight, wanted: NM) -> VerifiedWeight:
+    rows = weight.rows
     tightest = tuple(f"{max(1, int(_counts(rows, m).max(initial=0)))}:{m}" for m in GROUP_SIZES)
     counts = _counts(rows, wanted.m)
     over = np.argwhere(counts > wanted.n)
@@ -171,22 +130,15 @@ def _judge(name: str, node: Any, shape: tuple[int, ...], rows: npt.NDArray[Any],
             + (f"; it fits {' and '.join(others)}" if others else "")
         )
     density = float(np.count_nonzero(rows)) / max(1, rows.size)
-    return VerifiedWeight(name, node.op_type, node.name, shape, density, tightest, not len(over), reason)
+    shape, fits = weight.shape, not len(over)
+    return VerifiedWeight(weight.name, weight.operator, weight.node, shape, density, tightest, fits, reason)
 
 
-def _packed(node: Any, attributes: dict[str, Any], stored: dict[str, Any], wanted: NM) -> VerifiedWeight:
+def _packed(layer: Packed, wanted: NM) -> VerifiedWeight:
+    attributes = layer.attributes
     nm = NM(attributes["n"], attributes["m"], attributes["mask_rows"])
-    out = stored[node.input[1]].dims[0] if node.input[1] in stored else 0
     # n of m consecutive inputs, so every wider group of whole groups has the same density
     fits = wanted.m % nm.m == 0 and nm.n * (wanted.m // nm.m) <= wanted.n
     reason = f"packed {nm}" + ("" if fits else f" does not imply {wanted}; export with form='dense' to have it counted")
-    return VerifiedWeight(
-        node.input[1],
-        node.op_type,
-        node.name,
-        (int(out), int(attributes["in_features"])),
-        nm.density,
-        (str(nm),),
-        fits,
-        reason,
-    )
+    shape = layer.rows, int(attributes["in_features"])
+    return VerifiedWeight(layer.name, layer.operator, layer.node, shape, nm.density, (str(nm),), fits, reason)
