@@ -186,7 +186,7 @@ def _measure_bandwidth(place: str, threads: int) -> float:
     module = native()
     if place == "cpu" and isinstance(module, ModuleType):
         return float(module.measure_read_bandwidth(threads))
-    data = torch.ones((1 << 28 if place == "cpu" else 1 << 30) // 4, device=place)
+    data = torch.ones((1 << 28 if place == "cpu" else 1 << 30) // 4, device=place, dtype=torch.float32)
     return data.nbytes / _best_seconds(data.sum, place)
 
 

@@ -92,7 +92,7 @@ def measure(
         calls[UNPACKED] = [
             partial(_unpacked, registry.backends()[kernel.backend], layer.kernel, bias) for layer in sparse
         ]
-    x = torch.randn(request.batch, request.shape[1], device=request.device).to(request.dtype)
+    x = torch.randn(request.batch, request.shape[1], device=request.device, dtype=torch.float32).to(request.dtype)
     with torch.inference_mode():
         samples = _interleaved(calls, x, budget)
     measurement = Measurement(
@@ -122,12 +122,12 @@ def lookup(request: Request, device: Device | None = None, backend: str | None =
 def random_weight(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> PackedWeight:
     """A packed weight [out, in] on the CPU with random values at random positions; every slot is used."""
     out, columns = shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     # choosing positions is the costly part, so rows repeat; blocks are counted over the whole weight
     tile = pattern.v if isinstance(pattern, VNM) else pattern.mask_rows if isinstance(pattern, NM) else out
     rows = min(out, -(-_DISTINCT_ROWS // max(tile, 1)) * tile)
-    mask = project(torch.rand(rows, columns, generator=generator), pattern)
-    values = torch.empty(out, columns).uniform_(0.5, 1.0, generator=generator)
+    mask = project(torch.rand(rows, columns, generator=generator, device="cpu", dtype=torch.float32), pattern)
+    values = torch.empty(out, columns, device="cpu", dtype=torch.float32).uniform_(0.5, 1.0, generator=generator)
     values *= mask.repeat(-(-out // max(rows, 1)), 1)[:out]
     return pack(values.to(dtype), pattern)
 

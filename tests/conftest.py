@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from sparsecomp.backends import cpu
+from tests.other_defaults import PAST_MODES, other_defaults
 
 
 @pytest.fixture
@@ -16,6 +18,21 @@ def native() -> Any:
     if isinstance(module, str) or cpu._torch_functions() is None:
         pytest.skip(module if isinstance(module, str) else "this torch has no DLPack table")
     return module
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--other-defaults", action="store_true", help="see tests/other_defaults.py")
+
+
+@pytest.fixture(autouse=True)
+def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--other-defaults"):
+        yield
+        return
+    if request.path.name in PAST_MODES:
+        pytest.skip("looks at calls that go past torch's modes, of which a default device is one")
+    with other_defaults():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
