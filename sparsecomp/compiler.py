@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from sparsecomp.batches import eager
 from sparsecomp.calibration import Calibration
 from sparsecomp.display import progress
 from sparsecomp.errors import CalibrationError, ModelError, SparsecompError
@@ -51,9 +52,12 @@ def compile(
     turn out to stay dense, so that the answer does not depend on a measurement), unless ``method`` names a pruning
     method; ``calibration`` gives the Gram matrices where the method needs them.
 
+    Of a model that torch.compile wrapped, the layers of the eager model are replaced; it is compiled again when called.
+
     Raises the errors of ``plan`` and ``prune_weight``, and ModelError for a plan of another model. The model is
     untouched if anything is raised.
     """
+    given, model = model, eager(model)
     found = require_layers(find_linears(model, only, skip))
     if isinstance(plan_or_pattern, Plan):
         decided: Plan | None = plan_or_pattern
@@ -77,7 +81,7 @@ def compile(
         setattr(model, _PLAN, decided)
     if not layers:
         warnings.warn(_nothing_packed(decided, found), stacklevel=2)
-    return model
+    return given
 
 
 def _nothing_packed(decided: Plan | None, found: LayerTable) -> str:
@@ -99,6 +103,7 @@ def summary(model: nn.Module, batch: Sequence[int] = (1, 32)) -> Summary:
 
     Times come from the cache of measurements where they are known. Raises ModelError for a model without sparse layers.
     """
+    model = eager(model)
     followed = report(model)
     return summarise(model, batch, {} if followed is None else {**followed.stayed_dense, **followed.skipped})
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsecomp import cost, tune
 from sparsecomp.backends import registry
 from sparsecomp.backends.registry import Request
+from sparsecomp.batches import eager
 from sparsecomp.calibration import Calibration
 from sparsecomp.cost import Bound
 from sparsecomp.decision import LayerPlan, Plan
@@ -92,7 +93,7 @@ def plan(
     batches that are no sizes, BackendError for a device that is not there.
     """
     batches = _batches(batch)
-    found = require_layers(find_linears(model, only, skip))
+    found = require_layers(find_linears(eager(model), only, skip))
     where = detect(str(next(iter(found.values())).device) if device == "auto" else device)
     named, skipped = _by_layer(found, pattern, where)
     tried: dict[tuple[Pattern, tuple[int, int], torch.dtype], _Trial | str] = {}

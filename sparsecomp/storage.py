@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecomp.batches import eager
 from sparsecomp.container import FORMAT_VERSION, Contents, LayerEntry, key, read, some, write
 from sparsecomp.display import label, listed, numbered, table, wrap
 from sparsecomp.errors import FormatError, ModelError
@@ -83,6 +84,7 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
     Raises ModelError for state_dict entries that are no tensors with content, FormatError for a missing folder.
     """
     require_module(model)
+    model = eager(model)
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta:
@@ -116,6 +118,7 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     Raises FormatError for a file that is truncated, damaged, of another version, or of another model than ``into``.
     """
     require_module(into)
+    given, into = into, eager(into)
     contents = read(Path(path))
     state = contents.state()
     modules = dict(into.named_modules(remove_duplicate=False))
@@ -136,7 +139,7 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
         for entry, value in others.items():
             _copy(own[entry], value)
         swap(into, {name: layer for name, layer in layers.items() if name})
-    return layers.get("", into)
+    return layers.get("", given)
 
 
 def inspect(path: str | Path) -> Summary:

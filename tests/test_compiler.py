@@ -25,6 +25,7 @@ from sparsecomp.patterns import parse
 from sparsecomp.plan import plan
 from sparsecomp.prune import prune, prune_weight
 from sparsecomp.report import why_no_kernel
+from sparsecomp.storage import load, save
 
 needs_kernel = pytest.mark.skipif(isinstance(native(), str), reason="needs the compiled extension")
 
@@ -253,3 +254,17 @@ def test_the_backend_of_the_plan_is_taken_and_kept(monkeypatch: pytest.MonkeyPat
     # where it cannot run, another one is taken: a preference is no pin
     monkeypatch.setattr(ReferenceBackend, "supports", lambda self, request: "cannot")
     assert copy.deepcopy(fast).kernel.backend != "reference"
+
+
+def test_models_that_torch_compile_wrapped_are_packed_inside(tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).eval(), torch.randn(3, 16)
+    prune(net, "2:4", show_progress=False)
+    wrapped = torch.compile(net, backend="eager")
+    want = wrapped(x).detach()
+    assert list(plan(wrapped, "2:4", measure=False).sparse) == ["0", "2"]
+    assert compile(wrapped, "2:4", where="everywhere") is wrapped and isinstance(net[0], SparseLinear)
+    torch.testing.assert_close(wrapped(x).detach(), want)
+    save(wrapped, tmp_path / "m.safetensors")
+    fresh = torch.compile(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).eval(), backend="eager")
+    assert load(tmp_path / "m.safetensors", into=fresh) is fresh
+    torch.testing.assert_close(fresh(x).detach(), want)

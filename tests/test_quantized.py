@@ -176,3 +176,9 @@ def test_onnx_writes_what_the_integers_stand_for(tmp_path: Path) -> None:
     stored = [onnx.numpy_helper.to_array(each) for each in onnx.load(str(tmp_path / "m.onnx")).graph.initializer]
     (weight,) = [each for each in stored if each.ndim == 2]
     assert torch.equal(torch.from_numpy(weight.copy()).T, layer.packed().unpack())
+
+
+def test_quantize_says_what_it_takes() -> None:
+    for other in (nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), torch.zeros(8, 8)):
+        with pytest.raises(ModelError, match=rf"takes a PackedWeight, got {type(other).__name__}.*quantized=True"):
+            sc.quantize(other)  # type: ignore[arg-type]

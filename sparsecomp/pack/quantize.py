@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsecomp.errors import PatternError
+from sparsecomp.errors import ModelError, PatternError
 from sparsecomp.pack.format import LARGEST_INT8, LAYER_DTYPES, PackedWeight, pack
 from sparsecomp.patterns import row_nm
 
@@ -16,8 +16,14 @@ def quantize(packed: PackedWeight) -> PackedWeight:
     Weights that round to zero free their slots. ``dtype`` of the result, and what ``unpack`` gives, stays that of
     ``packed``.
 
-    Raises PatternError for a weight that is not stored as N:M groups, and one that holds integers already.
+    Raises ModelError for anything but a PackedWeight, PatternError for a weight that is not stored as N:M groups, and
+    one that holds integers already.
     """
+    if not isinstance(packed, PackedWeight):
+        raise ModelError(
+            f"quantize takes a PackedWeight, got {type(packed).__name__}; make an int8 layer with "
+            "SparseLinear.from_linear(linear, pattern, quantized=True)"
+        )
     if row_nm(packed.pattern) is None:
         raise PatternError(f'"{packed.pattern}" cannot be quantised: row scales need an N:M or V:N:M pattern')
     if packed.values.dtype not in LAYER_DTYPES:
