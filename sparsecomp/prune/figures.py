@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_FIGURE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def geometric_mean(errors: Iterable[float]) -> float:
@@ -41,6 +42,17 @@ def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name or "(the model)")
     return names
+
+
+def by_kind(notes: Iterable[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """(name, note) of notes that differ in their figures only, together; the key has an ellipsis for each figure.
+
+    Notes that do not differ keep their figures in the key.
+    """
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for name, note in notes:
+        kinds.setdefault(_FIGURE.sub("\u2026", note), []).append((name, note))
+    return {(kind if len({note for _, note in each}) > 1 else each[0][1]): each for kind, each in kinds.items()}
 
 
 def count_text(count: int) -> str:

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sparsecomp.display import fits, label, quoted, table, wrap
-from sparsecomp.prune.figures import by_reason, count_text, error_text, ratio_text, role, share_text
+from sparsecomp.prune.figures import by_kind, by_reason, count_text, error_text, ratio_text, role, share_text
 
 if TYPE_CHECKING:
     from sparsecomp.prune.report import LayerReport, PruneReport
 
 _NAMES_PER_REASON = 3
+_NOTES_PER_KIND = 4
 # from so many layers on, equal layers of several blocks share a line
 _MANY = 24
 
@@ -39,7 +40,7 @@ def render(report: PruneReport) -> str:
         )
         lines += [wrap(said), wrap(_LEGEND["mixed" if mixed else measures.pop()])]
     lines.extend(map(wrap, _few_rows(layers)))
-    lines.extend(wrap(f"{quoted(layer.name)}: {note}") for layer in layers for note in layer.notes)
+    lines.extend(map(wrap, _notes(layers)))
     if report.skipped:
         lines.append(_by_reason("Left dense", report.skipped))
     if report.unpermuted:
@@ -154,6 +155,17 @@ def _few_rows(layers: Sequence[LayerReport]) -> list[str]:
         f'("{worst.name or "the model"}": {worst.rows:,} rows, {worst.shape[1]:,} inputs): their masks fit these rows, '
         "and their errors look better than they are; calibrate on more"
     ]
+
+
+def _notes(layers: Sequence[LayerReport]) -> list[str]:
+    """The notes, of many that differ in figures only the first few."""
+    lines = []
+    for notes in by_kind((layer.name, note) for layer in layers for note in layer.notes).values():
+        shown = notes[:_NOTES_PER_KIND]
+        lines += [f"{quoted(name)}: {note}" for name, note in shown]
+        if len(notes) > len(shown):
+            lines.append(f"... and {len(notes) - len(shown)} more such notes, in the report as .json, .csv and .html")
+    return lines
 
 
 def _by_reason(title: str, reasons: Mapping[str, str]) -> str:

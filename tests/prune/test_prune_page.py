@@ -108,7 +108,7 @@ def test_the_verdict_promises_nothing_that_was_not_measured():
     assert "25% of the weights" in weights and "no calibration data" in weights and "large" not in weights
     odd = Page(page(report_of(layer("x", error=math.inf), layer("b")))).text
     assert "1 layer without a finite error, such as x" in odd
-    assert "the worst is \"7\" with" in Page(page(report_of(layer("7")))).text, "a number would read as a figure"
+    assert 'the worst is "7" with' in Page(page(report_of(layer("7")))).text, "a number would read as a figure"
     assert "No layer was pruned." in Page(page(report_of())).text
     assert "answer as before" in Page(page(report_of(layer(error=0.0)))).text
     tuned = TuningReport("a", 40, 10, 0.3, 0.2, 0.4, 0.3, [(0, 0.4), (10, 0.3)], 3.0)
@@ -198,6 +198,18 @@ def test_a_page_of_many_layers_stays_small_and_draws_no_noise():
     assert len(text) < 400_000
     assert text.count("<svg") == len(kinds) + 56 and "<summary>56 curves</summary>" in text
     assert 'class="map"' not in text and "Positions" not in text
+
+
+def test_notes_that_differ_in_figures_only_are_told_together():
+    notes = [f"damping 0.0{i} gave the least error, {i}e-05" for i in range(1, 8)]
+    layers = [layer(f"h.{i}", notes=(note,)) for i, note in enumerate(notes)]
+    made = report_of(*layers, layer("x", notes=("it had not settled in 40 steps",)))
+    text = Page(page(made)).text
+    assert all(note in text for note in notes) and "damping … gave the least error, …" in text
+    assert "it had not settled in 40 steps" in text and page(made).count("<details>") == 1
+    shown = str(made)
+    assert notes[3] in shown and notes[4] not in shown and "and 3 more such notes" in shown
+    assert "x: it had not settled in 40 steps" in shown
 
 
 def test_error_by_depth_draws_each_layer_where_it_stands():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparsecomp.prune.figures import by_reason, count_text, error_text, ratio_text
+from sparsecomp.prune.figures import by_kind, by_reason, count_text, error_text, ratio_text
 from sparsecomp.prune.page.markup import name_text, section, text
 
 if TYPE_CHECKING:
@@ -123,12 +123,20 @@ def _alike(layers: Sequence[LayerReport]) -> str:
 
 
 def notes(report: PruneReport) -> str:
-    """Each note once, with the layers it was made on."""
-    by_note: dict[str, list[str]] = {}
-    for layer in report.layers.values():
-        for note in layer.notes:
-            by_note.setdefault(note, []).append(layer.name or "(the model)")
-    return section("Notes", _listed(by_note, {}), "notes")
+    """Each note once with its layers, those that differ in their figures together."""
+    found = by_kind((layer.name, note) for layer in report.layers.values() for note in layer.notes)
+    alike, items = {}, ""
+    for kind, each in found.items():
+        if len({note for _, note in each}) == 1:
+            alike[kind] = [name or "(the model)" for name, _ in each]
+            continue
+        lines = "".join(f"<li><code>{name_text(name)}</code>: {text(note)}</li>" for name, note in each)
+        listed = f"<ul>{lines}</ul>"
+        if len(each) > _NAMES_SHOWN:
+            listed = f"<details><summary>{len(each)} notes</summary>{listed}</details>"
+        items += f"<li><p>{text(kind)} <span class=note>({len(each)} layers)</span></p>{listed}</li>"
+    told = _listed(alike, {}) + (f'<ul class="reasons">{items}</ul>' if items else "")
+    return section("Notes", told, "notes")
 
 
 def left_dense(report: PruneReport) -> str:
