@@ -109,7 +109,7 @@ def _sweep(tableau: Tensor, residual: Tensor, dropped: Tensor, column: Tensor) -
     row = tableau[tiles, column]  # [tiles, M]; indexing copies
     value = residual[tiles, :, column]  # [tiles, rows]
     pivot = row[tiles, column]
-    sign = torch.where(dropped[tiles, column], -1.0, 1.0) / pivot
+    sign = 1.0 / torch.where(dropped[tiles, column], -pivot, pivot)
     part = row / pivot[:, None]
     tableau.baddbmm_(row.unsqueeze(2), part.unsqueeze(1), alpha=-1)
     residual.baddbmm_(value.unsqueeze(2), part.unsqueeze(1), alpha=-1)
