@@ -298,8 +298,9 @@ def test_the_page_does_not_depend_on_the_default_device():
     mask[:4] = False
     made = report_of(layer("w", "block4x4:0.5"), masks={"w": mask})
     want = page(made)
+    before = torch.get_default_device()
     torch.set_default_device("meta")
     try:
         assert page(made) == want and 'class="map"' in want
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(before)
