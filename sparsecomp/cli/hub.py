@@ -106,10 +106,8 @@ def writes_folders(model: nn.Module) -> bool:
 def save_folder(model: nn.Module, folder: Path, source: Path | None) -> None:
     """Write the model as a folder that ``from_pretrained`` reads, with what else lies in the folder it came from.
 
-    Files are complete before any of them is in place. Raises ModelError for the folder of the model itself.
+    Files are complete before any of them is in place.
     """
-    if source is not None and folder.exists() and folder.samefile(source):
-        raise ModelError(f'-o "{folder}" is the folder the model comes from; name another one, or its weights are lost')
     transformers = _transformers(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -214,9 +212,10 @@ def _class(transformers: Any, config: Mapping[str, Any], auto_class: str | None)
     """The class to load, and in words where its name comes from."""
     if auto_class is not None:
         made = getattr(transformers, auto_class, None)
-        if not callable(getattr(made, "from_pretrained", None)):
+        model = isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)
+        if not model and not (auto_class.startswith("AutoModel") and made is not None):
             near = difflib.get_close_matches(
-                auto_class, [n for n in dir(transformers) if n.startswith("AutoModel")], n=3
+                auto_class, [each for each in dir(transformers) if "Model" in each or "For" in each]
             )
             hint = f"the nearest are {', '.join(near)}" if near else "such as AutoModelForSequenceClassification"
             raise ModelError(f'--auto-class "{auto_class}" is no model class of transformers; {hint}')

@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     torch_io = safetensors("torch")
     masks = _load_masks(arguments.masks)
     model = models.load_model(arguments.model, arguments.weights, arguments.auto_class)
-    pruned.check_output(arguments.output, model)
+    pruned.check_output(arguments.output, model, arguments.model)
     pattern = choices.plain(choices.without_auto(given, model))
     found = require_layers(find_linears(model, arguments.only, arguments.skip))
     chosen, _ = choose_patterns(found, pattern)

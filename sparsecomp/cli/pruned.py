@@ -25,8 +25,10 @@ def is_folder(output: str) -> bool:
     return output.endswith("/") or Path(output).is_dir()
 
 
-def check_output(output: str, model: nn.Module) -> None:
-    """ModelError for a folder that this model cannot be written as."""
+def check_output(output: str, model: nn.Module, source: str) -> None:
+    """ModelError for a folder that this model cannot be written as, and for its own, which is named ``source``."""
+    if is_folder(output) and Path(source).is_dir() and Path(output).exists() and Path(output).samefile(source):
+        raise ModelError(f'-o "{output}" is the folder the model comes from; name another one, or its weights are lost')
     if is_folder(output) and not hub.writes_folders(model):
         raise ModelError(
             f'-o "{output}" is a folder, and only Hugging Face models are written as folders; name a file in it, such '
