@@ -71,6 +71,11 @@ def share_text(part: float, whole: float) -> str:
     return ">99%" if 0.995 <= share < 1.0 else f"{share:.0%}"
 
 
+def change_text(before: float, after: float) -> str:
+    """By how much a loss changed, in percent; nothing where that is no number."""
+    return f"{after / before - 1.0:+.0%}" if before and math.isfinite(before) and math.isfinite(after) else ""
+
+
 def seconds_text(seconds: float) -> str:
     """A time as one says it."""
     if not math.isfinite(seconds):

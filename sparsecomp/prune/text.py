@@ -9,13 +9,25 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sparsecomp.display import fits, label, quoted, table, wrap
-from sparsecomp.prune.figures import by_kind, by_reason, count_text, error_text, ratio_text, role, share_text
+from sparsecomp.prune.figures import (
+    by_kind,
+    by_reason,
+    change_text,
+    count_text,
+    error_text,
+    ratio_text,
+    role,
+    share_text,
+)
 
 if TYPE_CHECKING:
     from sparsecomp.prune.report import LayerReport, PruneReport
+    from sparsecomp.prune.tuning import TuningReport
 
 _NAMES_PER_REASON = 3
 _NOTES_PER_KIND = 4
+# more tunings than these are a table
+_TUNINGS_SAID = 3
 # from so many layers on, equal layers of several blocks share a line
 _MANY = 24
 
@@ -45,7 +57,10 @@ def render(report: PruneReport) -> str:
         lines.append(_by_reason("Left dense", report.skipped))
     if report.unpermuted:
         lines.append(_by_reason("Input channels not permuted", report.unpermuted))
-    lines.extend(wrap(str(each)) for each in report.tunings)
+    if len(report.tunings) > _TUNINGS_SAID:
+        lines.append(_tunings(report.tunings))
+    else:
+        lines.extend(wrap(str(each)) for each in report.tunings)
     if report.stages:
         lines.append(_stages(report))
     return "\n".join([*lines, *map(wrap, _provenance(report))])
@@ -175,6 +190,24 @@ def _by_reason(title: str, reasons: Mapping[str, str]) -> str:
         said = f"  {', '.join(names[:_NAMES_PER_REASON])}{more}: {reason}"
         lines.append(wrap(said, indent="    "))
     return "\n".join(lines)
+
+
+def _tunings(tunings: Sequence[TuningReport]) -> str:
+    """Many tunings as a table; why one stopped early stands below it."""
+    rows = [
+        [
+            each.name,
+            f"{each.held_out_before:.4g}",
+            f"{each.held_out_after:.4g}",
+            change_text(each.held_out_before, each.held_out_after),
+            f"{each.best_step} of {each.steps}",
+            f"{each.seconds:.0f}",
+        ]
+        for each in tunings
+    ]
+    columns = ["tuned", ">held-out loss", ">after", ">change", ">kept step", ">seconds"]
+    stopped = [wrap(f"{quoted(each.name)}: {each.stopped}") for each in tunings if each.stopped]
+    return "\n".join([table(columns, rows, title="Tuning"), *stopped])
 
 
 def _stages(report: PruneReport) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 import sparsecomp
 from sparsecomp.patterns import parse
-from sparsecomp.prune import LayerReport, PruneReport, prune
+from sparsecomp.prune import LayerReport, PruneReport, TuningReport, prune
 from sparsecomp.prune.figures import count_text, ratio_text, seconds_text, share_text
 from sparsecomp.prune.provenance import ModelFacts, describe
 
@@ -133,6 +133,18 @@ def test_equal_layers_of_many_blocks_share_a_line_with_their_worst(monkeypatch):
     assert "pooler.dense" in shown and "equal layers share a line" in shown
     few = str(report_on(NAMES[:4]))
     assert all(name in few or name.removeprefix("encoder.layer.0.") in few for name in NAMES[:4])
+
+
+def test_many_tunings_are_a_table(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    made = TuningReport("", 40, 10, 0.3, 0.2, 0.4, 0.3, [(0, 0.4)], 3.0)
+    tunings = [dataclasses.replace(made, name=f"encoder.layer.{i}", stopped=None if i else "nan") for i in range(9)]
+    shown = str(dataclasses.replace(report_on(NAMES[:2]), tunings=tunings)).splitlines()
+    rows = [line.split() for line in shown if line.startswith(" encoder.layer.") and "of 40" in line]
+    assert rows == [[each.name, "0.4", "0.3", "-25%", "10", "of", "40", "3"] for each in tunings]
+    assert "encoder.layer.0: nan" in shown
+    few = str(dataclasses.replace(report_on(NAMES[:2]), tunings=tunings[1:3]))
+    assert "encoder.layer.2: held-out loss 0.4 -> 0.3" in " ".join(few.split())
 
 
 def test_figures_read_as_one_says_them():

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sparsecomp.prune.figures import error_text, role, seconds_text
+from sparsecomp.prune.figures import change_text, error_text, role, seconds_text
 from sparsecomp.prune.page.markup import Axes, figure, label, name_text, section, svg, text, ticks
 
 if TYPE_CHECKING:
@@ -101,11 +101,10 @@ def tunings(report: PruneReport) -> str:
 
 def _tuning_row(each: TuningReport) -> str:
     before, after = each.held_out_before, each.held_out_after
-    change = f"{after / before - 1.0:+.0%}" if before and math.isfinite(before) and math.isfinite(after) else ""
     stopped = f"<br><span class=note>{text(each.stopped)}</span>" if each.stopped else ""
     cells = (
         f"{before:.4g} \u2192 {after:.4g}",
-        change,
+        change_text(before, after),
         f"{each.train_before:.4g} \u2192 {each.train_after:.4g}",
         f"{each.best_step} of {each.steps}",
         seconds_text(each.seconds),
