@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparsecomp.compiler import compile
     from sparsecomp.interchange import linear, prepare
     from sparsecomp.nn import SparseLinear
-    from sparsecomp.onnx import export_onnx, onnx_session
+    from sparsecomp.onnx import export_onnx, onnx_session, verify_onnx
     from sparsecomp.pack import PackedWeight, pack, quantize
     from sparsecomp.patterns import parse as parse_pattern
     from sparsecomp.plan import Plan, plan
@@ -48,6 +48,7 @@ __all__ = [
     "prune_weight",
     "quantize",
     "save",
+    "verify_onnx",
 ]
 
 try:
@@ -77,6 +78,7 @@ _HOME = {
     "prune_weight": "prune",
     "quantize": "pack",
     "save": "storage",
+    "verify_onnx": "onnx",
 }
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from sparsecomp.display import table
 from sparsecomp.errors import FormatError, PatternError
+from sparsecomp.onnx.constants import Unevaluated
 from sparsecomp.onnx.extra import require
 from sparsecomp.onnx.walk import Packed, Unseen, Weight, places
 from sparsecomp.patterns import GROUP_SIZES, NM, parse
@@ -136,9 +137,12 @@ def _judge(weight: Weight, wanted: NM) -> VerifiedWeight:
 
 def _packed(layer: Packed, wanted: NM) -> VerifiedWeight:
     attributes = layer.attributes
-    nm = NM(attributes["n"], attributes["m"], attributes["mask_rows"])
+    try:
+        nm = NM(attributes["n"], attributes["m"], attributes["mask_rows"])
+        shape = layer.rows, int(attributes["in_features"])
+    except (KeyError, PatternError) as error:
+        raise Unevaluated("its attributes describe no N:M weight") from error
     # n of m consecutive inputs, so every wider group of whole groups has the same density
     fits = wanted.m % nm.m == 0 and nm.n * (wanted.m // nm.m) <= wanted.n
     reason = f"packed {nm}" + ("" if fits else f" does not imply {wanted}; export with form='dense' to have it counted")
-    shape = layer.rows, int(attributes["in_features"])
     return VerifiedWeight(layer.name, layer.operator, layer.node, shape, nm.density, (str(nm),), fits, reason)

@@ -90,7 +90,8 @@ Scope = dict[str, Value]
 def places(model: Any, folder: str, judge: Callable[[Weight | Packed], Judged]) -> list[Judged | Unseen]:
     """What the products of ``model``, an onnx.ModelProto whose external data lie in ``folder``, multiply by.
 
-    Each weight is given to ``judge`` as soon as it is met, so that one at a time is in memory.
+    Each weight is given to ``judge`` as soon as it is met, so that one at a time is in memory. Where ``judge`` raises
+    Unevaluated, the place counts as unseen.
     Raises FormatError for stored tensors that cannot be read.
     """
     walk = _Walk(model, folder, judge)
@@ -227,7 +228,10 @@ class _Walk(Generic[Judged]):
             if any(each is not None and each.kind != "constant" for each in inputs[2:5]):
                 raise Unevaluated("its scales or zero points are computed from the inputs")
             others = [None if each is None or each.kind != "constant" else each.array() for each in inputs]
-        rows = products.rows(operand, attributes, array, None if point is None else point.array(), others)
+        try:
+            rows = products.rows(operand, attributes, array, None if point is None else point.array(), others)
+        except (ValueError, KeyError, IndexError) as error:  # of numpy, for a file that breaks the operator's rules
+            raise Unevaluated(f"its shape or attributes do not fit {node.op_type}") from error
         return Weight(value.name, node.op_type, _title(node, frame), tuple(array.shape), rows)
 
     def _packed(self, node: Any, inputs: list[Value | None], frame: _Frame) -> None:
@@ -237,7 +241,10 @@ class _Walk(Generic[Judged]):
             self._unseen(node, frame, values.name if values else "", "its values are no constant of the file")
             return
         title = _title(node, frame)
-        self.found.append(self.judge(Packed(values.name, node.op_type, title, int(shape[0]), attributes_of(node))))
+        try:
+            self.found.append(self.judge(Packed(values.name, node.op_type, title, int(shape[0]), attributes_of(node))))
+        except Unevaluated as reason:
+            self._unseen(node, frame, values.name, str(reason))
 
     def _odd_places(self, node: Any, attributes: Attributes, inputs: list[Value | None], frame: _Frame) -> None:
         """Name stored matrices that reach an operator which may multiply by them in a way that is not known here."""

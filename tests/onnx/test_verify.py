@@ -117,3 +117,12 @@ def test_what_verify_refuses(tmp_path):
     for pattern in ("block4x4:0.5", "2:4@v4"):
         with pytest.raises(PatternError, match="verify takes an N:M pattern"):
             verify(weight, pattern)
+
+
+def test_the_public_name_is_the_same_function(tmp_path):
+    import sparsecomp as sc
+
+    path = one_node(tmp_path / "m", "MatMul", two_of_four(8, 8).T)
+    assert sc.verify_onnx is verify
+    assert sc.verify_onnx(path, "2:4").fits
+    assert not sc.verify_onnx(path, "1:4").fits

@@ -454,3 +454,42 @@ def test_activations_lookups_and_tables_are_no_weights(tmp_path):
     full = np.ones((50, 8), np.float32)
     tensors = {"table": full, "positions": full, "cosines": full, "one": full[0].copy()}
     assert verdict(written(tmp_path, text, good=GOOD, good2=GOOD, **tensors)) == (["good", "good2"], [], [])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "com.microsoft.MatMulNBits <K = 64, N = 6, bits = 4, block_size = 32> (x, w, w)",
+        "com.microsoft.MatMulNBits <N = 8> (x, w, w)",
+        "ConvTranspose <group = 3> (x, w)",
+        'Einsum <equation = "ni,ijkl->nj"> (x, w)',
+        "sparsecomp.NMLinear <n = 5, m = 4, mask_rows = 1, in_features = 8> (x, w, w, w)",
+        "sparsecomp.NMLinear (x, w, w, w)",
+    ],
+)
+def test_a_file_that_breaks_the_rules_of_its_operators_is_no_crash(tmp_path, call):
+    assert verdict(written(tmp_path, f"g ({X}) => (float[N, 8] y) {{ y = {call} }}", w=GOOD)) == ([], [], ["w"])
+
+
+def test_packed_layers_within_subgraphs_and_functions(tmp_path):
+    import torch
+    from onnx_models import random_sparse_layer
+
+    from sparsecomp.onnx import export_onnx
+
+    export_onnx(random_sparse_layer(8, 8, "1:4"), (torch.randn(2, 8),), tmp_path / "packed.onnx")
+    packed = onnx.load(tmp_path / "packed.onnx")
+    layer = packed.graph.node[0]
+    model = onnx.load(written(tmp_path, IF.format(inner="a"), a=GOOD))
+    model.functions.extend(packed.functions)
+    model.graph.initializer.extend(packed.graph.initializer)
+    branch = model.graph.node[1].attribute[0].g
+    branch.node[0].CopyFrom(layer)
+    branch.node[0].input[0], branch.node[0].output[0] = "h", "one"
+    assert verdict(save(tmp_path, model)) == (["a", "values"], [], [])
+    assert verdict(tmp_path / "m.onnx", "1:8")[1] == ["a", "values"]
+    # values that the inputs give
+    model.graph.input.append(helper.make_tensor_value_info("v", TensorProto.FLOAT, [8, 2]))
+    branch.node[0].input[1] = "v"
+    got = verify(save(tmp_path, model))
+    assert not got.fits and got.unseen[0].reason == "its values are no constant of the file"
