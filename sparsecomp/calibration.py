@@ -135,6 +135,9 @@ def calibrate(
 class RowSource(Protocol):
     """Tells which rows of layer inputs count."""
 
+    def learn(self, batch: Any, run: Callable[[Any], object]) -> None:
+        """May run a part of the batch first."""
+
     def reading(self, index: int, batch: Any) -> AbstractContextManager[None]:
         """The batch is run within."""
 
@@ -160,6 +163,9 @@ def collect(
         state = ModuleState(model)
         for batch in batches:
             recorder.batch = count
+            recorder.paused = True
+            rows.learn(batch, lambda part, index=count: run(part, index))  # type: ignore[misc]
+            recorder.paused = False
             own = fresh(batch)
             try:
                 with rows.reading(count, own):

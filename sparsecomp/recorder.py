@@ -81,11 +81,14 @@ class Recorder:
         self.shared: dict[str, _Shared] = {}
         self.joinable: dict[int, _Shared] = {}
         self.batch = 0
+        self.paused = False
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         """A forward pre-hook for the layer of that name."""
 
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.paused:
+                return
             # a forward of its own may be in inference mode, where no sum could be added to later
             with torch.inference_mode(False), torch.no_grad():
                 self.see(name, args[0] if args else next(iter(kwargs.values())))

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparsecomp.batches import fresh
 from sparsecomp.errors import CalibrationError
 from sparsecomp.layers import check_globs
+from sparsecomp.snapshot import ModuleState
 
 Masks = Tensor | Mapping[str, Tensor | None] | None
 RowMask = Callable[[Any], Masks]
@@ -60,11 +62,12 @@ class RowMasks:
 
     def __init__(self, model: nn.Module, mask: RowMask | None, names: Collection[str]) -> None:
         """``mask(batch)`` as in ``calibrate``; ``names`` are those that its globs may speak of."""
-        self._mask, self._names = mask, names
+        self._model, self._mask, self._names = model, mask, names
         self._decoder = _decoder_of(model)
         # Hugging Face models take [B, T]; in other models the order of the axes is theirs
         self._batch_first = hasattr(model, "config") and isinstance(getattr(model, "main_input_name", None), str)
         self._layouts: dict[str, str] = {}
+        self._learned = False
         self._batch = 0
         self._explicit: _Explicit | None = None
         self._sources: list[_Source] = []
@@ -111,10 +114,57 @@ class RowMasks:
             self._fitted |= fitting is not None
             return None if fitting is None else fitting.to(x.device)
         chosen = self._choose(name, x)
+        if chosen is not None and (self._tracker is not None or len(self._sources) == 1):
+            self._note_layout(name, chosen, x.shape[:-1])
         if chosen is None or not _hides(chosen):
             return None
         fitting = self._fit(name, chosen, x)
         return None if fitting is None else fitting.to(x.device)
+
+    def learn(self, batch: Any, run: Callable[[Any], object]) -> None:
+        """Run the model on a part of a batch that has as many texts as tokens, to see which axis of what is which.
+
+        Only models that take [B, T], as those of Hugging Face do, can be given a part; ``run`` runs such a part.
+        """
+        if self._learned or self._mask is not None or not self._batch_first or not isinstance(batch, Mapping):
+            return
+        square = [_attention(batch, key) for key in (_MASK, _DECODER_MASK)]
+        mask = next((each for each in square if _hides(each) and each is not None and _is_ambiguous(each)), None)
+        if mask is None:
+            return
+        count = len(mask)
+        part = {
+            key: each[:-1] if isinstance(each, Tensor) and each.ndim and len(each) == count else each
+            for key, each in batch.items()
+        }
+        modules = dict(self._model.named_modules())
+        handles = [
+            modules[name].register_forward_hook(self._noting(name, mask[:-1]))
+            for name in self._names
+            if name in modules
+        ]
+        state = ModuleState(self._model)
+        try:
+            with torch.no_grad():
+                run(fresh(part))
+            self._learned = True
+        finally:
+            for handle in handles:
+                handle.remove()
+            state.restore()
+
+    def _noting(self, name: str, mask: Tensor) -> Callable[[nn.Module, Any, Any], None]:
+        def note(_module: nn.Module, _args: Any, output: Any) -> None:
+            made = next(_tensors(output), None)
+            if made is not None:
+                self._note_layout(name, mask, made.shape[:-1])
+
+        return note
+
+    def _note_layout(self, name: str, mask: Tensor, lead: torch.Size) -> None:
+        ways = self._ways(mask, lead)
+        if len(ways) == 1:
+            self._layouts[name] = next(iter(ways))
 
     def _choose(self, name: str, x: Tensor) -> Tensor | None:
         if not self._sources:
@@ -125,7 +175,7 @@ class RowMasks:
         if places:
             return self._sources[min(places)].mask
         for source in self._sources:
-            if source.mask is not None and _hides(source.mask) and self._ways(source.mask, x):
+            if source.mask is not None and _hides(source.mask) and self._ways(source.mask, x.shape[:-1]):
                 raise CalibrationError(
                     f"{name or 'the model'}: it cannot be told what its input of shape {tuple(x.shape)} is made of in "
                     f"batch {self._batch}, and so whether an attention mask of shape {tuple(source.mask.shape)} "
@@ -134,13 +184,13 @@ class RowMasks:
         return None
 
     @staticmethod
-    def _ways(mask: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """The mask [B, T] over the leading dimensions of ``x``, in every way that it may be meant."""
-        lead, (texts, tokens) = tuple(x.shape[:-1]), mask.shape
+    def _ways(mask: Tensor, lead: torch.Size) -> dict[str, Tensor]:
+        """The mask [B, T] over the leading dimensions of an input, in every way that it may be meant."""
+        texts, tokens = mask.shape
         ways = {}
-        if lead[:2] == (texts, tokens):
+        if tuple(lead[:2]) == (texts, tokens):
             ways["batch first"] = mask
-        if lead[:2] == (tokens, texts):
+        if tuple(lead[:2]) == (tokens, texts):
             ways["tokens first"] = mask.T
         if len(lead) == 3 and (lead[0], lead[2]) == (texts, tokens):
             ways["heads between"] = mask[:, None, :].expand(lead)
@@ -150,12 +200,8 @@ class RowMasks:
         return ways
 
     def _fit(self, name: str, mask: Tensor, x: Tensor) -> Tensor | None:
-        ways = self._ways(mask, x)
-        if len(ways) == 1:
-            way, fitting = next(iter(ways.items()))
-            self._layouts[name] = way
-            return fitting
-        if not ways or _all_alike(list(ways.values()), x):
+        ways = self._ways(mask, x.shape[:-1])
+        if len(ways) <= 1 or _all_alike(list(ways.values()), x.shape[:-1]):
             return next(iter(ways.values()), None)
         known = self._layouts.get(name)
         if known in ways:
@@ -163,8 +209,6 @@ class RowMasks:
         flat = "flat, batch first"
         if flat in ways and "tokens first" not in self._layouts.values():
             return ways[flat]
-        if self._batch_first and set(ways) == {"batch first", "tokens first"}:
-            return ways["batch first"]
         raise CalibrationError(
             f"{name or 'the model'}: it cannot be told which axes of its input of shape {tuple(x.shape)} the "
             f"attention_mask of shape {tuple(mask.shape)} in batch {self._batch} speaks of "
@@ -179,8 +223,11 @@ def _leading(mask: Tensor, x: Tensor) -> Tensor | None:
     return mask.flatten() if x.ndim == 2 and x.shape[0] == mask.numel() else None
 
 
-def _all_alike(masks: list[Tensor], x: Tensor) -> bool:
-    lead = x.shape[:-1]
+def _is_ambiguous(mask: Tensor) -> bool:
+    return mask.shape[0] == mask.shape[1] and not torch.equal(mask, mask.T)
+
+
+def _all_alike(masks: list[Tensor], lead: torch.Size) -> bool:
     whole = [each.reshape(*each.shape, *[1] * (len(lead) - each.ndim)).expand(lead) for each in masks]
     return all(torch.equal(whole[0], each) for each in whole[1:])
 

@@ -51,6 +51,12 @@ def clone(x: Tensor) -> Tensor:
         return x.detach().clone()
 
 
+def put(tensor: Tensor, values: Tensor) -> None:
+    """Write ``values`` into a parameter or buffer in place, also if it was made under torch.inference_mode."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(values)
+
+
 def copied(value: Any, on_tensor: Callable[[Any], Any] = clone, memo: dict[int, Any] | None = None) -> Any:
     """A copy of arguments that no call can change the original by: tensors, containers, caches and the like.
 
@@ -157,8 +163,7 @@ class ModuleState:
         for index, (tensor, seen, kept_values) in enumerate(self._tensors):
             now = version(tensor)
             if now is None or now != seen:
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(kept_values)
+                put(tensor, kept_values)
                 self._tensors[index] = (tensor, version(tensor), kept_values)
 
 

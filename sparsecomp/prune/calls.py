@@ -116,6 +116,9 @@ def capture(
     which is not called once a batch, on what the one before returned, says so. Raises what ``run_batch`` does, and
     CalibrationError for inputs that are not finite.
     """
+    if rows is not None:
+        for index, batch in enumerate(batches):
+            rows.learn(batch, lambda part, index=index: run_batch(model, part, index, forward))  # type: ignore[misc]
     clock = itertools.count()
     watches = [_Watch(each, rows, clock) for each in chains]
     handles = [handle for watch in watches for handle in watch.hooks(layers or {})]

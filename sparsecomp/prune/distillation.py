@@ -17,7 +17,8 @@ from sparsecomp.errors import CalibrationError, ModelError
 from sparsecomp.layers import LayerTable, find_linears, require_layers
 from sparsecomp.prune.blocks import find_chains
 from sparsecomp.prune.calls import first_tensor
-from sparsecomp.prune.tuning import Call, Target, Tuning, TuningReport, evaluating, split, tunable, tune, variance
+from sparsecomp.prune.learning import Call, tunable
+from sparsecomp.prune.tuning import Target, Tuning, TuningReport, evaluating, split, tune, variance
 from sparsecomp.rows import RowMask, RowMasks
 from sparsecomp.snapshot import ModuleState
 
@@ -209,6 +210,8 @@ class _Wanted:
 
     def __call__(self, index: int) -> list[Target]:
         """The targets of the batch."""
+        with self._dense():
+            self.rows.learn(self.batches[index], lambda part: self.teacher(part, index))
         own = fresh(self.batches[index])
         masks: dict[str, Tensor | None] = {}
 

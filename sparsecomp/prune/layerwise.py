@@ -25,6 +25,7 @@ from sparsecomp.prune.graph import Hidden
 from sparsecomp.prune.permute import search
 from sparsecomp.prune.report import ROWS_PER_INPUT, LayerReport
 from sparsecomp.prune.weight import PrunedWeight, prune_weight
+from sparsecomp.snapshot import put
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +65,6 @@ class Solved:
         bias = self.layer.bias
         if self.rows is not None and bias is not None:
             put(bias, bias.detach()[self.rows.to(bias.device)])
-
-
-def put(tensor: Tensor, values: Tensor) -> None:
-    """Write ``values`` into a parameter or buffer in place, also if it was made under torch.inference_mode."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.copy_(values)
 
 
 def make_jobs(

@@ -5,7 +5,7 @@ Takes a model and batches. Knows how blocks follow each other; layers are solved
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,15 @@ from sparsecomp.prune.blocks import Blocks, find_chains
 from sparsecomp.prune.calls import BlockRows, Blockwise, Chain, capture, first_tensor
 from sparsecomp.prune.checkpoint import Checkpoint, digest, tensors_of
 from sparsecomp.prune.graph import Hidden
-from sparsecomp.prune.layerwise import make_jobs, put, solve, warn_of_thin
+from sparsecomp.prune.layerwise import make_jobs, solve, warn_of_thin
+from sparsecomp.prune.learning import Call
 from sparsecomp.prune.model import check_calibration, check_masks, choose_patterns, permutable
 from sparsecomp.prune.provenance import describe
 from sparsecomp.prune.registry import get_method
 from sparsecomp.prune.report import LayerReport, PruneReport
-from sparsecomp.prune.tuning import Call, Target, Tuning, TuningReport, evaluating, split, tune, variance
+from sparsecomp.prune.tuning import Target, Tuning, TuningReport, evaluating, split, tune, variance
 from sparsecomp.rows import RowMask, RowMasks
+from sparsecomp.snapshot import put
 
 if TYPE_CHECKING:
     from sparsecomp.plan import Plan
@@ -199,6 +201,9 @@ class _Rows:
 
     def __init__(self, rows: Sequence[BlockRows]) -> None:
         self._rows, self._now = rows, BlockRows()
+
+    def learn(self, batch: int, run: Callable[[Any], object]) -> None:
+        pass
 
     @contextmanager
     def reading(self, index: int, batch: int) -> Iterator[None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +18,14 @@ from torch import Tensor, nn
 from sparsecomp.batches import entering, require_batches
 from sparsecomp.display import progress
 from sparsecomp.errors import CalibrationError, MethodError
-from sparsecomp.snapshot import ModuleState, clone, copied
+from sparsecomp.prune.learning import Learner, Loss, tunable
+from sparsecomp.snapshot import clone
 
 _WARM_UP = 20
 _LAST_RATE = 0.02
 _CHECKS = 8
 _BETAS = (0.9, 0.99)
 _TRAIN_SAMPLE = 4
-
-Call = Callable[..., Any]
-Loss = Callable[[Call, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -126,139 +124,6 @@ def split(
     return batches, [i for i in range(count) if i not in chosen], sorted(chosen)
 
 
-def tunable(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The parameters of ``module`` that tuning may change, by name: those in ``masks``, biases and norms.
-
-    Biases and norms are the floating-point parameters of at most one dimension.
-    """
-    return {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if name in masks or (parameter.ndim <= 1 and parameter.is_floating_point() and parameter.numel() > 0)
-    }
-
-
-class _State:
-    """Parameters in float32 apart from the module's, so that nothing is half tuned if the work is interrupted.
-
-    While a loss is made and followed back, leaves with these values stand in the places of the module's parameters:
-    what is computed once more on the way back, as activation checkpointing does, meets them as well.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        masks: Mapping[str, Tensor],
-        parameters: Mapping[str, nn.Parameter],
-        autocast: torch.dtype | None,
-    ) -> None:
-        self.module, self.parameters, self.autocast = module, parameters, autocast
-        # made under inference mode they could not be saved for the way back
-        self.masks = {name: clone(each) for name, each in masks.items()}
-        self.values = {name: each.detach().float().clone().requires_grad_() for name, each in parameters.items()}
-        # code that computes parts once more may follow only what its inputs ask for, so that until it is known that
-        # there is none, everything asks
-        self.recomputes = True
-        self._device = next(iter(parameters.values())).device.type
-        self._state = ModuleState(module)
-        names = {id(each): name for name, each in parameters.items()}
-        self._places = [
-            (part._parameters, key, each, names.get(id(each)))
-            for part in module.modules()
-            for key, each in part._parameters.items()
-            if each is not None
-        ]
-
-    def masked(self, name: str) -> Tensor:
-        value = self.values[name].detach()
-        mask = self.masks.get(name)
-        return value if mask is None else value * mask
-
-    @contextmanager
-    def placed(self, learning: bool) -> Iterator[dict[str, Tensor]]:
-        """The values of now in the places of the parameters, as leaves by name."""
-        leaves = {name: self.masked(name).to(each.dtype) for name, each in self.parameters.items()}
-        for leaf in leaves.values():
-            leaf.requires_grad_(learning)
-        try:
-            for places, key, parameter, name in self._places:
-                if name is not None:
-                    places[key] = leaves[name]  # type: ignore[assignment]
-                else:
-                    other = parameter.detach()
-                    other.requires_grad_(learning and self.recomputes and other.is_floating_point())
-                    places[key] = other  # type: ignore[assignment]
-            yield leaves
-        finally:
-            for places, key, parameter, _ in self._places:
-                places[key] = parameter
-            self._state.restore()
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward."""
-        if self.recomputes and torch.is_grad_enabled():
-            args, kwargs = copied((args, kwargs), _asking)
-        # weights that another context keeps in another type would be those of an earlier step
-        with torch.autocast(self._device, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            return self.module(*args, **kwargs)
-
-    def evaluate(self, loss: Loss, batches: Sequence[int]) -> float:
-        """The mean loss of these batches."""
-        total = 0.0
-        for index in batches:
-            with torch.no_grad(), self.placed(learning=False):
-                total += float(loss(self.call, index))
-        return total / len(batches)
-
-    def learn(self, name: str, loss: Loss, index: int) -> bool:
-        """Give the values the gradients of the loss of a batch; False if the loss is not finite."""
-        with torch.enable_grad(), self.placed(learning=True) as leaves:
-            value = loss(self.call, index)
-            if not bool(torch.isfinite(value)):
-                return False
-            if value.requires_grad:
-                recomputes = self.recomputes and _runs_own_code(value)
-                value.backward()  # type: ignore[no-untyped-call]
-                self.recomputes = recomputes
-            watched = self.masks or leaves
-            if all(leaves[each].grad is None for each in watched):
-                raise MethodError(
-                    f"{name}: no gradient reaches its weights, as where a forward runs under torch.no_grad or "
-                    "torch.inference_mode, so that it cannot be tuned; take that off the forward, or leave tuning out"
-                )
-        for each, leaf in leaves.items():
-            mask = self.masks.get(each)
-            gradient = None if leaf.grad is None else leaf.grad.float()
-            self.values[each].grad = gradient if gradient is None or mask is None else gradient * mask
-        return True
-
-    def write(self) -> None:
-        for name, parameter in self.parameters.items():
-            with torch.no_grad():
-                parameter.copy_(self.masked(name))
-
-
-def _asking(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    # not itself a leaf, for a block may write into it
-    return tensor.detach().requires_grad_().clone()
-
-
-def _runs_own_code(value: Tensor) -> bool:
-    """Whether the way back from ``value`` runs Python code of someone's own, such as a reentrant checkpoint's."""
-    waiting, seen = [value.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return True
-        seen.add(node)
-        waiting.extend(each for each, _ in node.next_functions)
-    return False
-
-
 def tune(
     name: str,
     module: nn.Module,
@@ -282,19 +147,14 @@ def tune(
     parameters = tunable(module, masks)
     if not parameters:
         raise MethodError(f"{name}: it has no weight, bias or norm that could be tuned; leave tuning out")
-    if any(each.is_inference() for each in (*module.parameters(), *module.buffers())):
-        raise MethodError(
-            f"{name}: its tensors were made under torch.inference_mode and take no part in training; build or load the "
-            "model outside of it, or leave tuning out"
-        )
     with entering(module), evaluating(module):
-        state = _State(module, masks, parameters, settings.autocast)
+        state = Learner(module, masks, parameters, settings.autocast)
         return _descend(name, state, loss, train, held_out, settings, show_progress, begin)
 
 
 def _descend(
     name: str,
-    state: _State,
+    state: Learner,
     loss: Loss,
     train: Sequence[int],
     held_out: Sequence[int],
