@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import sparsecomp as sc
 from sparsecomp.compiler import summary
-from sparsecomp.errors import SparsecompError
+from sparsecomp.errors import PatternError, SparsecompError
+from sparsecomp.patterns import parse, row_nm
 from sparsecomp.prune.report import PruneReport
 from sparsecomp.report import Summary
 
@@ -61,7 +62,10 @@ def run(folder: Path, pattern: str = "2:4") -> DemoResult:
     """Every step in turn. Raises SparsecompError for a wrong pattern or a file that gives back another model."""
     start = time.perf_counter()
     say = _Progress(start)
-    sc.parse_pattern(pattern)
+    if row_nm(parse(pattern)) is None:
+        raise PatternError(
+            f'pattern "{pattern}" cannot be packed; the demo takes patterns of N of M weights, such as "2:4" or "8:16"'
+        )
     folder.mkdir(parents=True, exist_ok=True)
 
     say("loading all-MiniLM-L6-v2 and the texts")

@@ -234,6 +234,20 @@ def test_what_the_next_steps_tell_to_type_is_understood() -> None:
         compile(text, "typed", "exec")
 
 
+@pytest.mark.parametrize("pattern", ["2of4", "unstructured:0.5", "block4x4:0.5"])
+def test_a_pattern_that_cannot_be_packed_is_refused_at_once(
+    pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparsecomp.bench.demo import main
+
+    assert main(["--pattern", pattern, "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f'error: pattern "{pattern}"')
+    assert '"2:4" or "8:16"' in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def tiny_model(path: Path) -> np.ndarray[Any, Any]:
     """An ONNX file of ids and mask -> (ids + mask) W, and W [4, 64]."""
     onnx = pytest.importorskip("onnx")
