@@ -150,24 +150,28 @@ def _shortened(names: Sequence[str], width: int) -> list[str]:
 
 
 def shorten(name: str, width: int) -> str:
-    """A dotted name of at most ``width`` letters: the parts in the middle give way first, numbers are kept.
+    """A dotted name of at most ``width`` letters: parts in the middle lose theirs but for numbers, then the front goes.
 
-    "encoder.layer.0.attention.self.query" is at 24 letters "encoder.l.0.a.self.query".
+    "encoder.layer.0.attention.self.query" is at 24 letters "encoder.l.0.a.self.query", at 12 "\u2026self.query". What
+    ``label`` puts before and after a name stays.
     """
     if len(name) <= width:
         return name
-    parts = name.split(".")
-    middle = [i for i in range(1, len(parts) - 1) if not parts[i].isdigit() and len(parts[i]) > 1]
-    for i in [*middle, *([0] if len(parts) > 1 else [])]:
-        start = re.match(r"\d+ x ", parts[i])  # the count of a group of layers is no part of the name
-        parts[i] = parts[i][: (start.end() if start else 0) + 1]
-        if len(".".join(parts)) <= width:
-            return ".".join(parts)
-    short = ".".join(parts)
-    if len(short) <= width:
-        return short
-    tail = max(1, (2 * width) // 3)
-    return f"{short[: max(0, width - tail - 1)]}\u2026{short[-tail:]}" if width > 1 else short[:1]
+    before, core, after = re.fullmatch(r"(\d+ x )?(.*?)( \+\d+)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
+    room = width - len(before) - len(after)
+    parts = core.split(".")
+    short = list(parts)
+    for i in (*range(1, len(parts) - 1), *([0] if len(parts) > 1 else [])):
+        short[i] = parts[i] if parts[i].isdigit() else parts[i][:1]
+        if len(".".join(short)) <= room:
+            return f"{before}{'.'.join(short)}{after}"
+    for first in range(1, len(parts)):
+        if len(tail := ".".join(parts[first:])) < room:
+            return f"{before}\u2026{tail}{after}"
+    if room < 2:
+        return name[:width]
+    last = (2 * room) // 3
+    return f"{before}{core[: room - last - 1]}\u2026{core[-last:]}{after}"
 
 
 def quoted(name: str) -> str:

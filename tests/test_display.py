@@ -87,6 +87,8 @@ def test_names_that_would_read_the_same_stay_whole() -> None:
         ("encoder.layer.0.attention.self.query", 24, "encoder.l.0.a.self.query"),
         ("12 x bert.layers.*.attention.query", 26, "12 x bert.l.*.a.query"),
         ("12 x bert.layers.*.attention.query", 18, "12 x b.l.*.a.query"),
+        ("encoder.layer.0.attention.self.query", 12, "\u2026self.query"),
+        ("12 x bert.layers.*.attention.query +3", 19, "12 x \u2026query +3"),
         ("abcdefghijklmnop", 9, "ab\u2026klmnop"),
     ],
 )

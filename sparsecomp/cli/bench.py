@@ -11,7 +11,8 @@ from sparsecomp.errors import ModelError
 
 AUTO = "auto"
 _EXAMPLE = """\
-example: sparsecomp bench --shapes 4096x4096,3072x768 --batches 1,8 --dtypes fp32 --output result.json
+example: sparsecomp bench --shapes 4096x4096,3072x768 --batches 1,8 \\
+             --dtypes fp32 --output result.json
 
 Engines multiply in turn within one run, each in its own process; each row is checked against float64 first.
 docs/results.md explains the table. The default sweep is meant to take under six minutes; close other programs first.

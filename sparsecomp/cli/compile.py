@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from sparsecomp.plan import Plan
 
 _EXAMPLE = """\
-example: sparsecomp compile shop.models:build --pattern 2:4 --method magnitude -o packed.safetensors
+example: sparsecomp compile shop.models:build --pattern 2:4 \\
+             --method magnitude -o packed.safetensors
 
 The plan is printed first: each layer's times, in dense torch and sparse, and whether it goes sparse. Layers in which
 dense torch is faster stay dense, unless --everywhere. Without --method the weights must fit the pattern already. For

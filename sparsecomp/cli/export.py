@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparsecomp.cli import hub, models
+from sparsecomp.cli import hub, models, pruned
 
 _EXAMPLE = """\
-example: sparsecomp export packed.safetensors --model shop.models:build --inputs shop.data:example \\
-             --form packed -o model.onnx
+example: sparsecomp export packed.safetensors --model shop.models:build \\
+             --inputs shop.data:example --form packed -o model.onnx
 
 A Hugging Face folder needs no --inputs: token ids and a mask, or pixels, of any batch and length are used. A factory
 gives a tuple of arguments, a dict of keyword arguments, or the only argument; their first axis may have any size.
@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     import sparsecomp as sc
 
+    pruned.require_packed(arguments.file)
     model = models.load_model(arguments.model, auto_class=arguments.auto_class)
     model = sc.load(arguments.file, into=model)
     call = models.load_call(arguments.inputs, arguments.model, model)

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sparsecomp.cli import pruned
 from sparsecomp.errors import ModelError
 
 _EXAMPLE = """\
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             f'--pattern is what an .onnx file is checked against; "{path}" says itself which patterns its layers have, '
             "so leave it out"
         )
+    pruned.require_packed(arguments.file)
     found = inspect(path)
     print(_json(found) if arguments.json else found.text(every=arguments.all))
     return 0

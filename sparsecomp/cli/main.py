@@ -13,7 +13,7 @@ from typing import Any
 
 import sparsecomp
 from sparsecomp.cli import bench, compile, doctor, export, inspect, plan, prune
-from sparsecomp.cli.parser import Parser
+from sparsecomp.cli.parser import Help, Parser
 from sparsecomp.cli.words import in_words_of_the_command_line
 from sparsecomp.errors import SparsecompError
 
@@ -22,7 +22,8 @@ VERBS = (doctor, plan, prune, compile, export, inspect, bench)
 _EPILOG = """\
 exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted
 
-example: sparsecomp compile shop.models:build --pattern 2:4 --method magnitude -o shop.safetensors
+example: sparsecomp compile shop.models:build --pattern 2:4 \\
+             --method magnitude -o shop.safetensors
 """
 
 
@@ -32,14 +33,14 @@ def parser() -> argparse.ArgumentParser:
         prog="sparsecomp",
         description="Prune, pack, run and export N:M sparse linear layers.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     root.add_argument("--version", action="version", version=f"sparsecomp {sparsecomp.__version__}")
     root.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = root.add_subparsers(dest="verb", metavar="VERB", required=True)
     for module in VERBS:
         verb = module.add(verbs)
-        verb.formatter_class = argparse.RawDescriptionHelpFormatter
+        verb.formatter_class = Help
         verb.set_defaults(run=module.run)
         # after the verb as well; SUPPRESS keeps a --debug given before it
         verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

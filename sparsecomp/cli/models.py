@@ -221,8 +221,8 @@ def _readable(path: Path) -> Path:
         raise ModelError(f'dense weights "{path}" is a folder; name a safetensors file in it, or the folder as MODEL')
     base = safetensors()
     try:
-        with base.safe_open(path, framework="pt"):
-            return path
+        with base.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
     except (base.SafetensorError, OSError) as error:
         hint = (
             "save the weights with safetensors.torch.save_file" if path.suffix in _WEIGHT_FILES[2:] else "save it again"
@@ -231,6 +231,11 @@ def _readable(path: Path) -> Path:
             f'dense weights "{path}" cannot be read, so they do not fit the model: this is no whole safetensors file '
             f"({' '.join(str(error).split())}); {hint}"
         ) from error
+    if "sparsecomp.format" in metadata:
+        raise ModelError(
+            f'"{path}" holds a packed model, and --weights takes dense weights; name the weights it was packed from'
+        )
+    return path
 
 
 def _load_dense(model: nn.Module, path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsecomp.display import wrap
 from sparsecomp.errors import FormatError
 from sparsecomp.files import require_folder
 
@@ -38,6 +39,22 @@ class _Once(argparse.Action):
 
 def _text(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs as wide as the terminal; lines that are indented or an example stay as they are, to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        open_paragraph = False
+        for line in text.splitlines():
+            as_it_is = not line or line.startswith((" ", "example:"))
+            if open_paragraph and not as_it_is:
+                lines[-1] += f" {line}"
+            else:
+                lines.append(line)
+            open_paragraph = not as_it_is
+        return "\n".join(line if line.startswith((" ", "example:")) else wrap(line, width, "") for line in lines)
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from sparsecomp.prune import PruneReport, Tuning
 
 _EXAMPLE = """\
-example: sparsecomp prune shop.models:build --pattern 2:4 --method balanced --calibration shop.data:batches \\
-             --blocks --tune 100 --distill 500 --checkpoint work --report report.html -o pruned.safetensors
+example: sparsecomp prune shop.models:build --pattern 2:4 --method balanced \\
+             --calibration shop.data:batches --blocks --tune 100 --distill 500 \\
+             --checkpoint work --report report.html -o pruned.safetensors
 
 The file holds ordinary dense weights with zeros in them, under the model's own names, and notes which layer was
 pruned to which pattern. Go on with
-    sparsecomp compile shop.models:build --weights pruned.safetensors -o packed.safetensors
+    sparsecomp compile shop.models:build --weights pruned.safetensors \\
+        -o packed.safetensors
 
 A Hugging Face model is written as a folder, its tokenizer with it, where -o ends in a slash or is a folder:
     sparsecomp prune bert/ --pattern 2:4 -o bert-pruned/

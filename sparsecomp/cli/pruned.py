@@ -78,6 +78,21 @@ def recorded(model: str, weights: str | None) -> dict[str, str] | None:
         raise FormatError(f'"{note}" is no note of patterns ({error!r}); delete it, or prune again') from error
 
 
+def require_packed(path: str) -> None:
+    """FormatError, with the way on, for weights that prune wrote where a packed file is wanted."""
+    base = safetensors()
+    try:
+        with base.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+    except (base.SafetensorError, OSError):
+        return  # who reads it says what is wrong
+    if text is not None:
+        raise FormatError(
+            f'"{path}" holds dense weights with {len(_patterns(text, path))} pruned layers, not a packed model; pack '
+            f"them with: sparsecomp compile MODEL --weights {path} -o packed.safetensors"
+        )
+
+
 def _patterns(text: str, where: str) -> dict[str, str]:
     try:
         found = json.loads(text)

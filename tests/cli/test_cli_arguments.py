@@ -165,6 +165,25 @@ def test_inspect_refuses_a_pattern_it_would_not_look_at(capsys: pytest.CaptureFi
     assert "leave it out" in capsys.readouterr().err
 
 
+def test_pruned_and_packed_files_are_not_mistaken_for_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", "shop:build", "--pattern", "2:4", "-o", "pruned.safetensors"]) == 0
+    assert main([*COMPILE, "--everywhere", "-o", "packed.safetensors"]) == 0
+    capsys.readouterr()
+    export = ["export", "pruned.safetensors", "--model", "shop:build", "-o", "x.onnx"]
+    for arguments in (["inspect", "pruned.safetensors"], export):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert "holds dense weights with 2 pruned layers, not a packed model" in error and "compile MODEL" in error
+    assert main(["prune", "shop:build", "--weights", "packed.safetensors", "--pattern", "2:4", "-o", "x"]) == 1
+    assert "holds a packed model, and --weights takes dense weights" in capsys.readouterr().err
+
+
+def test_help_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("", "doctor", "plan", "prune", "compile", "export", "inspect", "bench"):
+        assert main([*([verb] if verb else []), "--help"]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sparsecomp", "--version"], capture_output=True, text=True, check=False
