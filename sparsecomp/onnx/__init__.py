@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparsecomp.onnx.export import ExportReport, export_onnx
     from sparsecomp.onnx.session import onnx_session
-    from sparsecomp.onnx.standin import ExportedLayer
+    from sparsecomp.onnx.standin import ExportedLayer, exportable
     from sparsecomp.onnx.verify import VerifiedWeight, VerifyReport, verify
     from sparsecomp.onnx.verify import verify as verify_onnx
     from sparsecomp.onnx.walk import Unseen
@@ -26,6 +26,7 @@ __all__ = [
     "VerifiedWeight",
     "VerifyReport",
     "export_onnx",
+    "exportable",
     "onnx_session",
     "verify",
     "verify_onnx",
@@ -38,6 +39,7 @@ _HOME = {
     "VerifiedWeight": "verify",
     "VerifyReport": "verify",
     "export_onnx": "export",
+    "exportable": "standin",
     "onnx_session": "session",
     "verify": "verify",
     "verify_onnx": "verify",

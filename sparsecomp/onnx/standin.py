@@ -128,7 +128,13 @@ class _DenseNode(_Node):
 
 @contextmanager
 def exportable(model: nn.Module, form: Form) -> Iterator[list[ExportedLayer]]:
-    """The model in eval mode with every SparseLinear written in ``form``; it is restored whatever happens."""
+    """The model in eval mode with every SparseLinear written in ``form``; it is restored whatever happens.
+
+    Within it any exporter of torch can take the model: with "dense" it meets plain products only, with "packed" nodes
+    that ``export_onnx`` alone gives a body. Gives how each layer is written. Raises ModelError for an unknown form.
+    """
+    if form not in ("packed", "dense"):
+        raise ModelError(f'form="{form}" is not known; use "packed" or "dense"')
     training = {module: module.training for module in model.modules()}
     compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     changed: list[tuple[SparseLinear, type[SparseLinear], dict[str, Any]]] = []

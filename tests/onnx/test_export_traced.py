@@ -7,7 +7,7 @@ from torch import nn
 
 from sparsecomp.errors import ModelError
 from sparsecomp.nn import SparseLinear
-from sparsecomp.onnx import export_onnx
+from sparsecomp.onnx import export_onnx, exportable
 
 
 class Scaled(SparseLinear):
@@ -183,3 +183,17 @@ def test_defaults_of_torch_do_not_matter(tmp_path, device, dtype, form, activati
     got = run_stock(tmp_path / "m.onnx", y.numpy())
     assert got.dtype == want.dtype
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_another_exporter_can_take_the_model_while_it_is_exportable(tmp_path, dynamo):
+    model, x = with_output_hook(), torch.randn(3, 22)
+    before = state_of(model)
+    with exportable(model, "dense") as layers:
+        torch.onnx.export(model, (x,), tmp_path / "m.onnx", dynamo=dynamo, verbose=False)
+    assert state_of(model) == before
+    assert [(layer.name, layer.form) for layer in layers] == [("0", "dense"), ("2", "dense")]
+    assert_close(run_stock(tmp_path / "m.onnx", x.numpy()), torch_output(model, x))
+    with pytest.raises(ModelError, match='use "packed" or "dense"'), exportable(model, "sparse"):
+        pass

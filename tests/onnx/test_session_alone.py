@@ -9,7 +9,7 @@ import torch
 from onnx_models import random_sparse_layer
 
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.onnx import export_onnx
+from sparsecomp.onnx import export_onnx, session
 from sparsecomp.onnx.function import OPERATORS
 
 # the cores each new thread may use, as the kernel tells them
@@ -54,6 +54,19 @@ def test_neither_a_session_nor_a_check_needs_torch(packed_file):
         "print(*y.shape, verify(sys.argv[1]).fits)"
     )
     assert run_alone(code, packed_file) == ["3", "8", "True"]
+
+
+@pytest.mark.skipif(session.library_path() is None, reason="the operator library is not built")
+def test_the_library_needs_nothing_of_this_package(packed_file):
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['sparsecomp'] = None\n"
+        "import numpy as np, onnxruntime\n"
+        "options = onnxruntime.SessionOptions()\n"
+        f"options.register_custom_ops_library({str(session.library_path())!r})\n"
+        "made = onnxruntime.InferenceSession(sys.argv[1], options)\n"
+        "print(*made.run(None, {made.get_inputs()[0].name: np.ones((3, 16), np.float32)})[0].shape)"
+    )
+    assert run_alone(code, packed_file) == ["3", "8"]
 
 
 def test_operators_are_those_of_the_activations_in_their_order():
