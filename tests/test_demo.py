@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -367,6 +369,47 @@ def test_engines_with_the_same_weights_share_a_quality_only_where_they_agree() -
     for name in ("int8", "int8 channel", "s", "s wrong"):
         assert qualities[name] == quality_of(dense, given[name])
     assert qualities["a"] == qualities["b"]
+
+
+_BOUND_PARENT = """
+import os, sys
+every = len(os.sched_getaffinity(0))
+import torch
+from functools import partial
+from importlib import import_module
+from sparsecomp.bench.demo import free_cores
+from sparsecomp.bench.worker import workers
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    assert len(os.sched_getaffinity(0)) == 1, "OpenMP did not bind this thread"
+    with free_cores(), workers({"pool": partial(import_module, "os")}, 2) as started:
+        print(every, len(started["pool"].ask("sched_getaffinity", 0)), started["pool"].ask("getenv", "OMP_PROC_BIND"))
+    print(len(os.sched_getaffinity(0)), os.environ["OMP_PROC_BIND"])
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores to bind to one"
+)
+def test_engines_have_every_core_where_openmp_bound_the_demo_to_one(tmp_path: Path) -> None:
+    script = tmp_path / "bound.py"
+    script.write_text(_BOUND_PARENT)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment | {"OMP_PROC_BIND": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "did not bind" in done.stderr:
+        pytest.skip("this torch's OpenMP binds no thread")
+    assert done.returncode == 0, done.stderr
+    (every, given, binding), after = (line.split() for line in done.stdout.splitlines())
+    assert given == every
+    assert binding == "None"
+    assert after == ["1", "true"]
 
 
 def test_embeddings_come_back_in_the_order_of_the_texts() -> None:
