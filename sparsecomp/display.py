@@ -18,8 +18,9 @@ T = TypeVar("T")
 
 NARROWEST = 40
 ELSEWHERE = 80
-# what a column of names or of words is not squeezed below while another way is left
+# what a column of names or of words is not squeezed below while another way is left; for names this wide others go
 _NAMES, _WORDS, _MIDDLE = 18, 24, 9
+_WIDE_NAMES = 28
 _LISTED = 3
 
 
@@ -59,7 +60,7 @@ def table(
     gap = 3 if sum(natural) + 3 * (len(columns) - 1) <= room else 2
     # a heading may be folded, a number not
     least = [max(map(len, (*name.split(), *each))) for name, *each in zip(head, *cells, strict=True)]
-    floors = _floors(natural, least, right, _NAMES, _WORDS, None)
+    floors = _floors(natural, least, right, _WIDE_NAMES, _WORDS, None)
     while sum(floors[i] for i in kept) + gap * (len(kept) - 1) > room:
         optional = [i for i in kept if columns[i].startswith("?")]
         if not optional:

@@ -206,7 +206,8 @@ class Summary:
         total = Row(("total",), (0, 0), "", "", dense, sparse, {}, "one call of each layer", sizes)
         shown = rows if every else grouped(rows)
         drawn = draw(shown, self.batches, self.device.describe(), "pattern", width, total)
-        return "\n".join([drawn, *by_reason("stayed dense", self.stayed_dense, width, every)])
+        sizes_told = f"weights: {megabytes(self.dense_bytes)} dense, {megabytes(self.bytes)} packed"
+        return "\n".join([drawn, sizes_told, *by_reason("stayed dense", self.stayed_dense, width, every)])
 
 
 def _line(row: SummaryRow) -> Row:

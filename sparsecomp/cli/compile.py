@@ -75,6 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not given and noted is None:
         raise PatternError("--pattern is missing, and the weights do not note any; give one, such as --pattern 2:4")
     chosen = choices.by_layer(found, choices.without_auto(given, model), noted)
+    if "" in chosen:
+        raise ModelError(
+            f'"{arguments.model}" is one linear layer itself, which cannot be replaced in place; return it inside '
+            "another module, such as nn.Sequential(layer)"
+        )
     choices.check_finite(found, list(chosen))
     if arguments.method is None:
         choices.check_fit(found, chosen)

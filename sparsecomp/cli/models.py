@@ -153,9 +153,18 @@ def load_model(name: str, weights: str | None = None, auto_class: str | None = N
         kind = f"the class {model.__name__}" if isinstance(model, type) else _a(type(model).__name__)
         hint = "call it in the factory" if isinstance(model, type) else "build the model in it"
         raise ModelError(f'"{name}" returned {kind}; the factory must return an nn.Module, so {hint}')
+    _require_shapes(name, model)
     if path is not None:
         _load_dense(model, path)
     return model.eval()
+
+
+def _require_shapes(name: str, model: nn.Module) -> None:
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise ModelError(
+                f'"{name}" returned a model whose "{key}" has no shape yet; run it on one batch in the factory'
+            )
 
 
 def _a(noun: str) -> str:

@@ -54,6 +54,14 @@ def broken() -> nn.Module:
     raise ValueError("the shop is closed")
 
 
+def single() -> nn.Module:
+    return nn.Linear(32, 16)
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+
+
 def number() -> int:
     return 3
 

@@ -110,6 +110,8 @@ def test_a_file_is_written_under_an_ending_that_says_what_it_is(
         (["compile", "shop:build", "--pattern", "5=2:4", "--method", "magnitude"], "matches no layer"),
         (["compile", "shop:holed", "--pattern", "2:4", "--method", "magnitude"], 'layer "2": weight[3, 4] is nan'),
         (["compile", "shop:build", "--pattern", "2:4"], "2 of 2 layers do not fit their pattern"),
+        (["compile", "shop:single", "--pattern", "2:4", "--method", "magnitude"], "is one linear layer itself"),
+        (["compile", "shop:lazy", "--pattern", "2:4", "--method", "magnitude"], 'whose "0.weight" has no shape yet'),
         ([*COMPILE, "--everywhere", "--batch", "8"], "--batch is for the plan"),
         ([*COMPILE, "--batch-item", "0"], "--batch-item is the part of a calibration batch"),
         ([*COMPILE, "--skip", "9"], 'skip "9" matches no layer'),
