@@ -150,14 +150,25 @@ class _Graph:
             return self.weight_of.get(node.args[2].name)
         return None
 
+    def _walk(self, name: str, source: Node, call: Node) -> _Walk:
+        place = _Place(len(_shape(source)) - 1)
+        walk = _Walk(self, name, strict=False)
+        try:
+            walk.back(source, place, call)
+            walk.check()
+        except _No:
+            # of several reasons the one that is met first says most
+            _Walk(self, name, strict=True).back(source, place, call)
+            raise
+        return walk
+
     def hidden(self, name: str, calls: list[Node]) -> Hidden:
         if len(calls) != 1:
             raise _No(f"it is called {len(calls)} times")
         call = calls[0]
         source = call.args[0] if _kind(call) is _aten.linear else call.args[1]
         assert isinstance(source, Node)
-        walk = _Walk(self, name)
-        walk.back(source, _Place(len(_shape(source)) - 1), call)
+        walk = self._walk(name, source, call)
         width = self.layers[name].shape[1]
         # other readers of a weight would meet its channels in another order
         for layer, met in [(name, {call}), *walk.producers.items()]:
@@ -171,18 +182,27 @@ class _Graph:
 
 
 class _Walk:
-    def __init__(self, graph: _Graph, name: str) -> None:
-        self.graph, self.name = graph, name
+    """One way back; ``strict`` gives up at the first tensor with two readers, be it that both ways meet again."""
+
+    def __init__(self, graph: _Graph, name: str, strict: bool) -> None:
+        self.graph, self.name, self.strict = graph, name, strict
+        self.places: dict[Node, _Place] = {}
+        self.readers: dict[Node, set[Node]] = {}  # those on the way to the layer
         self.producers: dict[str, set[Node]] = {}  # and the calls met
         self.heads: int | None = None
 
     def back(self, node: Node, place: _Place, reader: Node) -> None:
         """Follow the channels at ``place`` of what ``node`` returns; ``reader`` is who reads it on this path."""
-        others = [user for user in node.users if user is not reader]
+        if node in self.places:
+            if self.places[node] != place:
+                raise _No(f"its channels come from {_named(node)} along two axes")
+            self.readers[node].add(reader)
+            return
+        self.places[node], self.readers[node] = place, {reader}
         if node.op != "call_function":
             raise _No("its input comes straight from the model's inputs or parameters")
-        if others:
-            raise _No(f"its input is also read elsewhere ({_named(others[0])}), such as a residual stream")
+        if self.strict:
+            self.check()
         kind = _kind(node)
         producer = self.graph.layer(node)
         if producer is not None:
@@ -201,6 +221,13 @@ class _Walk:
             self._attention(node, place, 2 if kind is _aten.scaled_dot_product_attention else 1)
         else:
             raise _No(f"its input comes through {_named(node)}, which mixes or orders channels")
+
+    def check(self) -> None:
+        """That nothing but the layer reads, in the end, what its input is made of."""
+        for node, readers in self.readers.items():
+            others = [user for user in node.users if user not in readers]
+            if others:
+                raise _No(f"its input is also read elsewhere ({_named(others[0])}), such as a residual stream")
 
     def _producer(self, producer: str, node: Node, place: _Place) -> None:
         if place.heads is not None or place.axis != len(_shape(node)) - 1:
@@ -241,6 +268,8 @@ class _Walk:
 
     def _attention(self, node: Node, place: _Place, values: int) -> None:
         source = _input(node, values)
+        if sum(each is source for each in node.args) > 1:
+            raise _No("its values are keys or queries as well")
         shape, last = _shape(node), len(_shape(node)) - 1
         if place.axis != last or (place.heads is None) != (last < 3) or place.heads not in (None, last - 2):
             raise _No(f"its input comes through {_named(node)} along another axis than the values'")
@@ -264,8 +293,9 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 
 def _named(node: Node) -> str:
-    kind = _kind(node)
-    return "the output" if kind is None else str(kind).removeprefix("aten.")
+    if node.op == "output":
+        return "the output"
+    return str(_kind(node) or getattr(node.target, "__name__", node.name)).removeprefix("aten.")
 
 
 def _transposed(node: Node, place: _Place) -> _Place:

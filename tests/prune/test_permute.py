@@ -9,6 +9,7 @@ import torch
 from block_models import Block, encoder, token_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import small, small_batches
 from torch import nn
 
 from sparsecomp.calibration import calibrate
@@ -210,6 +211,54 @@ def test_a_permuted_model_computes_the_same_function(gated, by_blocks):
     for name, mask in report.masks.items():
         assert bool((model.get_submodule(name).weight[~mask] == 0).all())
     assert set(report.unpermuted) == set(report.layers) - set(permuted)
+
+
+class Spread(nn.Module):
+    """A hidden tensor that several functions read before their ways meet again, as in GPT-2's GELU."""
+
+    def __init__(self, kept: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.kept = nn.Linear(8, 16), nn.Linear(16, 16, bias=False), kept
+
+    def forward(self, x):
+        h = self.a(x)
+        out = self.b(0.5 * h * (1.0 + torch.tanh(0.8 * (h + 0.044715 * torch.pow(h, 3.0)))))
+        return out + h if self.kept else out
+
+
+def test_channels_that_part_and_meet_again_may_move():
+    torch.manual_seed(0)
+    model, batches = Spread(), [torch.randn(40, 8) for _ in range(3)]
+    lossless_if_permuted(model.b, (0, 1, 2, 9))
+    dense = copy.deepcopy(model)
+    report = prune(
+        model,
+        {"a": "4:4", "b": "2:4"},
+        "best",
+        calibrate(model, batches, show_progress=False),
+        example=batches[0],
+        show_progress=False,
+    )
+    assert report.layers["b"].permuted and report.layers["b"].error < 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]), dense(batches[0]), rtol=2e-5, atol=2e-5)
+    kept = Spread(kept=True)
+    hidden, reasons = find_hidden(kept, batches[0], find_linears(kept))
+    assert hidden == () and "also read elsewhere" in reasons["b"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_default_batches_of_models_with_a_cache_are_followed(name):
+    model, batches = small(name), small_batches(name)
+    hidden, reasons = find_hidden(model, batches[0], find_linears(model))
+    wanted = {
+        "gpt2": {"transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"},
+        "llama": {f"model.layers.{i}.{each}" for i in (0, 1) for each in ("self_attn.o_proj", "mlp.down_proj")},
+        "t5": {f"decoder.block.{i}.layer.2.DenseReluDense.wo" for i in (0, 1)},
+    }[name]
+    assert wanted <= {each.consumer for each in hidden}
+    assert not any("cannot trace" in reason for reason in reasons.values())
+    assert model.config.use_cache is True
 
 
 def test_no_layer_is_worse_and_the_reported_error_is_the_models():
