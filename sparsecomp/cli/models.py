@@ -52,7 +52,7 @@ def add_pruning(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--batch-item",
         metavar="ITEM",
-        help="the part of each batch that the model takes: 0 for batches (x, label), a key for dicts",
+        help="what the model takes of each batch: 0 for batches (x, label), 0,1 for the first two, keys for dicts",
     )
     add_selection(parser)
 
@@ -187,22 +187,27 @@ def load_batches(name: str, item: str | None = None) -> Iterable[Any]:
     return batches if item is None else _items(batches, item)
 
 
-def _items(batches: Iterable[Any], item: str) -> Iterator[Any]:
+def _items(batches: Iterable[Any], items: str) -> Iterator[Any]:
+    """Of each batch the one item, or several as a batch of the same kind."""
+    names = [name.strip() for name in items.split(",")]
     for number, batch in enumerate(batches):
         try:
-            yield batch[item] if isinstance(batch, Mapping) else batch[int(item)]
+            found = [batch[name] if isinstance(batch, Mapping) else batch[int(name)] for name in names]
         except (KeyError, IndexError, ValueError, TypeError):
-            has = (
-                f"the keys {', '.join(map(str, batch))}"
-                if isinstance(batch, Mapping)
-                else f"{len(batch)} items"
-                if isinstance(batch, tuple | list)
-                else f"{_a(type(batch).__name__)}, which is one input"
-            )
             raise CalibrationError(
-                f"--batch-item {item} is not in batch {number} (counted from 0), which has {has}; give a position "
-                "counted from 0 for tuples, a key for dicts, or leave it out"
+                f"--batch-item {items} is not in batch {number} (counted from 0), which {_has(batch)}; give positions "
+                "counted from 0 for tuples, keys for dicts, or leave it out"
             ) from None
+        if len(found) == 1:
+            yield found[0]
+        else:
+            yield dict(zip(names, found, strict=True)) if isinstance(batch, Mapping) else tuple(found)
+
+
+def _has(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"has the keys {', '.join(map(str, batch))}"
+    return f"has {len(batch)} items" if isinstance(batch, tuple | list) else f"is {_a(type(batch).__name__)}, one input"
 
 
 def load_call(name: str | None, model_name: str, model: nn.Module) -> Call:

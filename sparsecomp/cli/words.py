@@ -16,10 +16,16 @@ _OPTIONS = (
     ),
     (r"pass sc\.calibrate\([^()]*\)", "name batches: --calibration module:function"),
     (r"pass example=batch", "name batches: --calibration module:function"),
+    (r"pass forward=lambda model, batch: \.\.\. for anything else", "return such batches from the factory"),
+    (
+        r"say with forward=lambda model, batch: \.\.\. how it is run",
+        "name what the model takes of it: --batch-item ITEM",
+    ),
     (
         r"(?:pass|use) forward=\.\.\.(?: if the model is entered another way)?",
-        "take part of each batch with --batch-item",
+        "name part of a batch: --batch-item ITEM",
     ),
+    (r"pass mask=lambda batch: \.\.\.", "call sparsecomp.calibrate in Python with mask=lambda batch: ..."),
     (r"skip=\[[^\]]*\]", "--skip NAME"),
     (r"only=\[[^\]]*\]", "--only NAME"),
     (r"\bskip=(['\"])(.+?)\1", r"--skip '\2'"),
@@ -38,6 +44,13 @@ _OPTIONS = (
 
 def in_words_of_the_command_line(text: str) -> str:
     """The same sentence with options in place of arguments of Python calls."""
+    text = re.sub(r"say what the model gets with forward=lambda model, batch: model\(([^()]*)\)", _item, text)
     for pattern, option in _OPTIONS:
         text = re.sub(pattern, option, text)
     return text
+
+
+def _item(advice: re.Match[str]) -> str:
+    """--batch-item for the parts of a batch that a function in Python would take."""
+    parts = re.findall(r"batch\[\"?([^\]\"]+)\"?\]", advice[1])
+    return f"name what the model takes of it: --batch-item {','.join(parts) or 'ITEM'}"

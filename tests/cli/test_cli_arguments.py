@@ -154,6 +154,10 @@ def test_layers_that_do_not_fit_are_all_named_with_the_options_that_help(capsys:
             "prune it first, for example with --method magnitude, or leave it dense with --skip NAME",
         ),
         ('give one, or use where="faster"', "give one, or use no --everywhere"),
+        (
+            'it has more; say what the model gets with forward=lambda model, batch: model(a=batch["a"], b=batch["b"])',
+            "it has more; name what the model takes of it: --batch-item a,b",
+        ),
         ("a sentence about nothing of this", "a sentence about nothing of this"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import nn
 import sparsecomp as sc
 from sparsecomp.cli import choices
 from sparsecomp.cli.main import main
-from sparsecomp.cli.models import call_factory
+from sparsecomp.cli.models import _items, call_factory
 from sparsecomp.device import detect
 
 
@@ -177,6 +177,20 @@ def test_the_part_of_a_batch_that_the_model_takes(factory: str, item: str) -> No
     assert plain.keys() == taken.keys() and all(torch.equal(plain[name], taken[name]) for name in plain)
     arguments = [*options, "--calibration", factory, "--batch-item", item]
     assert main([*COMPILE, *arguments]) == 0
+
+
+def test_several_parts_of_a_batch_make_a_batch_of_their_kind() -> None:
+    triples = [(1, 2, 3), (4, 5, 6)]
+    assert list(_items(triples, "0,2")) == [(1, 3), (4, 6)] and list(_items(triples, "1")) == [2, 5]
+    assert list(_items([{"ids": 1, "mask": 2, "label": 3}], "ids, mask")) == [{"ids": 1, "mask": 2}]
+
+
+def test_a_batch_that_does_not_fit_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prune", "shop:headed", "--pattern", "2:4", "--method", "wanda", "-o", "x.safetensors"]
+    for factory, option in (("shop:pairs", "--batch-item 0"), ("shop:dicts", "--batch-item pixels")):
+        assert main([*arguments, "--calibration", factory]) == 1
+        error = capsys.readouterr().err
+        assert option in error and "lambda" not in error
 
 
 @pytest.mark.parametrize(
