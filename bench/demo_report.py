@@ -142,6 +142,7 @@ def _engines(result: DemoResult, width: int) -> str:
         "* best of its column, of the last two among those that are not dense fp32. ratio: times as fast as the "
         f"fastest dense fp32. cosine, neighbour: {result.held_out} held-out paragraphs against the dense model: mean "
         "cosine of the two embeddings, and how often the nearest other paragraph is the same one.",
+        f"Rank correlation of all similarities: {_ranks(others)}.",
         _legend(result),
         *(
             [f"Missing here: {'; '.join(f'{name} ({why})' for name, why in result.missing.items())}."]
@@ -150,6 +151,12 @@ def _engines(result: DemoResult, width: int) -> str:
         _NOT_MEASURED,
     ]
     return _with_notes(table(columns, lines, title, width), notes, width)
+
+
+def _ranks(engines: Sequence[Measured]) -> str:
+    """One engine for each quality."""
+    first = {each.quality: each.name for each in reversed(engines)}
+    return ", ".join(f"{name} {quality.rank:.3f}" for quality, name in reversed(first.items()))
 
 
 def _ms(each: Measured, batch: int) -> float:

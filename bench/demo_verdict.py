@@ -32,7 +32,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the first side is better, worse and level at, each a phrase that stands before "than" the other."""
+    """What the first side is better and worse at, phrases that stand before "than", and clauses on what is level."""
 
     first: str
     second: str
@@ -57,7 +57,7 @@ class Comparison:
         text = f"{self.first} is {_and(self.better or self.worse)} than {self.second} on this machine"
         if self.better and self.worse:
             text += f", but {_and(self.worse)}"
-        return text + (f"; it is {_and(self.level)}." if self.level else ".")
+        return text + (f"; {_and(self.level)}." if self.level else ".")
 
 
 def side(label: str, engines: Sequence[Measured]) -> Side:
@@ -105,13 +105,14 @@ def compare(first: Side, second: Side) -> Comparison:
         sign = _faster(time, other)
         factor = max(time.median, other.median) / min(time.median, other.median)
         speed[sign].append(str(batch) if sign == 0 else f"{factor:.2f}x at batch {batch}")
-    for sign, word in ((1, "faster"), (-1, "slower"), (0, "as fast")):
+    for sign, word in ((1, "faster"), (-1, "slower")):
         if speed[sign]:
-            details = ", ".join(speed[sign])
-            found[sign].append(f"{word} at batch {_and(speed[sign])}" if sign == 0 else f"{word} ({details})")
+            found[sign].append(f"{word} ({', '.join(speed[sign])})")
+    if speed[0]:
+        found[0].append(f"their speed at batch {_and(speed[0])} is too near to tell")
     sizes = f"({first.bytes / 1e6:.0f} MB against {second.bytes / 1e6:.0f} MB)"
     sign = _order(second.bytes / first.bytes, _SAME_SIZE)
-    found[sign].append({1: f"smaller {sizes}", -1: f"larger {sizes}", 0: "as large"}[sign])
+    found[sign].append({1: f"smaller {sizes}", -1: f"larger {sizes}", 0: "their files are as large"}[sign])
     mine, theirs = first.quality, second.quality
     quality = (
         f"(cosine {mine.cosine:.3f} against {theirs.cosine:.3f}, "
@@ -119,7 +120,11 @@ def compare(first: Side, second: Side) -> Comparison:
     )
     gap = mine.cosine - theirs.cosine
     sign = 0 if abs(gap) <= _SAME_COSINE else 1 if gap > 0 else -1
-    words = {1: "closer to the dense model", -1: "farther from the dense model", 0: "as close to the dense model"}
+    words = {
+        1: "closer to the dense model",
+        -1: "farther from the dense model",
+        0: "they are as close to the dense model",
+    }
     found[sign].append(words[sign] + ("" if sign == 0 else f" {quality}"))
     return Comparison(_capital(first.label), second.label, tuple(found[1]), tuple(found[-1]), tuple(found[0]))
 
