@@ -18,7 +18,7 @@ import torch
 from sparsecomp.bench import engines, harness, report, sweep
 from sparsecomp.bench.product import Product
 from sparsecomp.bench.worker import ask_all, workers
-from sparsecomp.errors import FormatError, SparsecompError
+from sparsecomp.errors import FormatError, PatternError, SparsecompError
 
 
 def row(engine: str, us: float, pattern: str | None = None, **facts: Any) -> dict[str, Any]:
@@ -243,3 +243,29 @@ def test_only_libgomp_teams_are_bound_and_only_where_there_is_one() -> None:
     with workers({"torch": Place}, 1, openmp=["torch"]) as started:
         assert started["torch"].ask("bound") is None
     assert "OMP_PROC_BIND" not in os.environ
+
+
+@pytest.mark.parametrize("width", [80, 120, 160])
+def test_a_report_fits_the_terminal_and_names_what_it_leaves_out(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = []
+    for weights in ("warm", "cold"):
+        shape = {"out": 11008, "in": 4096, "batch": 2048, "weights": weights}
+        rows += [row("torch", 176123.0, **shape), row("onnxruntime", 17612.0, **shape)]
+        rows += [row(f"sparsecomp {n}:16", 9082.0, f"{n}:16", **shape) for n in range(1, 9)]
+    packages = {"torch": "2.13.0", "onnxruntime": "1.31.1", "openvino": "2026.4.1", "numpy": "2.4.6"}
+    machine = {"cpu": "a processor of a long name", "isa": "avx512_bf16", "cores": 1, "packages": packages, "peaks": {}}
+    missing = {"openvino, fp32": "it is not there " * 8}
+    text = report.render({"machine": machine, "missing": missing, "remarks": {}, "rows": rows})
+    assert max(map(len, text.splitlines())) <= width
+    assert "fp32, 1 thread, pinned, warm weights" in text and "fp32, 1 thread, pinned, cold weights" in text
+    assert text.count("onnxruntime") >= 16 and text.count("1.94x") == 16 + 8  # rows, and means of patterns
+    assert ("left out at" in text) == (width < 120)
+
+
+def test_patterns_are_checked_with_and_without_int8() -> None:
+    for label in ("2:4", "2:4+int8", "block16x16:0.5"):
+        sweep.check_pattern(label)
+    for label in ("2:5", "2:4+int4", ""):
+        with pytest.raises(PatternError):
+            sweep.check_pattern(label)
