@@ -6,6 +6,7 @@ Knows nothing of weights or patterns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,17 @@ class Value:
             except Unevaluated:
                 return None
         return self.dims
+
+    def size(self) -> int:
+        """How many stored numbers it has, 0 where that cannot be told."""
+        return math.prod(self.shape() or (0,)) if self.kind != "active" else 0
+
+    def is_blank(self) -> bool:
+        """Whether it is a constant of zeros, as a buffer that is filled later."""
+        try:
+            return self.kind == "constant" and not np.any(self.array())
+        except Unevaluated:
+            return False
 
     def is_matrix(self) -> bool:
         """Whether it may be a stored matrix: two of its axes or more are longer than 1."""

@@ -60,7 +60,7 @@ def static_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     except Exception:  # of a model that is broken in some other place
         return {}
     shapes = {}
-    for value in [*inferred.graph.value_info, *inferred.graph.output]:
+    for value in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]:
         dims = value.type.tensor_type.shape.dim
         if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
             shapes[value.name] = tuple(dim.dim_value for dim in dims)

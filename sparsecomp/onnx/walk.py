@@ -47,8 +47,11 @@ _CHOOSING = (
     "Transpose",
     "Unsqueeze",
 )
-_SCALING = ("Add", "Div", "Mul", "Sub")
+_SCALING = ("Add", "Clip", "Div", "Max", "Min", "Mul", "PRelu", "Pow", "Sub")
+_SCATTERING = ("ScatterElements", "ScatterND", "TensorScatter")
 _MOST_CALLS = 64
+_MANY_NUMBERS = 1 << 16  # more than a bias has
+_MANY_ATTRIBUTES = 32  # more than axes, pads and sizes have
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ class _Walk(Generic[Judged]):
                 return [literal(node, self.folder)]
             if node.op_type in _RANDOM:
                 return [ACTIVE] * len(node.output)
-            if node.op_type in ("Identity", "Dropout") and known:
+            # CastLike rounds, which makes no zero a nonzero
+            if node.op_type in ("Identity", "Dropout", "CastLike") and known:
                 return [known[0], *[ACTIVE] * (len(node.output) - 1)]
         attributes = attributes_of(node)
         self._products(node, attributes, inputs, frame)
@@ -170,7 +174,8 @@ class _Walk(Generic[Judged]):
         kinds = {value.kind for value in known}
         source = next((value for value in known if value.kind != "active"), ACTIVE)
         if "active" not in kinds and "selected" not in kinds:
-            if node.domain in products.STANDARD and not subgraphs(node):
+            dequantised = node.domain == products.MICROSOFT and node.op_type == "DequantizeLinear"
+            if (node.domain in products.STANDARD or dequantised) and not subgraphs(node):
                 return computed(node, inputs, frame.opsets.get("", frame.opsets.get("ai.onnx", 1)))
             return [blind(source.name, f"it is what {node.op_type} makes of constants")] * count
         if products.operands(node.domain, node.op_type, attributes_of(node), len(inputs)):
@@ -184,10 +189,18 @@ class _Walk(Generic[Judged]):
         if node.op_type in _CHOOSING and known[0].kind != "active":
             return [Value("selected", known[0].name, None, f"the inputs choose its numbers in {node.op_type}")] * count
         if node.op_type in _SCALING and source.is_matrix():
-            whole, shape = frame.shapes.get(node.output[0]), source.shape()
-            if whole is not None and shape is not None and without_ones(whole) == without_ones(shape):
+            if _scaled(node, source, inputs, frame):
                 return [chosen] * count
             return [Value("active", source.name, product=node.op_type == "Mul")] * count
+        if node.op_type == "Concat" and any(value.is_matrix() for value in known):
+            return [chosen] * count
+        if (
+            node.op_type in _SCATTERING
+            and known[0].kind == "constant"
+            and known[0].is_matrix()
+            and not known[0].is_blank()
+        ):
+            return [chosen] * count
         return [ACTIVE] * count
 
     # --- weights ----------------------------------------------------------------------------------------------------
@@ -261,20 +274,17 @@ class _Walk(Generic[Judged]):
             foreign = False
         stored_keys = node.op_type == "Attention" and node.domain in products.STANDARD
         for index, value in enumerate(inputs):
-            if (
-                (foreign or (stored_keys and index < 3))
-                and index not in read
-                and value is not None
-                and value.is_matrix()
-            ):
+            if value is None:
+                continue
+            odd = index not in read and (foreign or (stored_keys and index < 3))
+            if odd and (value.is_matrix() or value.size() > _MANY_NUMBERS):
                 self._unseen(node, frame, value.name, f"what {node.op_type} does with it is not known here")
-            summed = node.op_type in ("ReduceSum", "ReduceMean") and index == 0
-            if summed and value is not None and value.product:
+            if value.product and node.op_type in ("ReduceSum", "ReduceMean") and index == 0:
                 self._unseen(node, frame, value.name, "it is multiplied and summed without a product of matrices")
         if not foreign:
             return
         for name, attribute in attributes.items():
-            if sum(size > 1 for size in getattr(attribute, "dims", ())) >= 2:
+            if _many(attribute):
                 self._unseen(node, frame, name, f"what {node.op_type} does with it is not known here")
         for name, graph in subgraphs(node):
             inside = frame.inside(f"{_title(node, frame, short=True)}.{name}")
@@ -337,6 +347,22 @@ class _Walk(Generic[Judged]):
             held = after
         scanned = outputs[len(held) :]
         return [*held, *[blind(v.name, step) if v.kind == "constant" else v for v in scanned]]
+
+
+def _scaled(node: Any, source: Value, inputs: list[Value | None], frame: _Frame) -> bool:
+    """Whether a node changes a stored matrix by smaller numbers from the inputs, and not an activation by a table."""
+    whole, shape = frame.shapes.get(node.output[0]), source.shape()
+    if whole is None or shape is None or without_ones(whole) != without_ones(shape):
+        return False
+    others = [name for name, value in zip(node.input, inputs, strict=True) if value is not None and value is not source]
+    return any(without_ones(frame.shapes.get(name, ())) != without_ones(shape) for name in others)
+
+
+def _many(attribute: Any) -> bool:
+    """Whether an attribute of an unknown operator may hold a matrix: a tensor, a list of numbers or a blob."""
+    if isinstance(attribute, list | bytes):
+        return len(attribute) > (_MANY_ATTRIBUTES if isinstance(attribute, list) else 1024)
+    return bool(sum(size > 1 for size in getattr(attribute, "dims", ())) >= 2)
 
 
 def _carried(old: Value, new: Value, operator: str) -> Value:

@@ -1,8 +1,10 @@
 """Every operator that multiplies by a weight: along which axis it is judged, and what counts as zero."""
 
 import numpy as np
+import onnx
 import pytest
-from verify_files import BAD, GOOD, X, three_of_four, two_of_four, verdict, written
+from onnx import helper, numpy_helper
+from verify_files import BAD, GOOD, X, save, three_of_four, two_of_four, verdict, written
 
 
 def int8(weight, point, dtype=np.uint8):
@@ -145,6 +147,45 @@ def test_what_is_not_known_is_named(tmp_path):
     assert verdict(written(tmp_path, text, **tensors)) == (["good"], [], ["w", "experts", ""])
 
 
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        helper.make_attribute("coefficients", [0.5] * 64),
+        helper.make_attribute("compiled", b"x" * 4096),
+        helper.make_attribute("matrix", numpy_helper.from_array(GOOD, "m")),
+    ],
+    ids=lambda attribute: attribute.name,
+)
+def test_attributes_of_unknown_operators_are_named(tmp_path, attribute):
+    path = written(tmp_path, f"g ({X}) => (float[N, 8] y) {{ h = MatMul(x, w) y = other.Whole(h) }}", w=GOOD)
+    assert verdict(path) == (["w"], [], [])
+    model = onnx.load(path)
+    model.graph.node[1].attribute.append(attribute)
+    assert verdict(save(tmp_path, model)) == (["w"], [], [attribute.name])
+
+
+def test_a_long_row_of_numbers_for_an_unknown_operator_is_named(tmp_path):
+    text = f"g ({X}) => (float[N, 8] y) {{ h = MatMul(x, w) y = other.Flat(h, flat) }}"
+    assert verdict(written(tmp_path, text, w=GOOD, flat=np.ones(70_000, np.float32))) == (["w"], [], ["flat"])
+    assert verdict(written(tmp_path, text, w=GOOD, flat=np.ones(7_000, np.float32))) == (["w"], [], [])
+
+
+@pytest.mark.parametrize("domain", ["", "com.microsoft."])
+def test_zero_points_by_columns_and_by_blocks_of_rows(tmp_path, domain):
+    text = f"g ({X}) => (float[N, 8] y) {{ v = {domain}DequantizeLinear <ATTRIBUTES> (w, s, p) y = MatMul(x, v) }}"
+    cases = [("axis = 1", np.array([5, *[3] * 7], np.uint8)), ("axis = 0", np.array([3, 5, *[3] * 6], np.uint8))]
+    if not domain:
+        cases.append(("axis = 0, block_size = 4", np.array([[3] * 8, [6] * 8], np.uint8)))
+    for attributes, points in cases:
+        spread = {"axis = 1": points, "axis = 0": points[:, None]}.get(attributes, points.repeat(4, 0))
+        named = text.replace("ATTRIBUTES", attributes)
+        scales = np.full(points.shape, 0.5, np.float32)
+        for weight, place in ((GOOD, 0), (BAD, 1)):
+            got = verdict(written(tmp_path, named, w=(weight + spread).astype(np.uint8), s=scales, p=points))
+            assert got[place] == ["w"] and got[2] == []
+        assert verdict(written(tmp_path, named, w=(GOOD + 3).astype(np.uint8), s=scales, p=points))[1] == ["w"]
+
+
 def test_a_product_that_is_written_as_multiply_and_sum_is_named(tmp_path):
     text = (
         f"g ({X}) => (float[N, 8] y) {{ u = Unsqueeze(x, axis) d = Mul(u, w) y = ReduceSum <keepdims = 0> (d, last) }}"
@@ -178,3 +219,11 @@ def test_activations_lookups_and_tables_are_no_weights(tmp_path):
 )
 def test_a_file_that_breaks_the_rules_of_its_operators_is_no_crash(tmp_path, call):
     assert verdict(written(tmp_path, f"g ({X}) => (float[N, 8] y) {{ y = {call} }}", w=GOOD)) == ([], [], ["w"])
+
+
+def test_a_table_that_is_added_to_scores_of_its_own_shape_is_no_weight(tmp_path):
+    text = """g (float[1, 2, 8, 8] q, float[1, 2, 8, 8] k, float[1, 1, 8, 8] mask) => (float[1, 2, 8, 8] y) {
+        h = MatMul(q, w) s = MatMul(h, k) b = Add(bias, mask) t = Add(s, b) p = Softmax(t) y = MatMul(p, k)
+    }"""
+    bias = np.ones((1, 2, 8, 8), np.float32)
+    assert verdict(written(tmp_path, text, w=GOOD, bias=bias)) == (["w"], [], [])

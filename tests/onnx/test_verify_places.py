@@ -203,6 +203,7 @@ def test_a_function_that_only_bears_our_name_is_looked_into(tmp_path):
         ("w = Neg(v)", (8, 8)),
         ("a = Constant <value_ints = [0]> () b = Constant <value_ints = [8]> () w = Slice(v, a, b)", (12, 8)),
         ("w = Dropout(v)", (8, 8)),
+        ("w = CastLike(v, x)", (8, 8)),
         ("t = Transpose(v) w = Transpose(t)", (8, 8)),
         ("h = Cast <to = 10> (v) w = Cast <to = 1> (h)", (8, 8)),
     ],
@@ -235,11 +236,15 @@ def test_a_mask_that_is_multiplied_into_a_weight_counts(tmp_path):
         "w = other.Twist(good)",
         "w = Mul(good, gate)",
         "g2 = Sigmoid(gate) w = Add(g2, good)",
+        "w = Max(good, gate)",
+        "w = Concat <axis = 0> (good, gate)",
+        "w = ScatterElements(good, e, full)",
+        "w = DequantizeLinear(good, gain)",
         "s = SequenceConstruct(good, good) z = Constant <value_int = 0> () w = SequenceAt(s, z)",
     ],
 )
 def test_weights_that_the_inputs_choose_or_scale_are_named(tmp_path, steps):
-    inputs = f"{X}, int64 i, int64[8, 8] e, int64[1] b, bool c, float[1, 8] gate"
+    inputs = f"{X}, int64 i, int64[8, 8] e, int64[1] b, bool c, float[1, 8] gate, float[8, 8] full, float gain"
     text = f"g ({inputs}) => (float[N, 8] y) {{ {steps} y = MatMul(x, w) }}"
     got = verdict(written(tmp_path, text, good=GOOD, bad=BAD, stack=np.stack([GOOD, BAD])))
     assert got[:2] == ([], []) and got[2] and set(got[2]) <= {"good", "stack"}
