@@ -130,6 +130,8 @@ def export_onnx(
             opset_version=opset,
         )
         ir_model = program.model
+        _require_places("input_names", input_names, ir_model.graph.inputs)
+        _require_places("output_names", output_names, ir_model.graph.outputs)
         _require_free_axes(ir_model, dynamic_shapes)
         _attach_functions(ir_model)
         external = _write(ir_model, path)
@@ -152,6 +154,12 @@ def _require_known(unknown: Mapping[str, Any]) -> None:
         known = [each for each in inspect.signature(export_onnx).parameters if each != "unknown"]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         raise ModelError(f'export_onnx has no argument "{name}"; did you mean one of {", ".join(near)}?')
+
+
+def _require_places(argument: str, names: Sequence[str] | None, values: Sequence[Any]) -> None:
+    """Raises ModelError for names without an input or output to bear them, which torch drops without a word."""
+    if names is not None and len(names) > len(values):
+        raise ModelError(f"{argument} has {len(names)} names, but the model has {len(values)}; leave the others out")
 
 
 def _require_free_axes(model: Any, dynamic_shapes: Any) -> None:

@@ -216,6 +216,16 @@ def test_what_export_refuses(tmp_path, options, message):
         export_onnx(random_sparse_layer(4, 8, "2:4"), (torch.randn(2, 8),), tmp_path / "m.onnx", **options)
 
 
+@pytest.mark.parametrize("argument", ["input_names", "output_names"])
+def test_names_that_nothing_bears_are_refused(tmp_path, argument):
+    layer, x = random_sparse_layer(4, 8, "2:4"), torch.randn(2, 8)
+    export_onnx(layer, (x,), tmp_path / "m.onnx", **{argument: ["one"]})
+    graph = checked(tmp_path / "m.onnx").graph
+    assert "one" in [value.name for value in (*graph.input, *graph.output)]
+    with pytest.raises(ModelError, match=f"{argument} has 2 names, but the model has 1"):
+        export_onnx(layer, (x,), tmp_path / "m.onnx", **{argument: ["one", "two"]})
+
+
 def test_a_missing_folder_and_what_is_no_model_are_named(tmp_path):
     with pytest.raises(FormatError, match=r'there is no folder ".*missing"; make it first'):
         export_onnx(nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / "missing" / "m.onnx")
