@@ -184,7 +184,8 @@ def _recording(model: nn.Module, layers: LayerTable, recorder: Recorder) -> Iter
     modes = [(module, module.training) for module in model.modules()]
     precision = torch.get_float32_matmul_precision()
     handles = [
-        layer.module.register_forward_pre_hook(recorder.hook(name), with_kwargs=True) for name, layer in layers.items()
+        layer.module.register_forward_pre_hook(recorder.hook(name, layer.shape[1]), with_kwargs=True)
+        for name, layer in layers.items()
     ]
     try:
         model.eval()

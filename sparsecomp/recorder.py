@@ -83,15 +83,17 @@ class Recorder:
         self.batch = 0
         self.paused = False
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        """A forward pre-hook for the layer of that name."""
+    def hook(self, name: str, size: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """A forward pre-hook for the layer of that name with ``size`` input features."""
 
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.paused:
+            x = args[0] if args else next(iter(kwargs.values()))
+            # of an input that does not fit the layer itself says what is wrong
+            if self.paused or not isinstance(x, Tensor) or x.shape[-1:] != (size,):
                 return
             # a forward of its own may be in inference mode, where no sum could be added to later
             with torch.inference_mode(False), torch.no_grad():
-                self.see(name, args[0] if args else next(iter(kwargs.values())))
+                self.see(name, x)
 
         return record
 

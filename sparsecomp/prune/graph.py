@@ -295,7 +295,8 @@ def _shape(node: Node) -> tuple[int, ...]:
 def _named(node: Node) -> str:
     if node.op == "output":
         return "the output"
-    return str(_kind(node) or getattr(node.target, "__name__", node.name)).removeprefix("aten.")
+    kind = _kind(node)
+    return str(getattr(node.target, "__name__", node.name) if kind is None else kind).removeprefix("aten.")
 
 
 def _transposed(node: Node, place: _Place) -> _Place:

@@ -103,7 +103,7 @@ class Learner:
         if self.recomputes and torch.is_grad_enabled():
             with suppress(ModelError):  # what cannot be copied asks for nothing
                 args, kwargs = copied((args, kwargs), _asking)
-        # weights that another context keeps in another type would be those of an earlier step
+        # an autocast around this one would keep the casts of every step's leaves
         with torch.autocast(self._device, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             return self.module(*args, **kwargs)
 
