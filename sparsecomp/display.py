@@ -119,9 +119,16 @@ def _widths(
     natural: Sequence[int], least: Sequence[int], right: Sequence[bool], room: int, gap: int
 ) -> tuple[list[int], int]:
     """Widths that fill the room, and the gap between columns; wider than the room only where nothing gives way."""
-    tries = ((_NAMES, _WORDS, None, gap), (_NAMES, _WORDS, _MIDDLE, gap), (12, 16, _MIDDLE, 1), (8, 8, 6, 1))
-    for names, words, middle, gap in tries:
-        widths = _floors(natural, least, right, names, words, middle)
+    folded = [False] * len(right)  # numbers too, at last, for what stands there may be words
+    tries = (
+        (_NAMES, _WORDS, None, gap, right),
+        (_NAMES, _WORDS, _MIDDLE, gap, right),
+        (12, 16, _MIDDLE, 1, right),
+        (8, 8, 6, 1, right),
+        (8, 8, 8, 1, folded),
+    )
+    for names, words, middle, gap, flush in tries:
+        widths = _floors(natural, least if flush is right else [0] * len(least), flush, names, words, middle)
         if sum(widths) + gap * (len(widths) - 1) <= room:
             break
     spare = max(0, room - sum(widths) - gap * (len(widths) - 1))

@@ -34,6 +34,9 @@ _WEIGHTS = (
     ".index.json",
     ".partial",
 )
+_OTHER_FORMS = ("onnx", "openvino", "coreml", "gguf", "original")
+# settings that pruning does not touch, and a model made of other weights does not know
+_KEPT = ("generation_config.json",)
 _BATCH, _TOKENS, _ANSWER = 2, 8, 6
 _SHOWN = 3
 
@@ -114,19 +117,32 @@ def save_folder(model: nn.Module, folder: Path, source: Path | None) -> None:
     try:
         with _quiet(transformers):
             model.save_pretrained(partial)  # type: ignore[operator]
-        for each in sorted(source.iterdir()) if source is not None else ():
-            if each.is_file() and not each.name.endswith(_WEIGHTS) and not (partial / each.name).exists():
-                shutil.copy2(each, partial / each.name)
+        if source is not None:
+            _copy_beside(source, partial)
         if folder.exists():
             for each in [each for each in folder.iterdir() if each.name.endswith((".safetensors", ".index.json"))]:
                 if not (partial / each.name).exists():
                     each.unlink()
-            for each in sorted(partial.iterdir()):
-                each.replace(folder / each.name)
+            for each in sorted(each for each in partial.rglob("*") if each.is_file()):
+                place = folder / each.relative_to(partial)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                each.replace(place)
         else:
             partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    """What lies beside the weights: tokenizer, card, further modules; not the same weights in other forms."""
+    for each in sorted(source.iterdir()):
+        if each.name.startswith("."):
+            continue
+        if each.is_dir():
+            if each.name not in _OTHER_FORMS:
+                shutil.copytree(each, target / each.name, dirs_exist_ok=True)
+        elif not each.name.endswith(_WEIGHTS) and (each.name in _KEPT or not (target / each.name).exists()):
+            shutil.copy2(each, target / each.name)
 
 
 def example_call(model: nn.Module) -> Call:

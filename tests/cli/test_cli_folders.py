@@ -122,7 +122,12 @@ def test_prune_writes_a_folder_that_transformers_reads() -> None:
     model = folder(llama)
     Path("out").mkdir()
     Path("out", "model-00001-of-00002.safetensors").write_text("of a model that was there before")
+    for name in ("2_Dense/model.safetensors", "onnx/model.onnx", ".cache/lock"):
+        Path("model", name).parent.mkdir()
+        Path("model", name).write_text(name)
     assert main(["prune", "model", "--pattern", "2:4", "--skip", "lm_head", "-o", "out"]) == 0
+    assert Path("out/2_Dense/model.safetensors").read_text() == "2_Dense/model.safetensors"
+    assert not Path("out/onnx").exists() and not Path("out/.cache").exists()
     assert not Path("out", "model-00001-of-00002.safetensors").exists() and not list(Path().glob(".*partial"))
     with hub._quiet(transformers):
         read, told = transformers.AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
