@@ -219,7 +219,10 @@ def test_plan_is_a_verb_with_json(capsys: pytest.CaptureFixture[str]) -> None:
     plan = json.loads(capsys.readouterr().out)
     assert plan["model"] == "shop:headed" and plan["batches"] == [1, 4] and plan["class"] == "Sequential"
     assert [layer["name"] for layer in plan["layers"]] == BLOCKS
+    facts = {"name", "shape", "pattern", "backend", "reason", "dense_seconds", "sparse_seconds"}
+    facts |= {"other_backends", "bound", "dense_above", "error"}
     for layer in plan["layers"]:
+        assert layer.keys() == facts
         assert layer["dense_seconds"].keys() == layer["sparse_seconds"].keys() == {"1", "4"}
     assert plan["totals"]["layers"] == 4 and plan["totals"]["torch_seconds"].keys() == {"1", "4"}
     assert plan["skipped"] == {"classifier": 'excluded by skip "classifier"'}
@@ -229,6 +232,17 @@ def test_plan_is_a_verb_with_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_and_inspect_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", "--quick", "--json"])
     facts = json.loads(capsys.readouterr().out)
+    assert list(facts) == [
+        "sparsecomp",
+        "python",
+        "torch",
+        "devices",
+        "backends",
+        "onnxruntime_operators",
+        "packages",
+        "compiled",
+        "refused",
+    ]
     assert facts["sparsecomp"] == sc.__version__ and facts["devices"][0]["kind"] == "cpu"
     assert facts["backends"]["dense"] == {"ready": True, "reason": None}
     assert facts["devices"][0]["natural_pattern"] == str(detect("cpu").natural_pattern())
