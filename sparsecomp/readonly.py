@@ -50,7 +50,7 @@ def _getters(*names: str) -> Iterator[Any]:
 
 
 # What the stand-in answers itself, without a dense weight.
-_DESCRIBING: frozenset[Any] = frozenset(
+DESCRIBING: frozenset[Any] = frozenset(
     [
         *_getters("requires_grad", "is_leaf", "grad", "grad_fn", "_version", "layout", "device", "dtype", "shape"),
         *_getters("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "names", "ndim"),
@@ -177,7 +177,7 @@ class PackedParameter(ReadOnly):
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         """As ReadOnly; what only describes the weight does not unpack it."""
-        if func in _DESCRIBING and len(args) and isinstance(args[0], cls):
+        if func in DESCRIBING and len(args) and isinstance(args[0], cls):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
@@ -220,7 +220,8 @@ def _refuse_training(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
 def _caller() -> CodeType | None:
     """The code that calls torch's function on a tensor of ours."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename == __file__:
+    # modes, of which a default device is one, stand between
+    while frame is not None and (frame.f_code.co_filename == __file__ or frame.f_code.co_name == "__torch_function__"):
         frame = frame.f_back
     return None if frame is None else frame.f_code
 

