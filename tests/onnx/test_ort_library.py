@@ -222,3 +222,39 @@ def test_options_and_providers(exported, tmp_path):
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(FormatError, match="cannot load"):
         onnx_session(tmp_path / "text.onnx")
+
+
+def of_a_later_version(model):
+    model.ir_version = 99
+
+
+def of_a_later_opset(model):
+    model.opset_import[0].version = 99
+
+
+def with_a_foreign_node(model):
+    model.graph.node[0].domain = "other"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        (of_a_later_version, "update onnxruntime"),
+        (of_a_later_opset, "or export with a lower opset"),
+        (with_a_foreign_node, "register that library as well"),
+        (None, "keep both in one folder"),
+        (0, "cut short; export it again"),
+    ],
+)
+def test_the_advice_fits_what_is_wrong_with_the_file(tmp_path, change, advice):
+    export_onnx(nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / "m.onnx")
+    model, path = onnx.load(tmp_path / "m.onnx"), tmp_path / "wrong.onnx"
+    if change:
+        change(model)
+    onnx.save_model(model, path, save_as_external_data=change is None, location="m.data", size_threshold=0)
+    (tmp_path / "m.data").unlink(missing_ok=True)
+    if change == 0:
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(FormatError, match=advice):
+        onnx_session(path, log_severity_level=4)
