@@ -92,7 +92,7 @@ _ADVICE = {
     "INVALID_PROTOBUF": "the file is no ONNX model or was cut short; export it again",
     "sparsecomp::NMLinear": "a packed layer was edited after its export; export the model again",
     "IR version": "this version is too old for the file; update onnxruntime",
-    "opset": "this version is too old for the file; update onnxruntime or export with a lower opset",
+    "is under development": "this version is too old for the file; update onnxruntime or export with a lower opset",
     "xternal data": "a large model has its weights in a second file; keep both in one folder",
     "is not a registered function/op": "it uses an operator of another library; register that library as well",
 }

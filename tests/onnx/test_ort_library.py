@@ -234,6 +234,7 @@ def of_a_later_opset(model):
 
 def with_a_foreign_node(model):
     model.graph.node[0].domain = "other"
+    model.opset_import.append(onnx.helper.make_opsetid("other", 1))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
