@@ -157,7 +157,13 @@ def _noting(
 
 def _part(model: nn.Module, name: str) -> nn.Module:
     """The block of that name, also where parts of only one of two models are compiled."""
-    return model.get_submodule(".".join(each for each in name.split(".") if each != "_orig_mod"))
+    plain = ".".join(each for each in name.split(".") if each != "_orig_mod")
+    try:
+        return model.get_submodule(plain)
+    except AttributeError as error:
+        raise ModelError(
+            f'the teacher has no block "{plain}", which the model has; pass the dense model, of the same class'
+        ) from error
 
 
 class _Wanted:

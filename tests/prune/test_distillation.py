@@ -88,6 +88,8 @@ def test_what_does_not_fit_is_refused():
         distill(model, encoder(), token_batches(1), masks=masks)
     with pytest.raises(ModelError, match="teacher shares weights with the model"):
         distill(model, model, token_batches(2), masks=masks)
+    with pytest.raises(ModelError, match=r'the teacher has no block "blocks\.0", which the model has'):
+        distill(model, nn.Sequential(nn.Linear(4, 4)), token_batches(2), masks=masks)
     with pytest.raises(ModelError, match=r"output\(result, batch\) gave a Result; it must give numbers"):
         distill(model, encoder(), token_batches(2), masks=masks, output=lambda result, _: result)
     with pytest.raises(ModelError, match=r'the mask of "blocks.0.q" has shape \(1, 16\), its weight \(16, 16\)'):

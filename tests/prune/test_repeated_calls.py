@@ -74,6 +74,50 @@ def test_both_stacks_of_an_encoder_decoder_are_pruned_the_decoder_on_the_pruned_
     assert all(each.held_out_after < each.held_out_before for each in report.tunings)
 
 
+def padded(name: str, seed: int) -> list[dict[str, Tensor]]:
+    """Batches that differ by seed in what stands in the padding alone, as many real rows in neither stack as there."""
+    batches = []
+    for batch in small_batches(name, 4):
+        words = {"input_ids": batch["input_ids"], "decoder_input_ids": ids(3, 9)}
+        masks = {"attention_mask": reals(3, 9, 5), "decoder_attention_mask": reals(3, 9, 7)}
+        batches.append(words | masks)
+    torch.manual_seed(seed)
+    for batch in batches:
+        for words, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+            batch[words] = torch.where(batch[mask].bool(), batch[words], ids(3, 9))
+    return batches
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_what_stands_in_the_padding_of_either_stack_changes_nothing(name):
+    results = []
+    for seed in (3, 4):
+        torch.manual_seed(0)
+        batches = padded(name, seed)
+        model = small(name)
+        report = prune_blocks(model, batches, tuning=QUICK, show_progress=False)
+        pruned = {key: value.clone() for key, value in model.state_dict().items()}
+        told = distill(model, small(name), batches, masks=report.masks, tuning=QUICK, show_progress=False)
+        output = distill(
+            model,
+            small(name),
+            batches,
+            masks=report.masks,
+            output=lambda result, batch: result.logits,
+            tuning=Tuning(steps=1),
+            show_progress=False,
+        )
+        losses = [each.held_out_after for each in (*report.tunings, told, output)]
+        results.append((batches, pruned, losses, report))
+    (one, first, losses, report), (two, second, others, _) = results
+    assert not torch.equal(one[0]["input_ids"], two[0]["input_ids"])
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
+    assert losses == pytest.approx(others, rel=1e-3)
+    cross = next(layer for key, layer in report.layers.items() if "decoder" in key and layer.rows == 3 * 3 * 5)
+    assert any(each in cross.name for each in ("EncDecAttention.k", "encoder_attn.k"))
+    assert {layer.rows for layer in report.layers.values()} == {3 * 3 * 5, 3 * 3 * 7}
+
+
 def test_a_second_call_goes_on_in_the_second_chain(tmp_path):
     batches, whole = small_batches("t5"), small("t5")
     first = prune_blocks(whole, batches, tuning=QUICK, checkpoint=tmp_path, show_progress=False)
