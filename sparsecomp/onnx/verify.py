@@ -139,9 +139,11 @@ def _packed(layer: Packed, wanted: NM) -> VerifiedWeight:
     attributes = layer.attributes
     try:
         nm = NM(attributes["n"], attributes["m"], attributes["mask_rows"])
-        shape = layer.rows, int(attributes["in_features"])
+        shape = layer.shape[0], int(attributes["in_features"])
     except (KeyError, PatternError) as error:
         raise Unevaluated("its attributes describe no N:M weight") from error
+    if layer.shape != (shape[0], nm.groups(shape[1]) * nm.n):
+        raise Unevaluated(f"its values are {'x'.join(map(str, layer.shape))}, which its attributes do not describe")
     # n of m consecutive inputs, so every wider group of whole groups has the same density
     fits = wanted.m % nm.m == 0 and nm.n * (wanted.m // nm.m) <= wanted.n
     reason = f"packed {nm}" + ("" if fits else f" does not imply {wanted}; export with form='dense' to have it counted")

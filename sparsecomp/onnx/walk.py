@@ -77,12 +77,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed layer of this package, which its attributes describe."""
+    """A packed layer of this package, which its attributes and the ``shape`` of its values describe."""
 
     name: str
     operator: str
     node: str
-    rows: int
+    shape: tuple[int, ...]
     attributes: Attributes
 
 
@@ -255,7 +255,7 @@ class _Walk(Generic[Judged]):
             return
         title = _title(node, frame)
         try:
-            self.found.append(self.judge(Packed(values.name, node.op_type, title, int(shape[0]), attributes_of(node))))
+            self.found.append(self.judge(Packed(values.name, node.op_type, title, shape, attributes_of(node))))
         except Unevaluated as reason:
             self._unseen(node, frame, values.name, str(reason))
 

@@ -272,3 +272,26 @@ def test_packed_layers_within_subgraphs_and_functions(tmp_path):
     branch.node[0].input[1] = "v"
     got = verify(save(tmp_path, model))
     assert not got.fits and got.unseen[0].reason == "its values are no constant of the file"
+
+
+def test_a_packed_layer_is_judged_alike_whole_inlined_and_with_another_body(tmp_path):
+    import torch
+    from onnx.inliner import inline_local_functions
+    from onnx_models import random_sparse_layer
+
+    from sparsecomp.onnx import export_onnx
+
+    export_onnx(random_sparse_layer(26, 22, "3:8"), (torch.randn(2, 22),), tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    files = [inline_local_functions(model), onnx.ModelProto(), onnx.ModelProto()]
+    files[1].CopyFrom(model)
+    files[1].functions[0].node.insert(0, helper.make_node("Identity", ["x"], ["unused"]))
+    for each in [model, *files[:2]]:
+        report = verify(save(tmp_path, each), "3:8")
+        assert report.fits
+        assert report.weights[0].density == pytest.approx(3 / 8, abs=0.04)
+        assert verdict(tmp_path / "m.onnx", "2:8") == ([], ["values"], [])
+    # attributes that promise more than the values keep
+    files[2].CopyFrom(model)
+    next(each for each in files[2].graph.node[0].attribute if each.name == "n").i = 1
+    assert verdict(save(tmp_path, files[2]), "3:8") == ([], [], ["values"])
