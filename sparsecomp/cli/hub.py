@@ -68,7 +68,8 @@ def load_folder(folder: Path, auto_class: str | None, weights: Path | None) -> n
     transformers = _transformers(folder)
     made, reason = _class(transformers, config, auto_class)
     state = None if weights is None else _state(weights)
-    with _quiet(transformers):
+    # a default device of the program's own is not where weights are read to
+    with _quiet(transformers), torch.device("cpu"):
         try:
             model, info = made.from_pretrained(
                 None if state is not None else folder,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,13 @@ from sparsecomp.cli import hub
 from sparsecomp.cli.main import main
 
 transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def _own_defaults(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--other-defaults"):
+        pytest.skip("transformers sets the default dtype itself while it loads; the last test has a process for it")
+
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 50}
 
@@ -218,3 +227,18 @@ def test_the_cache_is_off_within_the_block_only() -> None:
     with hub.without_cache(model):
         assert model(torch.ones(1, 4, dtype=torch.int64)).past_key_values is None
     assert [config.use_cache for config in hub._configs(model)] == seen and any(seen)
+
+
+def test_a_folder_is_loaded_as_it_was_saved_whatever_the_defaults() -> None:
+    folder(bert)
+    code = (
+        "import torch\n"
+        "from sparsecomp.cli.models import load_model\n"
+        "torch.set_default_dtype(torch.float64)\n"
+        "torch.set_default_device('meta')\n"
+        "for weights in (None, 'model/model.safetensors'):\n"
+        "    model = load_model('model', weights)\n"
+        "    print({(each.dtype, each.device.type) for each in model.parameters()})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["{(torch.float32, 'cpu')}"] * 2
