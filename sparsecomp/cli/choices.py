@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from glob import escape
 
 import torch
 from torch import nn
@@ -103,7 +104,7 @@ def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[
         chosen, _ = choose_patterns(found, plain(given))
     else:
         every = {name: given.get("*", parse(pattern)) for name, pattern in recorded.items()}
-        chosen, _ = choose_patterns(found, every)
+        chosen, _ = choose_patterns(found, exactly(every))
         if globs := {glob: pattern for glob, pattern in given.items() if glob != "*"}:
             chosen.update(choose_patterns(found, globs)[0])
     if not chosen:
@@ -112,6 +113,11 @@ def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[
         if isinstance(pattern, Unstructured):
             raise PatternError(f'"{pattern}" is a mask-only pattern that no kernel runs; choose N:M or block patterns')
     return {name: chosen[name] for name in found if name in chosen}
+
+
+def exactly(patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+    """Patterns by name as patterns by glob: brackets and stars in a name stand for themselves."""
+    return {escape(name): pattern for name, pattern in patterns.items()}
 
 
 def check_method(method: str | None, calibration: str | None) -> None:

@@ -93,13 +93,19 @@ def run(arguments: argparse.Namespace) -> int:
         prepared |= {"only": arguments.only, "skip": arguments.skip}
         plan = None
         if not arguments.everywhere:
-            plan = sc.plan(model, chosen, batch=arguments.batch or BATCHES, only=arguments.only, skip=arguments.skip)
+            plan = sc.plan(
+                model,
+                choices.exactly(chosen),
+                batch=arguments.batch or BATCHES,
+                only=arguments.only,
+                skip=arguments.skip,
+            )
             plan = _name_dense(plan, found, noted is not None)
             print(plan.text(every=arguments.all))
         with warnings.catch_warnings():
             # said below, in a line of the output
             warnings.filterwarnings("ignore", message="compile packed 0 of")
-            sc.compile(model, chosen if plan is None else plan, where="everywhere", **prepared)
+            sc.compile(model, choices.exactly(chosen) if plan is None else plan, where="everywhere", **prepared)
     packed = _packed(model)
     if arguments.require_sparse and not packed:
         reasons = () if plan is None else (*plan.stayed_dense.values(), *plan.skipped.values())

@@ -41,7 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     found = require_layers(find_linears(model, arguments.only, arguments.skip))
     chosen = choices.by_layer(found, choices.without_auto(given, model), None)
     with hub.without_cache(model):
-        plan = sc.plan(model, chosen, batch=arguments.batch or BATCHES, only=arguments.only, skip=arguments.skip)
+        plan = sc.plan(
+            model, choices.exactly(chosen), batch=arguments.batch or BATCHES, only=arguments.only, skip=arguments.skip
+        )
     if arguments.json:
         facts = {"sparsecomp": sc.__version__, "model": arguments.model, "class": type(model).__name__}
         print(json.dumps({**facts, **plan.to_dict(), "totals": plan.totals()}, indent=1, allow_nan=False))

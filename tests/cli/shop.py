@@ -19,6 +19,13 @@ def headed() -> nn.Module:
     return nn.Sequential(OrderedDict([*body, ("classifier", nn.Linear(32, 8))]))
 
 
+def bracketed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        OrderedDict([("a[0]", nn.Linear(32, 16)), ("a*", nn.Linear(16, 16)), ("ab", nn.Linear(16, 8))])
+    )
+
+
 def double() -> nn.Module:
     return build().double()
 

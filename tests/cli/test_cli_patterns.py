@@ -82,6 +82,15 @@ def model() -> nn.Module:
     return made
 
 
+def test_names_that_look_like_globs_stand_for_themselves() -> None:
+    prune("--pattern", "a[[]0]=2:4", "--pattern", "a[*]=4:8", model="shop:bracketed")
+    chain = ["compile", "shop:bracketed", "--weights", "pruned.safetensors", "-o", "packed.safetensors"]
+    assert main([*chain, "--everywhere"]) == 0
+    assert packed("packed.safetensors") == {"a[0]": "2:4", "a*": "4:8"}
+    assert main([*chain, "--batch", "1"]) == 0
+    assert main(["plan", "shop:bracketed", "--batch", "1"]) == 0
+
+
 def test_weights_without_a_note_need_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import save_model
 
