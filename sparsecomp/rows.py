@@ -7,7 +7,7 @@ statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -289,15 +289,16 @@ def _attention(batch: Mapping[str, Any], key: str) -> Tensor | None:
 
 
 def _decoder_of(model: nn.Module) -> nn.Module | None:
-    """The decoder of an encoder-decoder that says so, as those of Hugging Face do."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    getter = getattr(model, "get_decoder", None)
-    try:
-        decoder = getter() if callable(getter) else None
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
-    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+    """The decoder of an encoder-decoder that says so, as those of Hugging Face do, be it inside a module around it."""
+    for part in model.modules():
+        getter = getattr(part, "get_decoder", None)
+        if not callable(getter) or not getattr(getattr(part, "config", None), "is_encoder_decoder", False):
+            continue
+        with suppress(AttributeError, NotImplementedError, TypeError):
+            decoder = getter()
+            if isinstance(decoder, nn.Module) and decoder is not part:
+                return decoder
+    return None
 
 
 _IN_PLACE = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__"))

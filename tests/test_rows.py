@@ -72,11 +72,22 @@ def test_an_encoders_mask_never_lies_over_the_decoder(name, kind):
         assert cal[layer].tokens == (encoder if what in OF_THE_ENCODER else decoder), what
 
 
-def test_a_decoder_that_is_fed_the_shifted_words_of_the_encoder_counts_whole():
+class Around(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **batch):
+        return self.inner(**batch)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_decoder_that_is_fed_the_shifted_words_of_the_encoder_counts_whole(around):
     batch = {"input_ids": ids(TEXTS, TOKENS), "attention_mask": reals(TEXTS, TOKENS, 4)}
-    cal = calibrate(small("bart"), [batch], show_progress=False)
-    assert cal[LAYERS["bart"]["encoder"]].tokens == cal[LAYERS["bart"]["cross k"]].tokens == 16
-    assert cal[LAYERS["bart"]["decoder"]].tokens == 40
+    model, prefix = (Around(small("bart")), "inner.") if around else (small("bart"), "")
+    cal = calibrate(model, [batch], show_progress=False)
+    tokens = {what: cal[prefix + layer].tokens for what, layer in LAYERS["bart"].items()}
+    assert tokens["encoder"] == tokens["cross k"] == 16 and tokens["decoder"] == tokens["cross q"] == 40
 
 
 def test_the_mask_of_words_does_not_lie_over_an_image_of_as_many_patches():

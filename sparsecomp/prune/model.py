@@ -233,5 +233,6 @@ def check_calibration(method: Method, names: list[str], calibration: Mapping[str
         listed = ", ".join(name or "the model" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise CalibrationError(
             f'method "{method.name}" needs calibration data for {len(missing)} of {len(names)} layers that have none '
-            f"({listed}); calibrate with batches that reach them, or exclude them with skip=[...]"
+            f"({listed}), as no batch called them; calibrate with batches that do, or exclude with skip=[...] what the "
+            "model never calls, such as layers whose weight it reads"
         )
