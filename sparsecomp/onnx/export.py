@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparsecomp.display import table
+from sparsecomp.display import table, wrap
 from sparsecomp.errors import BackendError, FormatError, ModelError
 from sparsecomp.files import require_folder
 from sparsecomp.layers import require_module
+from sparsecomp.onnx import session
 from sparsecomp.onnx.capture import FIXED_AXIS, torch_export, without_caches
 from sparsecomp.onnx.extra import require
 from sparsecomp.onnx.function import DOMAIN, MIN_OPSET, OPERATOR_VERSION, OPERATORS, nm_linear_function
@@ -29,6 +30,10 @@ from sparsecomp.onnx.standin import ExportedLayer, Form, exportable
 DEFAULT_OPSET = 20
 PROTOBUF_LIMIT = 2**31 - 2**24  # one protobuf message holds less than 2 GiB; the graph itself needs room as well
 _BFLOAT16 = 16
+_STOCK_NOTE = (
+    "in bfloat16 this file runs on a CPU with sparsecomp.onnx_session, and not in ONNX Runtime as it comes, which has "
+    "no kernel for it"
+)
 # torch.onnx.export's names -> what says the same here
 _TORCH_NAMES = {
     "f": "path",
@@ -68,7 +73,7 @@ class ExportReport:
         columns = ("layer", "pattern", ">shape", "written", ">dense bytes", ">bytes", "note")
         external = f" and {self.external_data.name}" if self.external_data else ""
         shown = table(columns, rows, title=f"{self.path}{external}: {self.nbytes} bytes, opset {self.opset}")
-        return "\n".join([shown, *(["", *self.notes] if self.notes else [])])
+        return "\n".join([shown, *(f"\n{wrap(note, indent='')}" for note in self.notes)])
 
 
 def export_onnx(
@@ -135,10 +140,13 @@ def export_onnx(
         _require_free_axes(ir_model, dynamic_shapes)
         _attach_functions(ir_model)
         external = _write(ir_model, path)
-    refusal = _refusal(ir_model, path)
-    if refusal:
-        warnings.warn(f"{path.name}: {refusal}", RuntimeWarning, stacklevel=2)
-        notes = (*notes, refusal)
+    if any(value.dtype == _BFLOAT16 for value in _values(ir_model)):
+        refusal = _refusal(path)
+        if refusal:
+            warnings.warn(f"{path.name}: {refusal}", RuntimeWarning, stacklevel=2)
+            notes = (*notes, refusal)
+        elif not session.runs_stock(path):
+            notes = (*notes, _STOCK_NOTE)
     nbytes = path.stat().st_size + (external.stat().st_size if external else 0)
     return ExportReport(path, opset, nbytes, external, tuple(layers), notes)
 
@@ -189,16 +197,12 @@ def _hint(size: Any) -> str:
     return str(getattr(getattr(size, "type", None), "name", ""))
 
 
-def _refusal(model: Any, path: Path) -> str:
-    """Why the installed ONNX Runtime cannot run a file with bfloat16 on a CPU; nothing if it can or is not there."""
-    if not any(value.dtype == _BFLOAT16 for value in _values(model)):
-        return ""
-    from sparsecomp.onnx.session import onnx_session
-
+def _refusal(path: Path) -> str:
+    """Why the installed ONNX Runtime cannot run a file on a CPU; nothing if it can or is not there."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a library that is not built
-            onnx_session(path, log_severity_level=4)
+            session.onnx_session(path, log_severity_level=4)
     except BackendError:
         return ""
     except FormatError as error:

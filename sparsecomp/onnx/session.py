@@ -57,6 +57,21 @@ def onnx_session(path: str | Path, *, providers: Sequence[Any] | None = None, **
         raise FormatError(f"ONNX Runtime cannot load {path} ({_short(error)}); {_advice(error, path)}") from error
 
 
+def runs_stock(path: str | Path) -> bool:
+    """Whether ONNX Runtime loads the file on a CPU without the operator library; True if it is not installed."""
+    try:
+        ort = require("onnxruntime")
+    except BackendError:
+        return True
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4
+    try:
+        ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except Exception:  # whatever ONNX Runtime raises
+        return False
+    return True
+
+
 def _spread(settings: Any, cores: frozenset[int]) -> None:
     """Let the threads of the pool use ``cores`` only, where they are enough for the threads that were asked for.
 
