@@ -104,6 +104,30 @@ def _object_copy(value: Any, memo: dict[int, Any], on_tensor: Callable[[Tensor],
         ) from error
 
 
+def holds_state(value: Any) -> bool:
+    """Whether a call could leave something in ``value`` for the next, as in a list or a cache."""
+    return not isinstance(value, (*_BY_REFERENCE, Tensor, tuple, torch.Size)) and not callable(value)
+
+
+def traits(value: Any, seen: set[int] | None = None) -> list[object]:
+    """What tells whether an object was changed between two looks at it: its entries, tensors by identity and writes."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        return [id(value), version(value)]
+    if isinstance(value, _BY_REFERENCE) or callable(value) or id(value) in seen:
+        return [value] if isinstance(value, str | bytes | int | float | complex) else [id(value)]
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        parts = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple | deque):
+        parts = list(value)
+    elif hasattr(value, "__dict__"):
+        parts = [*vars(value), *vars(value).values()]
+    else:
+        return [id(value)]
+    return [len(parts), *(trait for part in parts for trait in traits(part, seen))]
+
+
 class ModuleState:
     """What a module and its parts hold beside parameters: buffers, attributes and hooks, to be put back after calls.
 

@@ -20,14 +20,15 @@ from sparsecomp.layers import LinearRef
 from sparsecomp.prune.blocks import Blocks
 from sparsecomp.prune.checkpoint import tensors_of
 from sparsecomp.rows import RowMasks
-from sparsecomp.snapshot import ModuleState, Placeholder, clone, copied, version
+from sparsecomp.snapshot import ModuleState, Placeholder, clone, copied, holds_state, traits, version
 
-Place = tuple[str, int]  # a block, and which of the tensors that it returns
+# a block, and which of the tensors that it returns, or of its arguments as its call leaves them
+Place = tuple[str, int | str]
 
 
 @dataclass(frozen=True)
 class Link(Placeholder):
-    """Stands in a call for a tensor that a block before returns."""
+    """Stands in a call for what a block before returns, or for an argument that the block before had as well."""
 
     place: Place
 
@@ -40,11 +41,11 @@ class BlockCall:
     kwargs: Mapping[str, Any]
     links: frozenset[Place]
 
-    def fill(self, made: Mapping[Place, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def fill(self, made: Mapping[Place, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments that the block may change, with what the blocks before it returned this time."""
         args, kwargs = copied(
             (self.args, dict(self.kwargs)),
-            lambda each: clone(made[each.place] if isinstance(each, Link) else each),
+            lambda each: copied(made[each.place] if isinstance(each, Link) else each),
         )
         return args, kwargs
 
@@ -165,6 +166,9 @@ class _Watch:
         self.returned: dict[int, tuple[Place, Tensor, int | None]] = {}
         self.output: Tensor | None = None
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        # objects that blocks are given and may leave something in, such as a cache of all blocks
+        self.passed: dict[int, tuple[Place, object, list[object]]] = {}
+        self.given: dict[str, list[tuple[Place, object]]] = {}
 
     def end(self) -> None:
         """A batch has ended."""
@@ -223,8 +227,20 @@ class _Watch:
             links.add(link.place)
             return link
 
+        def handed_on(key: str, value: Any) -> Any:
+            if not holds_state(value):
+                return value
+            self.given.setdefault(name, []).append(((name, key), value))
+            place, _, left = self.passed.get(id(value), (None, None, None))
+            if place is None or left != traits(value):
+                return value
+            links.add(place)
+            return Link(place)
+
         try:
-            kept_args, kept_kwargs = copied((args, dict(kwargs)), keep)
+            handed = [handed_on(str(i), each) for i, each in enumerate(args)]
+            named = {key: handed_on(key, each) for key, each in kwargs.items()}
+            kept_args, kept_kwargs = copied((tuple(handed), named), lambda x: x if isinstance(x, Link) else keep(x))
         except ModelError as error:
             return self.refuse(f'block "{name}": {error}')
         self.chain.calls[name].append(BlockCall(kept_args, kept_kwargs, frozenset(links)))
@@ -249,6 +265,8 @@ class _Watch:
                 return self.refuse(str(error))
             for place, tensor in enumerate(tensors_of(output)):
                 self.returned[id(tensor)] = ((name, place), tensor, version(tensor))
+            for argument, value in self.given.pop(name, []):
+                self.passed[id(value)] = (argument, value, traits(value))
             if self.row_masks is not None:
                 self.chain.rows[name][-1].output = self.row_masks.of(name, self.output)
             return None
@@ -284,7 +302,7 @@ class Blockwise:
         self._chain = chain
         self._last = chain.last_uses()
         count = len(next(iter(chain.calls.values())))
-        self._made: list[dict[Place, Tensor]] = [{} for _ in range(count)]
+        self._made: list[dict[Place, Any]] = [{} for _ in range(count)]
 
     def arguments(self, name: str, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the block is called with in that batch, to be used once."""
@@ -306,6 +324,9 @@ class Blockwise:
             for order, tensor in enumerate(tensors_of(output)):
                 if (name, order) in self._last:
                     made[(name, order)] = results[-1] if order == 0 else clone(tensor)
+            for key, value in [*((str(i), each) for i, each in enumerate(args)), *kwargs.items()]:
+                if (name, key) in self._last:
+                    made[(name, key)] = value
             for place in [place for place in made if self._last[place] == name]:
                 del made[place]
         return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -277,6 +278,59 @@ def test_what_blocks_hand_on_beside_the_hidden_states_is_that_of_the_pruned_bloc
     model = Handing()
     prune_blocks(model, batches, tuning=None, held_out=batches[:1], show_progress=False)
     assert_same(model, pruned_slowly(Handing(), batches, ["blocks"]))
+
+
+class Sharing(nn.Module):
+    """Blocks that share what the model passes to all: each reads its own entry, or what all before have left there."""
+
+    class Block(nn.Module):
+        def __init__(self, number: int, reads: str) -> None:
+            super().__init__()
+            self.a, self.b, self.number, self.reads = nn.Linear(16, 16), nn.Linear(16, 16), number, reads
+
+        def forward(self, x: Tensor, box: dict[Any, Any]) -> Tensor:
+            key = self.a(x)
+            if self.reads == "its own":
+                key = key + box.get(self.number, 0.0)
+            box[self.number] = key
+            if self.reads != "its own":
+                key = torch.stack([each for name, each in box.items() if name != "now"]).sum(dim=0)
+            return x + self.b(key) * (1 + box.get("now", 0))
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reads = reads
+        self.blocks = nn.ModuleList(Sharing.Block(i, reads) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        box: dict[Any, Any] = {}
+        for i, block in enumerate(self.blocks):
+            if self.reads == "all, told which":
+                box["now"] = i
+            x = block(x, box=box)
+        return x
+
+
+@pytest.mark.parametrize("reads", ["its own", "all"])
+def test_what_blocks_leave_for_each_other_is_that_of_the_pruned_blocks(reads):
+    batches = [torch.randn(20, 16) for _ in range(3)]
+    model = Sharing(reads)
+    prune_blocks(model, batches, tuning=None, held_out=batches[:1], show_progress=False)
+    assert_same(model, pruned_slowly(Sharing(reads), batches, ["blocks"]))
+    report = prune_blocks(Sharing(reads), batches, tuning=QUICK, show_progress=False)
+    assert all(each.held_out_after < each.held_out_before for each in report.tunings)
+
+
+def test_what_the_model_itself_tells_its_blocks_is_not_lost():
+    # the box is changed between two blocks, so that each has it as it was in the dense model
+    batches = [torch.randn(20, 16) for _ in range(3)]
+    model = Sharing("all, told which")
+    report = prune_blocks(model, batches, tuning=None, held_out=batches[:1], show_progress=False)
+    assert len(report.layers) == 6
+    twin = pruned_slowly(Sharing("all, told which"), batches, ["blocks"])
+    assert torch.equal(model.blocks[0].b.weight, twin.blocks[0].b.weight)
+    assert torch.equal(model.blocks[1].a.weight, twin.blocks[1].a.weight)
 
 
 class Two(nn.Module):
