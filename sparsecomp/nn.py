@@ -225,6 +225,11 @@ class SparseLinear(PackedModule):
 
     def _dispatched(self, x: Tensor) -> Tensor:
         """The product through the dispatcher: autograd, compilers, modes and subclasses see one operator."""
+        if torch.onnx.is_in_onnx_export():  # sparsecomp.onnx has a forward of its own there
+            raise ModelError(
+                "torch.onnx.export has no form of a packed layer; use sparsecomp.export_onnx, or call it within "
+                '"with sparsecomp.onnx.exportable(model, "dense"):"'
+            )
         if not isinstance(x, Tensor):
             if isinstance(x, fx.Proxy):
                 raise ModelError(

@@ -16,7 +16,8 @@ _EXAMPLE = """\
 example: sparsecomp inspect packed.safetensors
          sparsecomp inspect model.onnx --pattern 8:16
 
-An .onnx file is checked weight by weight against the pattern; the exit code is 1 if a weight does not fit.
+An .onnx file is checked weight by weight against the pattern; the exit code is 1 if a weight does not fit, or if a
+place of the file could not be judged.
 """
 
 

@@ -1,10 +1,13 @@
 """What is traced with a sparse layer: hooks, forwards of its own, whatever a model reads from it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from onnx_models import assert_close, random_sparse_layer, run_stock, torch_output
 from torch import nn
 
+import sparsecomp as sc
 from sparsecomp.errors import ModelError
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx import export_onnx, exportable
@@ -198,3 +201,11 @@ def test_another_exporter_can_take_the_model_while_it_is_exportable(tmp_path, dy
     assert_close(run_stock(tmp_path / "m.onnx", x.numpy()), torch_output(model, x))
     with pytest.raises(ModelError, match='use "packed" or "dense"'), exportable(model, "sparse"):
         pass
+
+
+def test_torchs_own_export_is_told_where_to_go(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16)).eval()
+    sc.compile(model, "2:4", method="magnitude", where="everywhere")
+    with pytest.raises(Exception, match=r"sparsecomp\.export_onnx") as raised:
+        torch.onnx.export(model, (torch.randn(2, 16),), tmp_path / "m.onnx", dynamo=True)
+    assert "exportable" in str(raised.value)
