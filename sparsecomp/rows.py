@@ -145,9 +145,10 @@ class RowMasks:
         ]
         state = ModuleState(self._model)
         try:
-            with torch.no_grad():
+            # a part may be what the model cannot run; then the user is asked where it matters
+            with torch.no_grad(), suppress(CalibrationError):
                 run(fresh(part))
-            self._learned = True
+                self._learned = True
         finally:
             for handle in handles:
                 handle.remove()

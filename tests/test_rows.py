@@ -112,6 +112,18 @@ def test_a_model_with_tokens_first_gets_the_mask_of_its_axes_also_for_as_many_te
         torch.testing.assert_close(square[name].gram, statistics.gram, rtol=1e-4, atol=1e-4)
 
 
+def test_where_a_part_of_a_square_batch_cannot_be_run_the_user_is_asked():
+    model = small("xlnet")
+    batch = {"input_ids": ids(8, 8), "attention_mask": reals(8, 8, 3)}
+
+    def whole(model, batch):
+        assert len(batch["input_ids"]) == 8
+        return model(**batch)
+
+    with pytest.raises(CalibrationError, match=r"it cannot be told which axes .* pass mask="):
+        calibrate(model, [batch], forward=whole, show_progress=False)
+
+
 class Turned(nn.Module):
     """Works on [T, B, in], as the modules of torch do by default."""
 
