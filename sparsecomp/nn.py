@@ -6,6 +6,7 @@ Knows nothing of plans, masks or models.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -226,10 +227,13 @@ class SparseLinear(PackedModule):
     def _dispatched(self, x: Tensor) -> Tensor:
         """The product through the dispatcher: autograd, compilers, modes and subclasses see one operator."""
         if torch.onnx.is_in_onnx_export():  # sparsecomp.onnx has a forward of its own there
-            raise ModelError(
+            reason = (
                 "torch.onnx.export has no form of a packed layer; use sparsecomp.export_onnx, or call it within "
                 '"with sparsecomp.onnx.exportable(model, "dense"):"'
             )
+            # torch swallows the error, tries other ways of tracing, and tells of the last
+            warnings.warn(reason, stacklevel=2)
+            raise ModelError(reason)
         if not isinstance(x, Tensor):
             if isinstance(x, fx.Proxy):
                 raise ModelError(
