@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from sparsecomp.batches import Forward, eager, entering, fresh, require_batches,
 from sparsecomp.display import progress
 from sparsecomp.errors import CalibrationError
 from sparsecomp.layers import Globs, LayerTable, find_linears, require_layers
+from sparsecomp.reads import noting_reads
 from sparsecomp.recorder import Recorder
 from sparsecomp.rows import RowMask, RowMasks
 from sparsecomp.snapshot import ModuleState
@@ -42,11 +43,13 @@ class LayerStatistics:
 class Calibration(Mapping[str, LayerStatistics]):
     """Statistics by layer name. Layers that always saw the same input share one ``gram`` tensor.
 
-    ``unreached`` names layers whose forward was never called, or that saw masked rows only.
+    ``unreached`` names layers whose forward was never called, or that saw masked rows only; ``read`` those whose
+    weight's values the model reads beside calling the layer.
     """
 
     layers: Mapping[str, LayerStatistics]
     unreached: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LayerStatistics:
         """The statistics of that layer."""
@@ -123,13 +126,13 @@ def calibrate(
     rows = RowMasks(model, mask, layers)
     total = len(batches) if isinstance(batches, Sized) else None
     shown = progress(batches, "calibrating", total) if show_progress else batches
-    with entering(model):
+    with entering(model), noting_reads({name: layer.module for name, layer in layers.items()}) as read:
         found = collect(model, layers, shown, rows, lambda batch, index: run_batch(model, batch, index, forward), dtype)
     if rows.useless:
         raise CalibrationError(
             "the mask fits no layer input; mask(batch) must have the leading dimensions [B, T] of the inputs"
         )
-    return found
+    return replace(found, read=tuple(name for name in layers if name in read))
 
 
 class RowSource(Protocol):

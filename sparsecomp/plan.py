@@ -79,7 +79,8 @@ def plan(
     as ``prune`` reads it: a layer's own name wins, then the first glob that matches, and layers that none matches stay
     dense and are named in ``skipped``. The error is that of plain pruning: Wanda's on the Gram
     matrices of ``calibration`` if given, else magnitude's on the weight. ``batch`` counts rows (tokens) of x.
-    ``device`` is "auto" (where the model is), "cpu" or "cuda".
+    ``device`` is "auto" (where the model is), "cpu" or "cuda". Layers whose weight the model read during calibration,
+    beside calling the layer, stay dense: packed they would keep a dense copy, and those reads would gain nothing.
 
     Dense is torch's own product of the dense weight, not another engine's: where ONNX Runtime or OpenVINO run the dense
     model faster than torch does, they may beat a layer that is planned sparse as well; ``sparsecomp bench`` tells.
@@ -100,6 +101,9 @@ def plan(
     layers = []
     for name, patterns in progress(list(named.items()), "measuring layers"):
         ref = found[name]
+        if calibration is not None and name in calibration.read:
+            layers.append(LayerPlan(name, ref.shape, None, _READ, None, {}, {}, {}))
+            continue
         trials: list[_Trial] = []
         refusals: list[str] = []
         for candidate in patterns:
@@ -115,6 +119,9 @@ def plan(
         layers.append(_decide(name, ref, trials, refusals, gram, max_error, measure))
     weights = sum(each.numel() for each in model.parameters() if not isinstance(each, nn.UninitializedParameter))
     return Plan(where, batches, tuple(layers), skipped, weights)
+
+
+_READ = "the model reads its weight beside calling it; packed, it would hold a dense copy for that as well"
 
 
 def _by_layer(found: LayerTable, pattern: Patterns, device: Device) -> tuple[dict[str, list[Pattern]], dict[str, str]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparsecomp.calibration import LayerStatistics
+from sparsecomp.calibration import ENOUGH_ROWS, LayerStatistics
 from sparsecomp.display import progress
 from sparsecomp.errors import SparsecompError
 from sparsecomp.layers import LinearRef
@@ -23,7 +23,7 @@ from sparsecomp.prune.checkpoint import Checkpoint, digest
 from sparsecomp.prune.error import relative_error
 from sparsecomp.prune.graph import Hidden
 from sparsecomp.prune.permute import search
-from sparsecomp.prune.report import ROWS_PER_INPUT, LayerReport
+from sparsecomp.prune.report import LayerReport
 from sparsecomp.prune.weight import PrunedWeight, prune_weight
 from sparsecomp.snapshot import put
 
@@ -125,7 +125,7 @@ def warn_of_thin(reports: Iterable[LayerReport]) -> None:
     if thin:
         worst = min(thin, key=lambda each: each.rows_per_input or 0.0)
         warnings.warn(
-            f"{len(thin)} of {len(every)} pruned layers have fewer than {ROWS_PER_INPUT} calibration rows for each "
+            f"{len(thin)} of {len(every)} pruned layers have fewer than {ENOUGH_ROWS} calibration rows for each "
             f'input ("{worst.name}" has {worst.rows} for {worst.shape[1]}), so that their errors look better than they '
             "are; calibrate with more batches",
             UserWarning,

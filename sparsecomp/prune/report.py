@@ -13,15 +13,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from sparsecomp.calibration import ENOUGH_ROWS
 from sparsecomp.errors import FormatError
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.prune.figures import geometric_mean
 from sparsecomp.prune.provenance import Provenance
 from sparsecomp.prune.registry import get_method, methods
 from sparsecomp.prune.tuning import TuningReport
-
-# a Gram of fewer rows for each input lets a method fit the rows instead of what the layer will see
-ROWS_PER_INPUT = 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class LayerReport:
     def few_rows(self) -> bool:
         """Whether the method looked at so few rows that it can have fitted them, and its error with them."""
         ratio = self.rows_per_input
-        if ratio is None or self.measured_on != "gram" or ratio >= ROWS_PER_INPUT:
+        if ratio is None or self.measured_on != "gram" or ratio >= ENOUGH_ROWS:
             return False
         return self.method not in methods() or get_method(self.method).needs_gram
 
