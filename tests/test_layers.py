@@ -197,7 +197,7 @@ class Experts(nn.Module):
         (lambda: Packed(nn.Linear(4, 4)), "already sparse"),
         (lambda: nn.Conv2d(3, 4, 3), "Conv2d layers stay dense"),
         (lambda: nn.LSTM(3, 4), "LSTM layers stay dense"),
-        (Experts, "Experts multiplies by stacks of matrices (gate_up; 76.2% of the model's weights), not through linear layers"),
+        (Experts, "stacks of matrices (gate_up; 76.2% of the model's weights), not through linear layers"),
     ],
 )
 def test_what_cannot_be_sparse_is_skipped_with_the_reason(make, reason):
