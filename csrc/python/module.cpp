@@ -257,12 +257,11 @@ PyMethodDef methods[] = {
          "eager_product(torch_functions(...), is block, (" WEIGHT
          "), x dtype, tensors, activation, otherwise, torch's dtype) -> "
          "product(x, bias, dense_above), which calls otherwise for gradients and from dense_above rows on."),
-    fast(
-        "layer_call", layer_call,
-        "layer_call(class of the layer, nn.Module, its globals, watchers, names of the product, of dense_above and of "
-        "what stands for the weight) -> "
-        "__call__ for the class, which calls the product at once where nothing surrounds the call. A watcher is a "
-        "function that gives None where it does not watch."),
+    fast("layer_call", layer_call,
+         "layer_call(class of the layer, nn.Module, its globals, watchers, names of the product, of dense_above and of "
+         "what stands for the weight) -> "
+         "__call__ for the class, which calls the product at once where nothing surrounds the call. A watcher is a "
+         "function that gives None where it does not watch."),
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
