@@ -72,6 +72,10 @@ def compile(
     choices = _choices(decided, plan_or_pattern, found)
     if method is None and decided is not None and isinstance(plan_or_pattern, str | Pattern | Mapping):
         _check_fit(decided, found)
+    if method is not None and calibration is not None:
+        from sparsecomp.prune.layerwise import warn_of_thin_statistics
+
+        warn_of_thin_statistics(method, calibration, choices)
     layers = {
         name: _sparse(found, name, *choice, method, calibration)
         for name, choice in progress(list(choices.items()), "pruning and packing" if method else "packing")

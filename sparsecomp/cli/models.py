@@ -182,6 +182,9 @@ def load_calibration(arguments: Namespace, model: nn.Module) -> Calibration | No
 def load_batches(name: str, item: str | None = None) -> Iterable[Any]:
     """The batches that a factory gives, or that item of each. Raises ModelError for what is no iterable of batches."""
     batches = call_factory(name, "calibration batches")
+    if isinstance(batches, Tensor):
+        # a tensor is iterable, row by row
+        raise ModelError(f'"{name}" gave one tensor, of shape {tuple(batches.shape)}; return a list: [batch]')
     if not isinstance(batches, Iterable) or isinstance(batches, str | dict):
         raise ModelError(f'"{name}" returned {_a(type(batches).__name__)}; return an iterable of batches')
     return batches if item is None else _items(batches, item)
@@ -191,6 +194,10 @@ def _items(batches: Iterable[Any], items: str) -> Iterator[Any]:
     """Of each batch the one item, or several as a batch of the same kind."""
     names = [name.strip() for name in items.split(",")]
     for number, batch in enumerate(batches):
+        if isinstance(batch, Tensor):
+            raise CalibrationError(
+                f"batch {number} is a tensor, of which --batch-item {items} would take rows; leave out --batch-item"
+            )
         try:
             found = [batch[name] if isinstance(batch, Mapping) else batch[int(name)] for name in names]
         except (KeyError, IndexError, ValueError, TypeError):

@@ -23,6 +23,7 @@ from sparsecomp.prune.checkpoint import Checkpoint, digest
 from sparsecomp.prune.error import relative_error
 from sparsecomp.prune.graph import Hidden
 from sparsecomp.prune.permute import search
+from sparsecomp.prune.registry import get_method
 from sparsecomp.prune.report import LayerReport
 from sparsecomp.prune.weight import PrunedWeight, prune_weight
 from sparsecomp.snapshot import put
@@ -121,15 +122,28 @@ def solve(
 def warn_of_thin(reports: Iterable[LayerReport]) -> None:
     """One UserWarning if layers were fitted to so few rows that their errors say little of other data."""
     every = list(reports)
-    thin = [each for each in every if each.few_rows]
+    thin = {each.name: (each.rows or 0, each.shape[1]) for each in every if each.few_rows}
+    _warn_of_thin(thin, len(every), "so that their errors look better than they are")
+
+
+def warn_of_thin_statistics(method: str, calibration: Mapping[str, LayerStatistics], names: Iterable[str]) -> None:
+    """The same warning before layers ``names`` are pruned by ``method``, which tells of no errors."""
+    if not get_method(method).needs_gram:
+        return
+    found = {name: calibration[name] for name in names if name in calibration}
+    thin = {name: (each.tokens, len(each.gram)) for name, each in found.items() if each.rows_per_input < ENOUGH_ROWS}
+    _warn_of_thin(thin, len(found), "so that their weights are fitted to these rows and not to other data")
+
+
+def _warn_of_thin(thin: Mapping[str, tuple[int, int]], every: int, what: str) -> None:
+    """``thin`` are rows and inputs by the name of the layer."""
     if thin:
-        worst = min(thin, key=lambda each: each.rows_per_input or 0.0)
+        worst, (rows, inputs) = min(thin.items(), key=lambda each: each[1][0] / max(each[1][1], 1))
         warnings.warn(
-            f"{len(thin)} of {len(every)} pruned layers have fewer than {ENOUGH_ROWS} calibration rows for each "
-            f'input ("{worst.name}" has {worst.rows} for {worst.shape[1]}), so that their errors look better than they '
-            "are; calibrate with more batches",
+            f"{len(thin)} of {every} pruned layers have fewer than {ENOUGH_ROWS} calibration rows for each "
+            f'input ("{worst}" has {rows} for {inputs}), {what}; calibrate with more batches',
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
