@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 
 from sparsecomp.cli import hub, models, pruned
+from sparsecomp.display import wrap
 
 _EXAMPLE = """\
 example: sparsecomp export packed.safetensors --model shop.models:build \\
              --inputs shop.data:example --form packed -o model.onnx
 
-A Hugging Face folder needs no --inputs: token ids and a mask, or pixels, of any batch and length are used. A factory
-gives a tuple of arguments, a dict of keyword arguments, or the only argument; their first axis may have any size.
+A Hugging Face folder needs no --inputs: token ids, a mask and token types, or pixels, of any batch and length are
+used. A factory gives a tuple of arguments, a dict of keyword arguments, or the only argument; their first axis may have
+any size, and the others, lengths of sequences too, have the size that it gives.
 packed keeps values and metadata apart: ONNX Runtime runs it anywhere through a function body, and fast with the
 operators of this package. dense writes the zeros, for OpenVINO, TensorRT and others that know no function bodies.
 """
@@ -49,4 +51,24 @@ def run(arguments: argparse.Namespace) -> int:
             kwargs=call.kwargs or None,
         )
     print(report)
+    print(wrap(_inputs(Path(arguments.output), arguments.inputs is not None), indent=""))
     return 0
+
+
+def _inputs(path: Path, factory: bool) -> str:
+    """The inputs of the written file with their sizes, and which of these are fixed."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    shapes, fixed = [], False
+    for each in graph.input:
+        sizes = [axis.dim_param or axis.dim_value for axis in each.type.tensor_type.shape.dim]
+        fixed |= any(isinstance(size, int) for size in sizes)
+        shapes.append(f"{each.name} [{', '.join(map(str, sizes))}]")
+    said = f"inputs: {', '.join(shapes)}"
+    if not (factory and fixed):
+        return said
+    return (
+        f"{said}; an axis with a name may have any size, one with a number has this size alone, lengths of sequences "
+        "too; to free others: sparsecomp.export_onnx(..., dynamic_shapes=...) in Python"
+    )

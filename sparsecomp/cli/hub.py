@@ -6,6 +6,7 @@ Takes and gives models of transformers, which is imported only here and only whe
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import shutil
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecomp.display import listed
 from sparsecomp.errors import ModelError
 
 # files that hold weights, which the written model has anew
@@ -85,7 +87,7 @@ def load_folder(folder: Path, auto_class: str | None, weights: Path | None) -> n
             ) from error
     assert isinstance(model, nn.Module)
     print(f'model "{folder}": {type(model).__name__}{reason}', file=sys.stderr)
-    _check_loaded(folder, weights, type(model).__name__, info)
+    _check_loaded(folder, weights, model, info)
     return model
 
 
@@ -172,6 +174,9 @@ def example_call(model: nn.Module) -> Call:
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         {"input_ids": axes, "attention_mask": axes},
     )
+    if _takes(model, "token_type_ids") and (getattr(config, "type_vocab_size", None) or 0) > 1:
+        # without them in the file a tokenizer's pairs of sentences could not be told apart
+        inputs["token_type_ids"], shapes["token_type_ids"] = torch.zeros_like(ids), axes
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _ids(config, _ANSWER)
         shapes["decoder_input_ids"] = {0: batch, 1: torch.export.Dim("decoder_tokens")}
@@ -185,6 +190,10 @@ def output_names(model: nn.Module, call: Call) -> list[str] | None:
     if isinstance(result, Mapping) and result and all(isinstance(each, torch.Tensor) for each in result.values()):
         return [str(name) for name in result]
     return None
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
 
 
 def _ids(config: Any, length: int) -> torch.Tensor:
@@ -260,22 +269,42 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(path))
 
 
-def _check_loaded(folder: Path, weights: Path | None, kind: str, info: Mapping[str, Any]) -> None:
-    """ModelError where other weights leave the model unfilled; a sentence where the folder itself does."""
+def _check_loaded(folder: Path, weights: Path | None, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """ModelError where weights leave most linear layers of the model random; a sentence where they leave some."""
+    kind = type(model).__name__
     missing, extra = (sorted(map(str, info.get(each) or ())) for each in ("missing_keys", "unexpected_keys"))
-    wrong = [str(each) for each in info.get("mismatched_keys") or ()]
+    wrong = [str(each[0] if isinstance(each, tuple) else each) for each in info.get("mismatched_keys") or ()]
     if weights is not None and (missing or extra or wrong):
         parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(extra)} too many"] * bool(extra)
         parts += [f"has another size of {_some(wrong)}"] * bool(wrong)
         raise ModelError(f'dense weights "{weights}" do not fit {kind}: the file {" and ".join(parts)}')
-    if missing or wrong:
+    absent = {*missing, *wrong}
+    layers = [name for name, module in model.named_modules() if _is_layer(module)]
+    random = [name for name in layers if f"{name}.weight" in absent]
+    if 2 * len(random) > len(layers):
+        names = _config(folder).get("architectures")
+        saved = f"it was saved as {names[0]}" if isinstance(names, list) and names else "it is another model's"
+        raise ModelError(
+            f'"{folder}" has no weights for {len(random)} of the {len(layers)} linear layers of {kind}, which would be '
+            f"random; {saved}, so leave out --auto-class or name a class of that model"
+        )
+    if absent:
+        what = f"{_some([*missing, *wrong])} of {kind}: they are random"
+        if random:
+            what += f", and so is what is pruned or packed of the layer{'s' * (len(random) > 1)} {listed(random)}"
         print(
-            f'warning: "{folder}" has no weights for {_some([*missing, *wrong])} of {kind}: they are random; name the '
-            "class that was saved with --auto-class",
+            f'warning: "{folder}" has no weights for {what}; name the class that was saved with --auto-class',
             file=sys.stderr,
         )
     if extra:
         print(f'warning: {kind} has no place for {_some(extra)} of "{folder}": they are left out', file=sys.stderr)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it multiplies by a weight, as nn.Linear and the Conv1D of GPT-2 do."""
+    return isinstance(module, nn.Linear) or (
+        type(module).__name__ == "Conv1D" and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -96,6 +96,8 @@ def feeds(kind: str, batch: int) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(batch, 3, 16, 16)}
     ids = torch.randint(2, 50, (batch, 5))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kind == "bert":
+        inputs["token_type_ids"] = torch.ones_like(ids)
     return inputs | ({"decoder_input_ids": torch.randint(2, 50, (batch, 3))} if kind == "t5" else {})
 
 
@@ -110,6 +112,7 @@ def test_a_folder_is_exported_without_inputs_and_without_its_cache(kind: str) ->
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
     given = feeds(kind, 3)
     known = {each.name for each in session.get_inputs()}
+    assert known == set(given), "what a tokenizer of this kind gives is what the file takes"
     got = session.run(None, {name: value.numpy() for name, value in given.items() if name in known})
     model = sc.load("packed.safetensors", into=make()).eval()
     with torch.no_grad():
@@ -117,6 +120,27 @@ def test_a_folder_is_exported_without_inputs_and_without_its_cache(kind: str) ->
     names = [each.name for each in session.get_outputs()]
     assert names == list(want) and names[0] == "logits"
     torch.testing.assert_close(torch.from_numpy(got[0]), want.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_export_says_which_axes_of_a_factorys_inputs_are_fixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript")
+    (tmp_path / "calls.py").write_text(
+        "import torch\n\n\ndef call():\n    ids = torch.ones(2, 7, dtype=torch.int64, device='cpu')\n"
+        "    return {'input_ids': ids, 'decoder_input_ids': ids[:, :5]}\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "calls", raising=False)
+    folder(t5)
+    assert main(COMPILE) == 0
+    export = ["export", "packed.safetensors", "--model", "model", "-o", "model.onnx"]
+    assert main([*export, "--inputs", "calls:call"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "inputs: input_ids [batch, 7], decoder_input_ids [batch, 5]; an axis with a name" in said
+    assert main(export) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "decoder_input_ids [batch, decoder_tokens]" in said and "an axis with a name" not in said
 
 
 def test_a_model_of_text_and_pixels_needs_inputs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +223,21 @@ def test_a_head_without_weights_is_called_random(capsys: pytest.CaptureFixture[s
         transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained("model")
     options = ["--auto-class", "BertForSequenceClassification", "--pattern", "2:4", "-o", "x.safetensors"]
     assert main(["prune", "model", *options]) == 0
-    assert 'has no weights for "classifier.bias", "classifier.weight"' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert 'has no weights for "classifier.bias", "classifier.weight"' in error
+    assert "they are random, and so is what is pruned or packed of the layer classifier;" in error
+
+
+@pytest.mark.parametrize(("other", "count"), [(llama, "8 of the 8"), (vit, "6 of the 7")])
+def test_a_class_of_another_model_is_refused(
+    other: Callable[[], nn.Module], count: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder(bert)
+    named = ["--auto-class", type(other()).__name__]
+    assert main(["prune", "model", *named, "--pattern", "2:4", "-o", "x.safetensors"]) == 1
+    error = capsys.readouterr().err
+    assert f"no weights for {count} linear layers of {named[1]}, which would be random" in error
+    assert "it was saved as BertForSequenceClassification" in error and not Path("x.safetensors").exists()
 
 
 def test_folders_that_are_no_model_and_outputs_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
