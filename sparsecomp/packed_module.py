@@ -5,9 +5,11 @@ Takes a Kernel and keeps it as the module's only weight. Knows nothing of how th
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from sparsecomp.pack.format import PackedWeight, part_names
 from sparsecomp.pack.move import moved
 from sparsecomp.pack.state import STATE_VERSION, packed_of_state
 from sparsecomp.patterns import Pattern, parse
-from sparsecomp.readonly import NO_WEIGHT_GRADIENT, PackedParameter
+from sparsecomp.readonly import NO_WEIGHT_GRADIENT, PackedParameter, ReadOnly, Source
 
 
 def _parts_of(packed: PackedWeight) -> tuple[Any, ...]:
@@ -37,15 +39,31 @@ def _parameter_of(
     stands_for = (scales[0], dtype) if scales else ()
     packed = PackedWeight(values, metadata, parse(pattern), shape, *stands_for)
     facts = packed.shape, packed.dtype, packed.device
-    parameter = PackedParameter.of(*facts)
-    parameter.hold(*facts, packed.unpack, lambda: (_parameter_of, _parts_of(packed)))
-    return parameter
+    return PackedParameter.of(Source(*facts, packed.unpack, lambda: (_parameter_of, _parts_of(packed))))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 torch.serialization.add_safe_globals([_parameter_of])
 
 # made anew from the canonical form wherever the module is copied or unpickled
-_OF_THE_KERNEL = ("kernel", "_eager", "_layout", "_name", "_packed_weight")
+_OF_THE_KERNEL = ("kernel", "_eager", "_layout", "_name", "_packed_weight", "_compiled_call_impl")
+
+
+def _refuse_other_files() -> None:
+    """ModelError where ``save_pretrained`` asks for the state: nothing reads back what it would write."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # adapters of peft ask as well, and leave the weights out
+        if frame.f_code.co_name == "save_pretrained" and not frame.f_globals.get("__name__", "").startswith("peft"):
+            raise ModelError(
+                "save_pretrained would write packed weights, which from_pretrained does not read: it would make these "
+                'layers anew, at random. Use sparsecomp.save(model, "model.safetensors"), and sparsecomp.load(...) '
+                "into a model of this class"
+            )
+        frame = frame.f_back
 
 
 class PackedModule(nn.Module):
@@ -97,19 +115,34 @@ class PackedModule(nn.Module):
         Shape, dtype and device cost nothing. From the second time on that values are read, a dense copy is kept.
         Writing it, in whatever way, and training it raise ModelError.
         """
-        if is_compiling():
+        if is_compiling() or torch._C._is_tracing():
             return ops.to_dense(self._tensors(), *self._facts())
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight
+        weight: Tensor | None = self._parameters.get("weight")
+        return self._packed_weight if weight is None else weight
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a new ``weight``, and a ``dense_above`` that counts no rows; ModelError says why."""
         if name == "dense_above":
             ops.require_dense_above(value)
         if name == "weight":
+            if self.__dict__.get("_is_replica"):  # DataParallel sets what it copied; a replica computes from its layout
+                return
             raise ModelError(f"layer.weight cannot be set: {NO_WEIGHT_GRADIENT}")
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Refuse to delete ``weight``; ModelError says why."""
+        if name == "weight":
+            raise ModelError(f"layer.weight cannot be deleted: {NO_WEIGHT_GRADIENT}")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a ``weight``, and what would compute one, as pruning and normalisation of torch.nn.utils do."""
+        if name == "weight" or name.startswith("weight_"):
+            if "_packed_weight" in self.__dict__:  # some of them have taken it away already
+                self._show_weight()
+            raise ModelError(f'"{name}" cannot be registered on a packed layer: {NO_WEIGHT_GRADIENT}')
+        super().register_parameter(name, param)
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedModule:
         """Set requires_grad of the bias. The packed weight never has a gradient; to train it, train ``to_linear()``."""
@@ -144,15 +177,21 @@ class PackedModule(nn.Module):
 
     def _stand_for(self, kernel: Kernel) -> None:
         facts = kernel.shape, kernel.dtype, kernel.tensors[0].device
-        known = self.__dict__.get("_packed_weight")
-        if known is None or known.device.type != facts[2].type:
-            # not by setattr, which would register it under this name
-            self.__dict__["_packed_weight"] = PackedParameter.of(*facts)
         backend = registry.backends()[kernel.backend]
-        self._packed_weight.hold(
-            *facts, lambda: backend.dense(kernel), lambda: (_parameter_of, _parts_of(backend.restore(kernel)))
+        source = (
+            *(lambda: backend.dense(kernel), lambda: (_parameter_of, _parts_of(backend.restore(kernel)))),
+            lambda: tuple(_version(each) for each in kernel.tensors),
         )
-        # weight before bias, as nn.Linear has them; the module knows the name as a property
+        known = self.__dict__.get("_packed_weight")
+        if known is not None and (tuple(known.shape), known.dtype, known.device) == facts:
+            known.source.set(*facts, *source)  # whoever holds the parameter sees the weight that was loaded
+        else:
+            # not by setattr, which would register it under this name
+            self.__dict__["_packed_weight"] = PackedParameter.of(Source(*facts, *source))
+        self._show_weight()
+
+    def _show_weight(self) -> None:
+        """Put the parameter before the bias, as nn.Linear has them; the module knows the name as a property."""
         rest = {name: each for name, each in self._parameters.items() if name != "weight"}
         self._parameters.clear()
         self._parameters.update({"weight": self._packed_weight, **rest})  # type: ignore[dict-item]
@@ -201,7 +240,7 @@ class PackedModule(nn.Module):
         state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - set(self._layout)
         state["packed"] = self.packed()
         for name in _OF_THE_KERNEL:
-            del state[name]
+            state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -214,7 +253,10 @@ class PackedModule(nn.Module):
         self.dense_above = dense_above
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination.update((prefix + part, tensor) for part, tensor in self.packed().parts.items())
+        _refuse_other_files()
+        # made for this call: what is written into them would be lost
+        parts = {prefix + part: ReadOnly.view_of(tensor) for part, tensor in self.packed().parts.items()}
+        destination.update(parts)
         with self._only_the_rest():
             super()._save_to_state_dict(destination, prefix, keep_vars)
         # the shapes alone do not always tell two patterns apart

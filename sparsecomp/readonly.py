@@ -6,12 +6,13 @@ Takes a function that unpacks a weight. Knows nothing of kernels and layers.
 from __future__ import annotations
 
 import sys
+import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType, FrameType
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -27,238 +28,372 @@ _NO_WRITING = (
     "SparseLinear.from_linear(), or load another weight with SparseLinear.from_packed()"
 )
 
-_BASE = vars(torch._C.TensorBase)
-_IN_PLACE_OPERATORS = frozenset(
+_ATEN = torch.ops.aten
+# the same values again: nothing is unpacked for them
+_ALIASES = frozenset([_ATEN.detach.default, _ATEN.alias.default])
+# they ask for shape, dtype and device only
+_LIKE = frozenset(
     [
-        *("__iadd__", "__isub__", "__imul__", "__imatmul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__"),
-        *("__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__", "__delitem__"),
+        *(_ATEN.zeros_like.default, _ATEN.ones_like.default, _ATEN.empty_like.default, _ATEN.full_like.default),
+        *(_ATEN.rand_like.default, _ATEN.randn_like.default),
     ]
 )
-# in place by their names, but nothing of the weight changes
-_HARMLESS = frozenset([Tensor.requires_grad_, Tensor.detach_, Tensor.share_memory_])
-# they hand out the address of the memory: what it points to must outlive the call
-_ADDRESSES = frozenset([Tensor.data_ptr, Tensor.storage])
-# they hand the memory to other libraries, where nothing guards it: it is a copy of their own
-_EXPORTS = frozenset([Tensor.numpy, Tensor.__array__, Tensor.__dlpack__])
-# torch's functions that write the tensors of their first argument, without saying so by their names
-_WRITING = frozenset([Tensor.resize_, _BASE["data"].__set__, torch.nn.init.trunc_normal_])
-
-
-def _getters(*names: str) -> Iterator[Any]:
-    # another torch may lack some
-    return (_BASE[name].__get__ for name in names if name in _BASE)
-
-
-# What the stand-in answers itself, without a dense weight.
-DESCRIBING: frozenset[Any] = frozenset(
+_NEW = frozenset(
     [
-        *_getters("requires_grad", "is_leaf", "grad", "grad_fn", "_version", "layout", "device", "dtype", "shape"),
-        *_getters("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "names", "ndim"),
-        *_getters("output_nr", "itemsize", "is_mkldnn", "is_xpu", "is_mps", "is_sparse_csr", "retains_grad", "_base"),
-        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.ndimension),
-        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed, Tensor.get_device, Tensor.__len__),
-        *(Tensor.is_inference, Tensor.is_conj, Tensor.is_neg, Tensor.type, Tensor.storage_offset, Tensor.is_pinned),
-        # of the stand-in as it is: one number seen many times; files of exported programs hold no more of it
-        *(Tensor.stride, Tensor.is_contiguous, Tensor.untyped_storage, Tensor.is_shared),
-        *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference, torch.is_conj, torch.is_neg),
+        *(_ATEN.new_zeros.default, _ATEN.new_ones.default, _ATEN.new_empty.default, _ATEN.new_full.default),
+        *(_ATEN.new_empty_strided.default, _ATEN.is_pinned.default),
     ]
 )
+# where batch norms keep their running statistics, which no schema calls written
+_STATISTICS = slice(3, 5)
 
 
 class ReadOnly(Tensor):
-    """A dense tensor to read. What is computed from it is plain, unless it shares its memory: then it is read-only too.
+    """A dense tensor to read. What is computed from it is plain; views of it are read-only too.
 
-    Whatever would write it raises ModelError, and so does training it. ``numpy()`` gives a read-only array.
+    Whatever would change it raises ModelError, also below Python; a write of the values it has is none.
     """
+
+    _held: Tensor
+
+    @staticmethod
+    def view_of(tensor: Tensor) -> ReadOnly:
+        """``tensor`` as one that cannot be written; it shares the memory."""
+        view: ReadOnly = torch.Tensor._make_subclass(ReadOnly, tensor)
+        view._held = tensor
+        return view
+
+    def _dense(self) -> Tensor:
+        return self._held
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run ``func`` on plain tensors; ModelError for whatever would write or train one of ours."""
+        """Go on to ``__torch_dispatch__``; a function reads a weight once, however many operators it consists of."""
+        with torch._C.DisableTorchFunctionSubclass(), _one_read():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator on the dense tensors."""
         kwargs = kwargs or {}
-        _refuse_training(func, args)
-        _refuse_writing(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            owners = {id(each): each for each in tree_leaves((args, kwargs)) if isinstance(each, ReadOnly)}
-            plain = {key: each._plain(func) for key, each in owners.items()}
-            versions = [_version(each) for each in plain.values()]
-            args, kwargs = tree_map_only(ReadOnly, lambda each: plain[id(each)], (args, kwargs))
-            result = func(*args, **kwargs)
-            if versions != [_version(each) for each in plain.values()]:
-                # a function that no list has: what it wrote is thrown away
-                for each in owners.values():
-                    each._forget()
-                raise ModelError(f"{getattr(func, '__name__', func)} writes layer.weight: {_NO_WRITING}")
-            storages = {_storage(each) for each in plain.values()} - {None}
-            return _guarded(result, storages)
+        first = args[0] if args else None
+        if func in _ALIASES and isinstance(first, ReadOnly):
+            return first._again()
+        if (func in _LIKE or func in _NEW) and isinstance(first, ReadOnly):
+            if func in _LIKE:
+                kwargs = {"memory_format": torch.contiguous_format, **kwargs}
+            return func(first._described(), *args[1:], **kwargs)
+        written = [each for each in tree_leaves(_written(func, args, kwargs)) if isinstance(each, ReadOnly)]
+        if written:
+            return _written_in_vain(func, args, kwargs, written)
+        owners = {id(each): each for each in tree_leaves((args, kwargs)) if isinstance(each, ReadOnly)}
+        dense = {key: each._dense() for key, each in owners.items()}
+        if func.__name__.startswith("set_."):  # another tensor is to have this memory, and may write it
+            dense = {key: each.clone() for key, each in dense.items()}
+        args, kwargs = tree_map_only(ReadOnly, lambda each: dense[id(each)], (args, kwargs))
+        result = func(*args, **kwargs)
+        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        return tree_map_only(Tensor, ReadOnly.view_of, result) if is_view else result
 
-    def set_(self, *args: Any, **named: Any) -> Tensor:
-        """Refused; torch does not ask ``__torch_function__`` about it."""
-        raise ModelError(f"set_ would write layer.weight: {_NO_WRITING}")
+    def _again(self) -> ReadOnly:
+        """The same values as another object."""
+        return ReadOnly.view_of(self._held)
 
-    def _plain(self, func: Callable[..., Any]) -> Tensor:
-        plain = self.as_subclass(Tensor)
-        return plain.clone() if func in _EXPORTS else plain
+    def _described(self) -> Tensor:
+        """A tensor of this shape, dtype and device, whatever its values."""
+        return self._held
 
-    def _forget(self) -> None:
-        """Nothing is remembered here."""
+    # What torch answers from memory, past the dispatcher.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A read-only array of its own."""
+        array = self._dense().clone().numpy(force=force)
+        array.setflags(write=False)
+        return array
+
+    def tolist(self) -> Any:
+        """The values as nested lists."""
+        return self._dense().tolist()
+
+    def data_ptr(self) -> int:
+        """The address of the dense values, which must not be written."""
+        return self._dense().data_ptr()
+
+    def __dlpack__(self, **named: Any) -> Any:
+        """A copy, as nothing guards the memory elsewhere."""
+        return self._dense().clone().__dlpack__(**named)
+
+    def __repr__(self, **named: Any) -> str:  # type: ignore[override]
+        """As the dense tensor."""
+        return f"ReadOnly({self._dense()!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A plain tensor of its own."""
+        made = memo[id(self)] = self._dense().clone()
+        return made
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Pickled as a plain tensor."""
+        return self._dense().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Refused where it would train, with a warning: whole models are thawed by such calls."""
+        # SparseLinear.requires_grad_ and that of models around it say what becomes of packed weights
+        if requires_grad and sys._getframe(1).f_code is not nn.Module.requires_grad_.__code__:
+            _warn_of_training()
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        """False, always."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value:
+            _warn_of_training()
+
+    @property
+    def grad(self) -> None:
+        """None, always."""
+        return
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise ModelError(f"layer.weight has no gradient: {NO_WEIGHT_GRADIENT}")
+
+    @property
+    def data(self) -> ReadOnly:
+        """The same values."""
+        return self._again()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ModelError(f"data would write layer.weight: {_NO_WRITING}")
 
 
 class PackedParameter(ReadOnly):
     """What stands for a packed weight [out, in] among a module's parameters: it is unpacked when its values are read.
 
-    Device, dtype, shape and count cost nothing. A weight that is read again and again, as some models do at every
-    call, is kept unpacked from the second time on, until ``hold`` is given another.
+    Shape, dtype, device and count cost nothing, and neither do ``data`` and ``detach()``. A weight that is read again
+    and again, as some models do at every call, is kept unpacked from the second time on, until ``hold`` is given
+    another or the packed memory changes.
     """
 
     _is_param = True  # isinstance(weight, nn.Parameter) asks this
-    _unpack: Callable[[], Tensor]
-    _reduce: Callable[[], tuple[Any, ...]]
-    _facts: tuple[torch.dtype, torch.device, torch.Size]
-    _kept: Tensor | None
-    _reads: int
     _pinned: weakref.ref[Tensor]  # torch.utils.swap_tensors refuses a tensor that somebody refers to
+    _source: Source
 
     @staticmethod
-    def of(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> PackedParameter:
-        """A parameter of that description; ``hold`` says what its values are."""
-        made = _stand_in(shape, dtype, device).as_subclass(PackedParameter)
+    def of(source: Source) -> PackedParameter:
+        """A parameter whose values are those of ``source``."""
+        made: PackedParameter = _lazy(PackedParameter, source)
         made._pinned = weakref.ref(made)
         return made
 
-    def hold(
+    @property
+    def source(self) -> Source:
+        """Where the values come from."""
+        return self._source
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes held beside the packed weight: of the dense copy that repeated reads keep, else 0."""
+        return self._source.kept_bytes
+
+    # Python's own attributes are asked at every call of some models; through torch they cost 2 us each.
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Element type of the dense weight."""
+        return self._source.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the weight is."""
+        return self._source.device
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """(out_features, in_features)."""
+        return self._source.shape
+
+    def stride(self, dim: int | None = None) -> Any:
+        """As of the dense weight, row by row."""
+        strides = (max(self._source.shape[1], 1), 1)
+        return strides if dim is None else strides[dim]
+
+    def is_contiguous(self, *args: Any, **named: Any) -> bool:
+        """As the dense weight is."""
+        return True
+
+    def _dense(self) -> Tensor:
+        return self._source.dense()
+
+    def _again(self) -> ReadOnly:
+        view: ReadOnly = _lazy(_PackedView, self._source)
+        return view
+
+    def _described(self) -> Tensor:
+        return _stand_in(self._source)
+
+    def data_ptr(self) -> int:
+        """The address of the dense values, which are kept from then on and must not be written."""
+        return self._source.keep().data_ptr()
+
+    def __repr__(self, **named: Any) -> str:  # type: ignore[override]
+        """As the dense parameter."""
+        return f"PackedParameter({self._source.fresh()!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """A dense parameter of its own; modules copy their packed weight themselves."""
+        made = memo[id(self)] = nn.Parameter(self._source.fresh(), requires_grad=False)
+        return made
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        """Pickled packed, not as the dense weight."""
+        return self._source.reduce()
+
+
+class _PackedView(PackedParameter):
+    """The same values under another name, as ``data`` and ``detach()`` give them: no parameter of a module."""
+
+    _is_param = False
+
+
+_reading = threading.local()  # what the function of torch that runs in this thread has unpacked
+
+
+@contextmanager
+def _one_read() -> Iterator[None]:
+    """A function of torch reads a weight once, into however many operators it falls apart."""
+    before = getattr(_reading, "known", None)
+    _reading.known = {}
+    try:
+        yield
+    finally:
+        _reading.known = before
+
+
+class Source:
+    """The values of a packed weight, unpacked when asked for and kept when asked for again."""
+
+    def __init__(  # noqa: D107  (as set)
         self,
         shape: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
         unpack: Callable[[], Tensor],
         reduce: Callable[[], tuple[Any, ...]],
+        version: Callable[[], object] = lambda: None,
     ) -> None:
-        """Stand for the weight of that description from now on; ``unpack`` gives it dense, ``reduce`` for pickle."""
-        with torch._C.DisableTorchFunctionSubclass():
-            if (tuple(_BASE["shape"].__get__(self)), _BASE["dtype"].__get__(self), _BASE["device"].__get__(self)) != (
-                shape,
-                dtype,
-                device,
-            ):
-                _BASE["data"].__set__(self, _stand_in(shape, dtype, device))
-        self._unpack, self._reduce = unpack, reduce
-        self._facts = dtype, device, torch.Size(shape)
-        self._kept, self._reads = None, 0
+        self.set(shape, dtype, device, unpack, reduce, version)
 
-    # Python's own attributes are asked at every call of some models; through torch they cost 2 us each.
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Element type of the dense weight."""
-        return self._facts[0]
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        """Where the weight is."""
-        return self._facts[1]
+    def set(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        unpack: Callable[[], Tensor],
+        reduce: Callable[[], tuple[Any, ...]],
+        version: Callable[[], object],
+    ) -> None:
+        """Another weight from now on. ``version`` changes when the memory that ``unpack`` reads is written."""
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
+        self.unpack, self.reduce, self.version = unpack, reduce, version
+        self.kept: Tensor | None = None
+        self.at: object = None
+        self.reads = 0
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """(out_features, in_features)."""
-        return self._facts[2]
+    def kept_bytes(self) -> int:
+        """Bytes of the dense copy that is kept."""
+        return 0 if self.kept is None else self.kept.nbytes
 
-    @property
-    def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes held beside the packed weight: of the dense copy that repeated reads keep, else 0."""
-        return 0 if self._kept is None else self._kept.nbytes
+    def fresh(self) -> Tensor:
+        """The dense weight, unpacked for the caller alone."""
+        # a read inside a mode would be traced, or made fake, operation by operation
+        with _no_modes(), torch.inference_mode(False), torch.no_grad():
+            return self.unpack().detach()
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        """Pickled packed, not as the dense weight."""
-        return self._reduce()
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """As ReadOnly; what only describes the weight does not unpack it."""
-        if func in DESCRIBING and len(args) and isinstance(args[0], cls):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-    def _plain(self, func: Callable[..., Any]) -> Tensor:
-        export = func in _EXPORTS
-        if self._kept is not None and not export:
-            return self._kept
-        with torch.inference_mode(False), torch.no_grad():
-            dense = self._unpack().detach()
-        self._reads += 1
-        if not export and (func in _ADDRESSES or self._reads > 1):
-            self._kept = dense
+    def dense(self) -> Tensor:
+        """The dense weight, which must not be written."""
+        if self.kept is not None and self.at == self.version():
+            return self.kept
+        self.kept = None
+        known: dict[int, Tensor] | None = getattr(_reading, "known", None)
+        if known is not None and id(self) in known:
+            return known[id(self)]
+        self.reads += 1
+        dense = self.keep() if self.reads > 1 else self.fresh()
+        if known is not None:
+            known[id(self)] = dense
         return dense
 
-    def _forget(self) -> None:
-        self._kept = None
+    def keep(self) -> Tensor:
+        """The dense weight, kept from now on."""
+        if self.kept is None or self.at != self.version():
+            self.at = self.version()
+            self.kept = self.fresh()
+        return self.kept
 
 
-def _stand_in(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _lazy(cls: type[Any], source: Source) -> Any:
+    made = torch.Tensor._make_subclass(cls, _stand_in(source))
+    made._source = source
+    return made
+
+
+def _stand_in(source: Source) -> Tensor:
     """One NaN seen as a whole matrix: code that reads raw memory past this class must not take it for a weight."""
-    return torch.full((1, 1), torch.nan, dtype=dtype, device=device).expand(shape)
+    return torch.full((1, 1), torch.nan, dtype=source.dtype, device=source.device).expand(source.shape)
 
 
-def _refuse_training(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    if func == Tensor.requires_grad_:
-        wanted = args[1] if len(args) > 1 else True
-        # a whole module may be thawed; its packed weights stay as they are, as SparseLinear.requires_grad_ says
-        training = bool(wanted) and _caller() is not nn.Module.requires_grad_.__code__
-    elif func == _BASE["requires_grad"].__set__:
-        training = bool(args[1])
-    elif func == _BASE["grad"].__set__:
-        training = args[1] is not None
-    else:
-        training = func == Tensor.retain_grad
-    if training:
-        raise ModelError(f"layer.weight is a copy: {NO_WEIGHT_GRADIENT}")
-
-
-def _caller() -> CodeType | None:
-    """The code that calls torch's function on a tensor of ours."""
-    frame: FrameType | None = sys._getframe(1)
-    # modes, of which a default device is one, stand between
-    while frame is not None and (frame.f_code.co_filename == __file__ or frame.f_code.co_name == "__torch_function__"):
-        frame = frame.f_back
-    return None if frame is None else frame.f_code
-
-
-def _refuse_writing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    name = getattr(func, "__name__", "")
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS or func in _WRITING
-    written = [kwargs.get("out"), args[:1] if kwargs.get("inplace") is True else None]
-    if in_place and func not in _HARMLESS:
-        written += [args[:1], kwargs.get("self"), kwargs.get("input"), kwargs.get("tensor")]
-    if any(isinstance(each, ReadOnly) for each in tree_leaves(written)):
-        what = "data" if func == _BASE["data"].__set__ else name
-        raise ModelError(f"{what} would write layer.weight: {_NO_WRITING}")
-
-
-def _guarded(result: Any, storages: set[int | None]) -> Any:
-    """The result with all that shares memory with one of ``storages`` made read-only."""
-    if isinstance(result, np.ndarray):
-        result.setflags(write=False)
-        return result
-
-    def guard(tensor: Tensor) -> Tensor:
-        shares = type(tensor) is Tensor and _storage(tensor) in storages
-        return tensor.as_subclass(ReadOnly) if shares else tensor
-
-    return tree_map_only(Tensor, guard, result)
-
-
-def _storage(tensor: Tensor) -> int | None:
-    """Where the memory of a tensor starts; None where it has none."""
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.numel() == 0:
-        return None
+@contextmanager
+def _no_modes() -> Iterator[None]:
     try:
-        return tensor.untyped_storage().data_ptr() or None
-    except (RuntimeError, NotImplementedError):  # fake and functional tensors
-        return None
+        from torch.utils._python_dispatch import _disable_current_modes
+    except ImportError:  # another torch; modes then see the unpacking
+        yield
+        return
+    with _disable_current_modes():
+        yield
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _warn_of_training() -> None:
+    warnings.warn(f"layer.weight stays without a gradient: {NO_WEIGHT_GRADIENT}", stacklevel=3)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes."""
+    arguments = func._schema.arguments
+    given = list(zip(arguments, args, strict=False))
+    given += [(each, kwargs[each.name]) for each in arguments if each.name in kwargs]
+    written = [value for each, value in given if each.alias_info is not None and each.alias_info.is_write]
+    if func.namespace == "c10d" and func._opname.endswith("_"):
+        written += args[:1]
+    if func._opname.endswith("batch_norm") and True in args[_STATISTICS.stop :]:
+        written += args[_STATISTICS]
+    return written
+
+
+def _written_in_vain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[ReadOnly]) -> Any:
+    """ModelError, unless what is written are the values that are there already."""
+    if func.namespace != "c10d":
+        owners = {id(each): each for each in tree_leaves((args, kwargs)) if isinstance(each, ReadOnly)}
+        dense = {key: each._dense() for key, each in owners.items()}
+        tried = {key: each.clone() for key, each in dense.items()}
+        plain_args, plain_kwargs = tree_map_only(ReadOnly, lambda each: tried[id(each)], (args, kwargs))
+        result = func(*plain_args, **plain_kwargs)
+        if all(_equal(tried[key], dense[key]) for key in tried):
+            back = {id(tried[id(each)]): each for each in written}
+            return tree_map_only(Tensor, lambda each: back.get(id(each), each), result)
+    raise ModelError(f"{func._opname} would write layer.weight: {_NO_WRITING}")
+
+
+def _equal(tried: Tensor, dense: Tensor) -> bool:
+    return tried.shape == dense.shape and torch.equal(tried, dense)

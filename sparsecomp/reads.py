@@ -9,10 +9,36 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparsecomp.readonly import DESCRIBING
+_BASE = vars(torch._C.TensorBase)
+# what only asks about a tensor
+_DESCRIBING: frozenset[Any] = frozenset(
+    [
+        *(
+            _BASE[name].__get__
+            for name in ("requires_grad", "is_leaf", "grad", "grad_fn", "_version", "layout", "device")
+        ),
+        *(
+            _BASE[name].__get__
+            for name in ("dtype", "shape", "is_cuda", "is_cpu", "is_meta", "ndim", "itemsize", "nbytes")
+        ),
+        *(
+            Tensor.size,
+            Tensor.dim,
+            Tensor.numel,
+            Tensor.nelement,
+            Tensor.element_size,
+            Tensor.ndimension,
+            Tensor.stride,
+        ),
+        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.__len__, Tensor.is_contiguous),
+        *(Tensor.is_inference, Tensor.is_conj, Tensor.is_neg, Tensor.data_ptr, Tensor.untyped_storage, Tensor.type),
+        *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference),
+    ]
+)
 
 
 class _Reads(TorchFunctionMode):
@@ -28,7 +54,7 @@ class _Reads(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run ``func`` as it is."""
-        if func not in DESCRIBING:
+        if func not in _DESCRIBING:
             for each in (*args, *(kwargs or {}).values()):
                 for value in each if isinstance(each, list | tuple) else (each,):
                     name = self.names.get(id(value)) if isinstance(value, Tensor) else None

@@ -192,18 +192,22 @@ class Pretrained(nn.Sequential):
     """A model with the method by which Hugging Face's models are saved."""
 
     def save_pretrained(self, folder: str) -> str:
-        return f"saved in {folder}"
+        return f"saved {len(self.state_dict())} tensors in {folder}"
 
 
 def test_save_pretrained_is_refused_while_layers_are_packed() -> None:
     model = Pretrained(*net())
     assert packed(model) is model
-    for each in (model, copy.deepcopy(model)):
+    partly = Pretrained(net())
+    packed(partly[0])
+    by_hand = Pretrained(*net(), nn.Identity())
+    by_hand[0] = SparseLinear.from_linear(by_hand[0], "2:4")
+    for each in (model, copy.deepcopy(model), Pretrained(model), partly, by_hand):
         with pytest.raises(ModelError, match=r"from_pretrained does not read.*sparsecomp\.save"):
             each.save_pretrained("d")
     for index in (0, 2):
         model[index] = model[index].to_linear()
-    assert model.save_pretrained("d") == "saved in d"
+    assert model.save_pretrained("d") == "saved 4 tensors in d"
 
 
 def test_matrices_without_a_layer_are_named_with_their_share() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune  # noqa: F401 (torch does not import it)
 
 import sparsecomp as sc
 from sparsecomp.backends.cpu import CpuBackend
@@ -170,7 +171,7 @@ def test_a_saved_parameter_comes_back_packed_and_exact(pattern: str) -> None:
     with pytest.raises(ModelError):
         again.zero_()
     twin = copy.deepcopy(layer.weight)
-    assert type(twin) is Tensor and torch.equal(twin, layer.weight)
+    assert type(twin) is nn.Parameter and torch.equal(twin, layer.weight) and twin.data_ptr() != layer.weight.data_ptr()
 
 
 def test_compiled_models_ask_about_and_read_the_weight() -> None:
@@ -219,3 +220,143 @@ def test_layers_made_without_gradients_can_be_part_of_a_graph(mode: Callable[[],
     model(x).sum().backward()
     assert x.grad is not None and model[0].bias is not None
     torch.compile(model, backend="aot_eager")(x).sum().backward()
+
+
+# --- below Python ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reads", [0, 3])
+def test_what_goes_past_pythons_functions_sees_the_values(reads: int) -> None:
+    layer = make()
+    want = layer.packed().unpack()
+    for _ in range(reads):
+        layer.weight.sum()
+    weight = layer.weight
+    assert torch.equal(torch.tensor(weight), want) and torch.equal(torch.Tensor(weight), want)
+    assert torch.equal(torch.empty(0).set_(weight), want) and weight.tolist() == want.tolist()
+    torch.testing.assert_close(torch.vmap(torch.linalg.vector_norm)(weight), torch.linalg.vector_norm(want, dim=1))
+    torch.testing.assert_close(torch.func.grad(lambda w: (w * w).sum())(weight), 2 * want)
+    torch.testing.assert_close(torch.func.vjp(lambda w: w * 2, weight)[0], 2 * want)
+    assert torch.equal(torch.func.functionalize(lambda w: w * 1)(weight), want)
+    assert torch.equal(weight.as_strided(weight.size(), weight.stride()), want)
+    assert torch.equal(torch.from_dlpack(weight), want) and torch.equal(torch.cat([weight, weight])[24:], want)
+    doubled = torch.jit.trace(lambda w: w * 2, (torch.zeros(24, 40),))
+    assert torch.equal(doubled(weight), 2 * want)
+    assert torch.equal(copy.copy(weight.data), want)
+
+
+def test_gradients_through_every_parameter_are_those_of_a_dense_layer() -> None:
+    layer, x = make(), torch.randn(3, 40)
+    dense = layer.to_linear()
+
+    def loss(module: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    got = torch.func.grad_and_value(lambda p: loss(layer, p))(dict(layer.named_parameters()))
+    want = torch.func.grad_and_value(lambda p: loss(dense, p))(dict(dense.named_parameters()))
+    torch.testing.assert_close(got, want)
+    read = torch.func.grad(lambda x: functional.linear(x, layer.weight).square().sum())(x)
+    torch.testing.assert_close(read, torch.func.grad(lambda x: functional.linear(x, dense.weight).square().sum())(x))
+
+
+def test_traces_of_a_model_that_reads_the_weight_hold_it(tmp_path: Any) -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = make()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.fc.weight) + self.fc.weight.sum()
+
+    model, x, other = Reading().eval(), torch.randn(3, 40), torch.randn(3, 40)
+    want = model(other)
+    torch.testing.assert_close(torch.jit.trace(Reading().eval(), (x,))(other).shape, want.shape)
+    traced = torch.jit.trace(model, (x,))
+    torch.testing.assert_close(traced(other), want)
+    torch.jit.save(traced, tmp_path / "m.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "m.pt")(other), want)
+    drawn = torch.fx.experimental.proxy_tensor.make_fx(model)(x)
+    torch.testing.assert_close(drawn(other), want)
+
+
+def test_questions_of_every_kind_keep_no_dense_copy() -> None:
+    layer, x = make(), torch.randn(40, 24)
+    weight = layer.weight
+    for _ in range(3):
+        x.type_as(weight), x.to(weight), weight.new_zeros(3), torch.zeros_like(weight), torch.empty_like(weight)
+        x.view_as(weight), weight.data.dtype, weight.detach().shape, weight.data.numel(), torch.result_type(x, weight)
+        weight.cpu(), weight.to("cpu"), weight.requires_grad_(False), repr(weight), weight.untyped_storage().nbytes()
+    assert weight.nbytes == 0 and torch.zeros_like(weight).is_contiguous()
+    assert torch.equal(torch.zeros_like(weight), torch.zeros(24, 40)) and type(torch.ones_like(weight)) is Tensor
+
+
+def test_a_write_of_the_same_values_is_none() -> None:
+    model = nn.Sequential(make(), nn.Linear(24, 8))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(3):
+        average.update_parameters(model)
+    with torch.no_grad():
+        assert model[0].weight.mul_(1) is model[0].weight
+        model[0].weight.copy_(model[0].packed().unpack())
+    assert torch.equal(average.module[0].weight, model[0].weight)
+
+
+def test_states_cannot_be_written_in_vain() -> None:
+    layer, other = make(), make()
+    for name, tensor in layer.state_dict().items():
+        if name != "bias":
+            with pytest.raises(ModelError, match="in place"):
+                tensor.copy_(torch.ones_like(tensor))
+    state = layer.state_dict()
+    assert {type(each) for each in _saved(state).values()} == {Tensor}
+    other.load_state_dict(copy.deepcopy(state))
+    assert torch.equal(other.weight, layer.weight)
+
+
+def test_statistics_and_renormalised_rows_are_writes() -> None:
+    layer, x = make(), torch.randn(5, 40)
+    want = layer.packed().unpack()
+    with pytest.raises(ModelError):
+        functional.batch_norm(x, layer.weight.data[0], layer.weight.data[1], training=True)
+    with pytest.raises(ModelError):
+        functional.embedding(torch.tensor([0, 1]), layer.weight.data, max_norm=0.01)
+    assert torch.equal(layer.weight, want)
+
+
+def test_a_layout_that_is_written_is_read_anew() -> None:
+    layer, other = make(), make()
+    layer.weight.sum(), layer.weight.sum()
+    with torch.no_grad():  # as DistributedDataParallel brings replicas in step
+        for mine, its in zip(layer.buffers(), other.buffers(), strict=True):
+            mine.copy_(its)
+    assert torch.equal(layer.weight, other.packed().unpack())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_tools_that_would_compute_the_weight_are_refused_and_change_nothing() -> None:
+    layer = make()
+    tools: list[Callable[[], Any]] = [
+        lambda: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+        lambda: torch.nn.utils.weight_norm(layer),
+        lambda: torch.nn.utils.spectral_norm(layer),
+        lambda: layer.register_parameter("weight", nn.Parameter(torch.zeros(24, 40))),
+        lambda: delattr(layer, "weight"),
+    ]
+    for tool in tools:
+        with pytest.raises(ModelError, match=r"to_linear\(\)"):
+            tool()
+        assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+        assert layer.weight is layer._packed_weight and not layer._forward_pre_hooks
+
+
+def test_broadcasts_into_the_weight_are_refused() -> None:
+    import torch.distributed as dist
+
+    layer = make()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for each in (layer.weight, layer.weight.data):
+            with pytest.raises(ModelError, match="broadcast"):
+                dist.broadcast(each, 0)
+    finally:
+        dist.destroy_process_group()
