@@ -176,14 +176,13 @@ def test_defaults_of_torch_do_not_matter(tmp_path, device, dtype, form, activati
     ).eval()
     x, y = torch.randn(3, 22), torch.randn(5, 22)
     want = torch_output(model, y)
-    before = torch.get_default_device(), torch.get_default_dtype()
-    torch.set_default_device(device)
+    before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        export_onnx(model, (x,), tmp_path / "m.onnx", form=form)
+        with torch.device(device):
+            export_onnx(model, (x,), tmp_path / "m.onnx", form=form)
     finally:
-        torch.set_default_device(before[0])
-        torch.set_default_dtype(before[1])
+        torch.set_default_dtype(before)
     got = run_stock(tmp_path / "m.onnx", y.numpy())
     assert got.dtype == want.dtype
     assert_close(got, want)

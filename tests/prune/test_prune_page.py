@@ -139,6 +139,17 @@ def test_few_rows_are_flagged_where_a_method_looked_at_them(method, rows, flagge
     assert "rows/in" in shown and (f"{rows / 16:.1f}"[:3] in shown or f"{rows / 16:.2g}" in shown)
 
 
+@pytest.mark.parametrize(("held_out", "rows"), [(None, 20), (math.inf, 20), (0.3, 20), (None, 64)])
+def test_an_error_on_few_rows_gets_no_word_and_no_advice(held_out, rows):
+    made = report_of(layer(method="sparsegpt", error=0.02, rows=rows, held_out_error=held_out), layer("b", rows=640))
+    text = page(made)
+    told = rows == 20 and held_out != 0.3
+    assert ("cannot be told" in text) == told == ('class="scale"' not in text)
+    advice = ("may do as it is", "differently", "differ plainly", "little use")
+    assert any(each in text for each in advice) == (not told)
+    assert ("Too little calibration" in text) == (rows == 20)
+
+
 def test_pruning_counts_the_rows_of_each_layer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
@@ -298,9 +309,5 @@ def test_the_page_does_not_depend_on_the_default_device():
     mask[:4] = False
     made = report_of(layer("w", "block4x4:0.5"), masks={"w": mask})
     want = page(made)
-    before = torch.get_default_device()
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         assert page(made) == want and 'class="map"' in want
-    finally:
-        torch.set_default_device(before)

@@ -86,12 +86,8 @@ def test_a_command_of_bytes_that_are_no_text_can_be_written(tmp_path):
 def test_the_circumstances_depend_on_no_default(device):
     model = nn.Linear(4, 4, device=device)
     want = describe(model)
-    before = torch.get_default_device()
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         got = describe(model)
-    finally:
-        torch.set_default_device(before)
     assert dataclasses.replace(got, created=want.created) == want
     assert describe(nn.Module()).model.parameters == 0
 
