@@ -17,7 +17,7 @@ from sparsecomp.calibration import calibrate
 from sparsecomp.patterns import parse
 from sparsecomp.prune import LayerReport, PruneReport, Stage, Tuning, TuningReport, prune, prune_blocks
 from sparsecomp.prune.page import page
-from sparsecomp.prune.page.markup import ticks
+from sparsecomp.prune.page.markup import Axes, ticks
 from sparsecomp.prune.provenance import ModelFacts, Provenance
 
 
@@ -195,6 +195,38 @@ def test_names_cannot_break_the_page():
     assert {tag for tag, _ in seen.tags}.isdisjoint({"b>", "i", "u", "s", "x", "y", "m"})
     assert seen.count("script") == 1 and "\x00" not in text
     text.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.0, 0.3, ["0.0", "0.1", "0.2", "0.3"]),
+        (0.000012, 0.000015, ["0.000012", "0.000013", "0.000014", "0.000015"]),
+        (1.2e-9, 1.5e-9, ["12e-10", "13e-10", "14e-10", "15e-10"]),
+        (0.0, 3e-8, ["0", "1e-8", "2e-8", "3e-8"]),
+        (0.0, 3e6, ["0", "1000000", "2000000", "3000000"]),
+    ],
+)
+def test_figures_of_an_axis_differ_and_have_room_beside_its_name(low, high, labels):
+    axes = Axes((0, 1), ticks(low, high, 3), "step", "loss")
+    assert axes.y_labels == labels
+    drawn = "".join(axes.drawn([]))
+    ends = [float(each) for each in re.findall(r'<text x="([0-9.]+)"[^>]*text-anchor="end"', drawn)]
+    # 11 pixels high, a figure is 6.2 wide; the name stands upright in the first 16
+    assert len(ends) == len(labels) and min(ends) - 6.2 * max(map(len, labels)) >= 16
+
+
+def test_narrow_screens_show_tables_of_tunings_and_stages_as_cards(pruned):
+    text = page(pruned)
+    assert text.count('<table class="stack">') == 2
+    assert re.findall(r'data-h="([^"]*)"', text[text.index('id="tuning"') :])[:5] == [
+        "held-out loss",
+        "change",
+        "trained-on loss",
+        "kept step",
+        "time",
+    ]
+    assert "content: attr(data-h)" in text[text.index("@media (max-width: 640px)") :]
 
 
 def test_a_page_of_many_layers_stays_small_and_draws_no_noise():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _POINTS, _FLAT = 5, 1.1
 _MOST_PANELS = 12
 _CURVES_SHOWN = 6
+_TUNED = ("tuned", "held-out loss", "change", "trained-on loss", "kept step", "time")
 
 
 def depth(report: PruneReport) -> str:
@@ -76,18 +77,10 @@ def tunings(report: PruneReport) -> str:
     if not report.tunings:
         return ""
     rows = "".join(_tuning_row(each) for each in report.tunings)
-    heads = "".join(
-        f'<th scope="col"{kind}>{head}</th>'
-        for head, kind in (
-            ("tuned", ""),
-            ("held-out loss", " class=n"),
-            ("change", " class=n"),
-            ("trained-on loss", " class=n"),
-            ("kept step", " class=n"),
-            ("time", " class=n"),
-        )
+    heads = "".join(f'<th scope="col"{"" if head == "tuned" else " class=n"}>{head}</th>' for head in _TUNED)
+    table = (
+        f'<div class="scroll"><table class="stack"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
-    table = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     note = (
         '<p class="note">Losses are relative squared errors against what the dense model returns there, before and '
         "after. Held-out batches are not trained on; the step that is best on them is kept (the ring), 0 is the state "
@@ -109,7 +102,9 @@ def _tuning_row(each: TuningReport) -> str:
         f"{each.best_step} of {each.steps}",
         seconds_text(each.seconds),
     )
-    numbers = "".join(f"<td class=n>{text(cell)}</td>" for cell in cells)
+    numbers = "".join(
+        f'<td class=n data-h="{head}">{text(cell)}</td>' for head, cell in zip(_TUNED[1:], cells, strict=True)
+    )
     return f"<tr><th scope=row>{name_text(each.name)}{stopped}</th>{numbers}</tr>"
 
 
@@ -143,11 +138,13 @@ def stages(report: PruneReport) -> str:
     heads = "".join(f'<th scope="col" class=n>{text(each)}</th>' for each in (*figures, "time"))
     rows = []
     for i, stage in enumerate(report.stages, 1):
-        cells = [f"{stage.figures[name]:.4f}" if name in stage.figures else "" for name in figures]
-        numbers = "".join(f"<td class=n>{cell}</td>" for cell in (*cells, seconds_text(stage.seconds)))
+        cells = [(name, f"{stage.figures[name]:.4f}" if name in stage.figures else "") for name in figures]
+        cells.append(("time", seconds_text(stage.seconds)))
+        numbers = "".join(f'<td class=n data-h="{text(head)}">{cell}</td>' for head, cell in cells)
         rows.append(f"<tr><td class=n>{i}</td><th scope=row>{text(stage.name)}</th>{numbers}</tr>")
     table = (
-        f'<div class="scroll"><table><thead><tr><th scope="col" class=n>#</th><th scope="col">stage</th>{heads}</tr>'
+        f'<div class="scroll"><table class="stack"><thead><tr><th scope="col" class=n>#</th>'
+        f'<th scope="col">stage</th>{heads}</tr>'
         f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
     drawn = "".join(_progress(report, name) for name in figures)

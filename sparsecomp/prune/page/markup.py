@@ -11,6 +11,9 @@ from html import escape
 # what HTML allows in no document, and lone halves of characters that no file can hold
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
+# decimals of a figure before it is written with an exponent; pixels of a digit at the size of the page's drawings
+_PLACES, _DIGIT = 6, 6.6
+
 
 def text(value: object) -> str:
     """``value`` as text of an element or of a quoted attribute."""
@@ -71,10 +74,25 @@ class Axes:
     y_name: str
     width: int = 300
     height: int = 170
-    left: int = 56
-    right: int = 14
+    right: int = 18
     top: int = 10
     bottom: int = 38
+
+    @property
+    def y_labels(self) -> list[str]:
+        """The figures of the ticks: no two alike, all with as many digits as their steps need."""
+        step = (self.y[-1] - self.y[0]) / max(len(self.y) - 1, 1)
+        if step <= 0:
+            return [f"{value:.6g}" for value in self.y]
+        place = math.floor(math.log10(step) + 1e-9)
+        if place >= -_PLACES:
+            return [f"{value:.{max(0, -place)}f}" for value in self.y]
+        return [f"{value / 10.0**place:.0f}e{place}" if value else "0" for value in self.y]
+
+    @property
+    def left(self) -> float:
+        """Pixels beside the axis: its figures, and the name that stands upright before them."""
+        return max(56.0, 27.0 + _DIGIT * max(map(len, self.y_labels), default=0))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Pixels of a point."""
@@ -86,13 +104,10 @@ class Axes:
     def drawn(self, x_labels: Iterable[tuple[float, str]]) -> list[str]:
         """Lines, figures and names of the axes."""
         right, floor = self.width - self.right, self.height - self.bottom
-        step = (self.y[-1] - self.y[0]) / max(len(self.y) - 1, 1)
-        digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
         parts = []
-        for value in self.y:
+        for value, shown in zip(self.y, self.y_labels, strict=True):
             y = self.at(self.x[0], value)[1]
-            parts.append(f'<path class="grid" d="M{self.left} {y:.1f}H{right}"/>')
-            shown = f"{value:.{digits}f}" if digits <= 6 else f"{value:.2g}"
+            parts.append(f'<path class="grid" d="M{self.left:g} {y:.1f}H{right}"/>')
             parts.append(label(self.left - 5, y + 4, shown, "end"))
         for value, said in x_labels:
             parts.append(label(self.at(value, self.y[0])[0], floor + 15, said, "middle"))

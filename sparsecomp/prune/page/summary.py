@@ -85,7 +85,9 @@ def verdict(report: PruneReport) -> str:
     if len(weights_only) == len(changed):
         parts = [_of_weights(report)]
     else:
-        parts = [_of_outputs(report, changed), _scale(changed)]
+        flattered = [layer for layer in changed if layer.few_rows and not _held_out(layer)]
+        # an error on rows that the method fitted has no place on a scale
+        parts = [_of_few_rows(changed)] if flattered else [_of_outputs(report, changed), _scale(changed)]
         if weights_only:
             parts.append(
                 f"<p>{_count(len(weights_only), 'layer')} had no calibration data; for those the error is that of the "
@@ -134,6 +136,18 @@ def _of_outputs(report: PruneReport, changed: list[LayerReport]) -> str:
     if report.stages:
         sentences.append("<p>What was measured on the whole model says more; it is below, stage by stage.</p>")
     return "\n".join(sentences)
+
+
+def _of_few_rows(changed: list[LayerReport]) -> str:
+    mean = error_text(geometric_mean(_judged(changed).values()))
+    return (
+        f'<p class="verdict"><strong>How much the outputs changed cannot be told.</strong> The mean error of a layer, '
+        f"{mean}, is that on the calibration rows, and these were so few that the method can have fitted them.</p>"
+    )
+
+
+def _held_out(layer: LayerReport) -> bool:
+    return layer.held_out_error is not None and math.isfinite(layer.held_out_error)
 
 
 def _judged(layers: Sequence[LayerReport]) -> dict[str, float]:
