@@ -14,13 +14,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparsecomp.bypaths import bypaths
 from sparsecomp.carry import why_not_carried
 from sparsecomp.errors import ModelError
+from sparsecomp.matrices import bare_matrices
+from sparsecomp.pack.format import part_names
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _OTHER_MATMULS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
-# their matrices are looked up, or are what a parametrization is made of: the layer around it is named
-_NO_MATMULS = (nn.Embedding, nn.EmbeddingBag, nn.utils.parametrize.ParametrizationList)
+_OF_THE_FILE = frozenset(part_names(quantized=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +142,7 @@ def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> La
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
     owners = _weight_owners(modules.values(), names)
+    elsewhere = bypaths(modules.values(), names)
     inside_attention = {
         id(child): names[id(module)][0]
         for module in modules.values()
@@ -149,6 +152,7 @@ def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> La
 
     total = sum(each.numel() for each in model.parameters() if not isinstance(each, nn.UninitializedParameter))
     candidates: dict[str, tuple[LinearRef | None, str]] = {}
+    seen: set[int] = set()
     for key, module in modules.items():
         name, aliases = names[key][0], tuple(names[key][1:])
         if isinstance(module, nn.MultiheadAttention):
@@ -158,14 +162,14 @@ def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> La
             where = inside_attention[key] or "the model"
             candidates[name] = (None, f"nn.MultiheadAttention ({where}) reads its weight and never calls it")
         elif (kind := _kind(module)) is not None:
-            why_not = _why_not(name, module, owners)
+            why_not = _why_not(name, module, owners, elsewhere)
             candidates[name] = (LinearRef(name, module, kind, aliases), "") if why_not is None else (None, why_not)
             for alias in aliases:
                 candidates[alias] = (None, f'the same layer as "{name}"')
         elif (why_not := _why_not_linear(module)) is not None:
             candidates[name] = (None, why_not)
-        else:
-            candidates |= _own_matrices(name, module, total)
+        for bare, reason in bare_matrices(name, module, total, seen).items():
+            candidates.setdefault(bare, (None, reason))
     return _filter(candidates, _globs(only), _globs(skip))
 
 
@@ -272,8 +276,10 @@ def _kind(module: nn.Module) -> Literal["linear", "conv1d"] | None:
     return "conv1d" if _conv1d_class(module) is not None else None
 
 
-def _why_not(name: str, module: nn.Module, owners: Mapping[object, list[str]]) -> str | None:
-    if hasattr(module, "packed"):
+def _why_not(
+    name: str, module: nn.Module, owners: Mapping[object, list[str]], elsewhere: Mapping[int, str]
+) -> str | None:
+    if getattr(type(module), "_sparsecomp_packed", False):
         return "already sparse"
     base = nn.Linear if isinstance(module, nn.Linear) else _conv1d_class(module)
     assert base is not None
@@ -294,49 +300,25 @@ def _why_not(name: str, module: nn.Module, owners: Mapping[object, list[str]]) -
     if len(sharing) > 1:
         own = f"{name}.weight" if name else "weight"
         return "its weight is shared with " + ", ".join(f'"{other}"' for other in sharing if other != own)
+    saved = {**module._parameters, **module._buffers}.keys() - module._non_persistent_buffers_set
+    if clash := sorted(saved & _OF_THE_FILE):
+        kind = "buffer" if clash[0] in module._buffers else "Parameter"
+        return f'it has a {kind} "{clash[0]}" of its own, a name that the file uses'
+    if id(module) in elsewhere:
+        where = elsewhere[id(module)]
+        return f"the model also reaches it past its modules, through {where}; a packed layer would not be called there"
     return None
 
 
 def _why_not_linear(module: nn.Module) -> str | None:
     kind = type(module).__name__
-    if hasattr(module, "packed"):
+    if getattr(type(module), "_sparsecomp_packed", False):
         return "already sparse"
     if isinstance(module, _OTHER_MATMULS):
         return f"{kind} layers stay dense"
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return f"{type(module).__module__}.{kind} is not an nn.Linear (quantised or custom)"
     return None
-
-
-def _own_matrices(name: str, module: nn.Module, total: int) -> dict[str, tuple[None, str]]:
-    """Matrices that a module holds as Parameters of its own, by which it may multiply without a layer."""
-    if isinstance(module, _NO_MATMULS):
-        return {}
-    named: dict[str, tuple[None, str]] = {}
-    shaped = {
-        key: each
-        for key, each in module._parameters.items()
-        if each is not None and not isinstance(each, nn.UninitializedParameter) and each.is_floating_point()
-    }
-    # the experts of a mixture are often one Parameter [experts, out, in]
-    stacks = {key: each for key, each in shaped.items() if each.ndim >= 3 and min(each.shape[-3:]) > 1}
-    if stacks:
-        share = _share(sum(each.numel() for each in stacks.values()), total)
-        kind, keys = type(module).__name__, ", ".join(stacks)
-        named[name] = (None, f"{kind} multiplies by stacks of matrices ({keys}; {share}), not through linear layers")
-    for key, each in shaped.items():
-        if each.ndim == 2 and min(each.shape) > 1:
-            size = "x".join(map(str, each.shape))
-            reason = (
-                f"a bare Parameter {size} ({_share(each.numel(), total)}), no layer; if the model multiplies by it, "
-                "make it an nn.Linear to have it sparse"
-            )
-            named[f"{name}.{key}" if name else key] = (None, reason)
-    return named
-
-
-def _share(count: int, total: int) -> str:
-    return f"{100 * count / max(total, 1):.1f}% of the model's weights"
 
 
 def _storage(parameter: nn.Parameter) -> object:

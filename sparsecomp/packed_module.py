@@ -75,6 +75,7 @@ class PackedModule(nn.Module):
     """
 
     _version = STATE_VERSION
+    _sparsecomp_packed = True  # who looks for layers knows a packed one by it
     dense_above: int | None
     bias: nn.Parameter | None
     pattern: Pattern

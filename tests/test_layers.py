@@ -25,7 +25,9 @@ Conv1D.__module__ = "transformers.pytorch_utils"
 
 
 class Packed(nn.Module):
-    """Stands for a sparse layer: it has ``packed`` and no ``weight``."""
+    """Stands for a sparse layer: it is marked as one and has no ``weight``."""
+
+    _sparsecomp_packed = True
 
     def __init__(self, linear):
         super().__init__()
@@ -197,7 +199,7 @@ class Experts(nn.Module):
         (lambda: Packed(nn.Linear(4, 4)), "already sparse"),
         (lambda: nn.Conv2d(3, 4, 3), "Conv2d layers stay dense"),
         (lambda: nn.LSTM(3, 4), "LSTM layers stay dense"),
-        (Experts, "stacks of matrices (gate_up; 76.2% of the model's weights), not through linear layers"),
+        (Experts, "holds stacks of matrices (gate_up; 76.2% of the model's weights); if it multiplies by them"),
     ],
 )
 def test_what_cannot_be_sparse_is_skipped_with_the_reason(make, reason):
