@@ -6,6 +6,7 @@ Knows modules of torch and nothing of packed weights. What cannot be given is na
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable
 
 from torch import nn
@@ -40,6 +41,7 @@ _HARMLESS = frozenset(
         *("__type_params__", "__orig_bases__", "__parameters__", "__abstractmethods__"),
     ]
 )
+_FORWARD = nn.Linear.forward
 _MADE_BY = {
     ("weight_orig", "weight_mask"): "torch.nn.utils.prune computes its weight; make it permanent first, with "
     'torch.nn.utils.prune.remove(layer, "weight")',
@@ -66,11 +68,13 @@ def why_not_carried(module: nn.Module, base: type[nn.Module]) -> str | None:
         held = {*module._parameters, *module._buffers}
         known = next((reason for names, reason in _MADE_BY.items() if held.issuperset(names)), None)
         return known or "its weight is computed by a hook or another module; make it a Parameter of the layer first"
+    if base is nn.Linear and base.forward is not _FORWARD:
+        return "nn.Linear.forward was replaced, which a sparse layer would not repeat"
     if type(module).forward is not base.forward:
         return f"{kind} has a forward of its own, which a sparse layer would not repeat"
     if "forward" in module.__dict__:
         return "its forward was replaced on this one object, which a sparse layer would not repeat"
-    own = {name for cls in type(module).__mro__[: type(module).__mro__.index(base)] for name in vars(cls)} - _HARMLESS
+    own = {name for cls in type(module).__mro__ if cls not in base.__mro__ for name in vars(cls)} - _HARMLESS
     if own:
         return f"its class {kind} adds {_listed(own)}, which a sparse layer would not have"
     if "bias" not in module._parameters and getattr(module, "bias", None) is not None:
@@ -88,7 +92,8 @@ def carry_over(old: nn.Module, new: nn.Module, reserved: Iterable[str], *, share
     With ``shared`` they are the very objects, as ``new`` takes the place of ``old``: a hook's handle goes on removing
     it. Otherwise tensors and submodules are copied. ``reserved`` are names that mean something else to ``new``.
 
-    Raises ModelError for an attribute of a reserved name; ``new`` is then as it was.
+    Raises ModelError for an attribute of a reserved name, a method bound to ``old``, and hooks on a state_dict of
+    another form; ``new`` is then as it was.
     """
     taken = frozenset(reserved)
     extra = set(vars(old)) - _OF_EVERY_MODULE - _OF_EVERY_LINEAR - _private(old)
@@ -100,7 +105,16 @@ def carry_over(old: nn.Module, new: nn.Module, reserved: Iterable[str], *, share
             f"the layer has {_listed(clash)} of its own, a name that a sparse layer uses; rename it or leave the layer "
             "dense with skip=[...]"
         )
-    for name in _HOOKS:
+    bound = {name for name in extra if _is_bound(vars(old)[name], old)}
+    if bound:
+        raise ModelError(
+            f"the layer has {_listed(bound)} as a method of its own, which would go on using the weight it has now; "
+            "remove it or leave the layer dense with skip=[...]"
+        )
+    same_form = isinstance(new, type(old))
+    if not same_form and any(getattr(old, name, None) for name in _STATE_HOOKS):
+        raise ModelError("the layer has hooks on its state_dict, which expect its present form; remove them first")
+    for name in (*_HOOKS, *_STATE_HOOKS) if same_form else _HOOKS:
         hooks = vars(old).get(name)
         new.__dict__[name] = hooks if shared else copy.copy(hooks)
     for name in extra:
@@ -112,6 +126,15 @@ def carry_over(old: nn.Module, new: nn.Module, reserved: Iterable[str], *, share
         new._parameters[name] = parameter if shared else copy.deepcopy(parameter)
     for name, child in old._modules.items():
         new._modules[name] = child if shared else copy.deepcopy(child)
+
+
+def _is_bound(value: object, module: nn.Module) -> bool:
+    """Whether a function is, or calls, a method of that very object."""
+    while isinstance(value, functools.partial):
+        if any(each is module for each in (*value.args, *value.keywords.values())):
+            return True
+        value = value.func
+    return getattr(value, "__self__", None) is module
 
 
 def _private(module: nn.Module) -> frozenset[str]:

@@ -23,7 +23,7 @@ from sparsecomp.pack import pack
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.plan import Patterns, Plan, plan
 from sparsecomp.report import Summary, summarise
-from sparsecomp.swap import swap
+from sparsecomp.swap import share_bias, swap
 
 _PLAN = "_sparsecomp_plan"
 
@@ -82,7 +82,7 @@ def compile(
     }
     swap(model, layers)
     if decided is not None:
-        setattr(model, _PLAN, decided)
+        model.__dict__[_PLAN] = decided  # past a __setattr__ of the model's own, which might refuse it
     if not layers:
         warnings.warn(_nothing_packed(decided, found), stacklevel=2)
     return given
@@ -171,6 +171,8 @@ def _sparse(
         raise CalibrationError(f'calibration has no layer "{name}"; calibrate this model or use skip')
     gram = None if calibration is None or method is None else calibration[name].gram
     with _naming(name), torch.no_grad():
-        layer = SparseLinear.from_linear(found[name].as_linear(), pattern, method, gram, preferred=backend)
+        linear = found[name].as_linear()
+        layer = SparseLinear.of_weight_and_bias(linear, pattern, method, gram, preferred=backend)
+    share_bias(linear, layer)
     layer.dense_above = dense_above
     return layer

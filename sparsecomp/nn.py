@@ -142,6 +142,24 @@ class SparseLinear(PackedModule):
         Raises ModelError for another module, whose weight may be [in, out], for one that does more than nn.Linear, and
         for float64, which no sparse kernel computes in.
         """
+        facts = method, gram, backend, activation, quantized, preferred
+        layer = cls.of_weight_and_bias(linear, pattern, *facts)
+        carry_over(linear, layer, cls.reserved_names(), shared=False)
+        return layer
+
+    @classmethod
+    def of_weight_and_bias(
+        cls,
+        linear: nn.Linear,
+        pattern: str | Pattern = "2:4",
+        method: str | None = None,
+        gram: Tensor | None = None,
+        backend: str | None = None,
+        activation: str = "none",
+        quantized: bool = False,
+        preferred: str | None = None,
+    ) -> SparseLinear:
+        """As ``from_linear``, without what the layer has beside weight and bias; who swaps layers carries that over."""
         if not isinstance(linear, nn.Linear):
             raise ModelError(
                 f"from_linear takes an nn.Linear, got {type(linear).__name__}; sparsecomp.compile knows which other "
@@ -161,9 +179,8 @@ class SparseLinear(PackedModule):
         source: Weight = weight
         if quantized or not weight.is_cuda:
             source = quantize(pack(weight, pattern)) if quantized else pack(weight, pattern)
-        layer = cls._of(source, parse(pattern), linear.bias, (backend, preferred), activation).train(linear.training)
-        carry_over(linear, layer, cls.reserved_names(), shared=False)
-        return layer
+        wish = backend, preferred
+        return cls._of(source, parse(pattern), linear.bias, wish, activation).train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """The same layer as nn.Linear, zeros in place, exactly (int8 times scale rounded); the way back for training.
@@ -176,6 +193,8 @@ class SparseLinear(PackedModule):
                 f"this layer applies {self._activation}, which nn.Linear cannot; apply it after the layer and set "
                 f'layer.activation = "none" first'
             )
+        if type(self).forward is not SparseLinear.forward:
+            raise ModelError(f"{type(self).__name__} has a forward of its own, which nn.Linear would not repeat")
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         with torch.inference_mode(False):
             linear.weight = nn.Parameter(registry.backends()[self.kernel.backend].dense(self.kernel))
@@ -187,13 +206,18 @@ class SparseLinear(PackedModule):
     @classmethod
     def reserved_names(cls) -> frozenset[str]:
         """Names that a layer put in the place of another cannot take over from it, as they mean something here."""
-        own = {name for base in cls.__mro__ for name in vars(base).get("__annotations__", ())}
-        return frozenset([*dir(cls), *own, *(f"layout_{index}" for index in range(8))]) - set(vars(nn.Module()))
+        layout = (f"layout_{index}" for index in range(8))
+        return frozenset([*dir(cls), *cls._annotated(), *layout]) - set(vars(nn.Module()))
 
     @property
     def own_names(self) -> frozenset[str]:
         """Attributes and buffers that are the packed weight's, and no user's."""
-        return self.reserved_names() & {*vars(self), *self._buffers}
+        return frozenset({*self._annotated(), *self._layout, "__module__"})
+
+    @classmethod
+    def _annotated(cls) -> set[str]:
+        bases = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
+        return {name for base in bases for name in vars(base).get("__annotations__", ())}
 
     @property
     def activation(self) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import sparsecomp as sc
-from sparsecomp import compiler
+from sparsecomp import compiler, swap
 from sparsecomp.errors import ModelError
 from sparsecomp.layers import find_linears
 from sparsecomp.nn import SparseLinear
@@ -225,3 +228,107 @@ def test_matrices_without_a_layer_are_named_with_their_share() -> None:
     assert table.skipped["0.proj"].startswith("a bare Parameter 10x20 (40.0% of the model's weights), no layer")
     report = compiler.plan(Tower(), "2:4", measure=False)
     assert "proj" in report.skipped
+
+
+class Mixin:
+    def extra(self) -> int:
+        return 5
+
+
+class Mixed(nn.Linear, Mixin):
+    """Gets a method from a class behind nn.Linear."""
+
+
+def test_what_a_class_adds_behind_its_base_counts() -> None:
+    assert 'its class Mixed adds "extra"' in find_linears(nn.Sequential(nn.Linear(4, 4), Mixed(8, 8))).skipped["1"]
+
+
+def test_a_patched_linear_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
+    with pytest.raises(ModelError, match=r"nn\.Linear\.forward was replaced"):
+        packed(nn.Sequential(nn.Linear(8, 8)))
+
+
+@pytest.mark.parametrize("how", ["method", "partial"])
+def test_methods_bound_to_the_old_layer_are_refused(how: str) -> None:
+    model = net()
+    bound = types.MethodType(lambda self, x: self(x), model[0])
+    model[0].again = bound if how == "method" else functools.partial(bound)
+    with pytest.raises(ModelError, match='the layer has "again" as a method of its own'):
+        SparseLinear.from_linear(model[0], "2:4")
+    assert type(packed(model)[0]) is nn.Linear and "0" in find_linears(model).skipped
+
+
+class Louder(SparseLinear):
+    """A packed layer that does more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_what_a_packed_layer_does_more_is_not_dropped_on_the_way_back(tmp_path: Path) -> None:
+    model = packed(net())
+    sc.save(model, tmp_path / "m.safetensors")
+    inner = model[0].forward
+    model[0].forward = lambda x: inner(x) + 100
+    with pytest.raises(ModelError, match='"forward"'):
+        model[0].to_linear()
+    before = model[0]
+    with pytest.raises(ModelError, match='"forward"'):
+        sc.load(tmp_path / "m.safetensors", into=model)
+    assert model[0] is before
+    with pytest.raises(ModelError, match="forward of its own"):
+        Louder.from_packed(before.packed(), before.bias).to_linear()
+
+
+def test_the_bias_stays_the_object_it_was() -> None:
+    model = net()
+    model.tied = nn.Module()
+    model.tied.bias = model[0].bias
+    seen: list[Tensor] = []
+    model[0].bias.register_hook(seen.append)
+    model[0].bias.note = "no decay"
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    bias = model[0].bias
+    sc.compile(model, "2:4", where="everywhere", only=["0", "2"])
+    assert model[0].bias is bias is model.tied.bias and bias.note == "no decay"
+    before = bias.detach().clone()
+    model[0](torch.randn(3, 16)).sum().backward()
+    optimizer.step()
+    assert len(seen) == 1 and not torch.equal(model[0].bias, before)
+
+
+def test_a_compiled_layer_is_copied_as_what_it_is() -> None:
+    layer, other = packed(net())[0], packed(nn.Sequential(nn.Linear(16, 16)).apply(_prune_one))[0]
+    layer.compile(backend="eager")
+    twin, x = copy.deepcopy(layer), torch.randn(3, 16)
+    twin.load_state_dict(other.state_dict())
+    torch.testing.assert_close(twin(x), other(x))
+
+
+def test_submodules_that_cannot_be_copied_go_on() -> None:
+    model = net()
+    model[0].helper = nn.Module()
+    model[0].helper.lock = threading.Lock()
+    helper = model[0].helper
+    assert packed(model)[0].helper is helper
+
+
+def test_an_interrupted_swap_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True).eval()
+    model = nn.TransformerEncoder(layer, 2)
+    sc.prune(model, "2:4", "magnitude", show_progress=False)
+    real, before = swap.replace_layer, [(name, type(each)) for name, each in model.named_modules()]
+
+    def interrupted(given: nn.Module, name: str, module: nn.Module) -> None:
+        real(given, name, module)
+        if name.endswith("1.linear1") and isinstance(module, SparseLinear):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(swap, "replace_layer", interrupted)
+    flags = [each.activation_relu_or_gelu for each in model.layers], model.use_nested_tensor
+    with pytest.raises(KeyboardInterrupt):
+        packed(model)
+    assert [(name, type(each)) for name, each in model.named_modules()] == before
+    assert ([each.activation_relu_or_gelu for each in model.layers], model.use_nested_tensor) == flags
