@@ -26,6 +26,7 @@ from sparsecomp.pack.move import zero_weight
 from sparsecomp.pack.quantize import quantize
 from sparsecomp.packed_module import PackedModule
 from sparsecomp.patterns import Pattern, parse
+from sparsecomp.readonly import PackedParameter
 from sparsecomp.watch import transformed
 
 if TYPE_CHECKING:
@@ -231,8 +232,8 @@ class SparseLinear(PackedModule):
 
     # --- the product ------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., out_features] for x [..., in_features]; any number of dimensions, any strides, no row at all.
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., out_features] for input [..., in_features]; any number of dimensions, any strides, no row at all.
 
         A weight that ``torch.func.functional_call`` puts in the place of the packed one is multiplied dense.
         """
@@ -240,13 +241,17 @@ class SparseLinear(PackedModule):
             parameters = self._parameters
             weight: Tensor | None = parameters.get("weight")
             if weight is not self._packed_weight and weight is not None:
-                return activate(functional.linear(x, weight, self.bias), self._activation)
+                return activate(functional.linear(input, weight, self.bias), self._activation)
             # self.bias costs a failed lookup first; it is asked only where a parametrization took the parameter away
             bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-            y = self._eager(x, bias, self.dense_above)
+            y = self._eager(input, bias, self.dense_above)
             if y is not None:
                 return y
-        return self._dispatched(x)
+        elif not torch.compiler.is_exporting():
+            given: Tensor | None = self._parameters.get("weight")
+            if given is not None and type(given) is not PackedParameter:
+                return activate(functional.linear(input, given, self.bias), self._activation)
+        return self._dispatched(input)
 
     def _dispatched(self, x: Tensor) -> Tensor:
         """The product through the dispatcher: autograd, compilers, modes and subclasses see one operator."""

@@ -38,7 +38,7 @@ def test_a_plain_call_is_quick_and_right(shape: tuple[int, ...], bias: bool) -> 
     x = torch.randn(shape)
     assert_right(layer, x)
     with torch.no_grad():
-        assert torch.equal(layer(x), layer.forward(x)) and torch.equal(layer(x), layer(x=x))
+        assert torch.equal(layer(x), layer.forward(x)) and torch.equal(layer(x), layer(input=x))
 
 
 def test_gradients_flow_through_a_quick_call() -> None:

@@ -252,6 +252,11 @@ def test_from_linear_refuses_layers_whose_weight_means_something_else() -> None:
             SparseLinear.from_linear(layer, "2:4", method="magnitude")  # type: ignore[arg-type]
 
 
+def test_the_argument_is_called_as_that_of_linear() -> None:
+    layer, x = make(), torch.randn(3, 40)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 def test_explain_takes_whole_numbers_of_rows() -> None:
     for batch in (-1, 1.5, "a"):
         with pytest.raises(ModelError, match="is not a number of rows"):

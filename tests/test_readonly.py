@@ -149,6 +149,9 @@ def test_another_weight_takes_effect_in_functional_call() -> None:
     same = torch.func.functional_call(layer, dict(layer.named_parameters()), (x,))
     assert torch.equal(same, layer(x))
 
+    compiled = torch.compile(lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)), backend="aot_eager")
+    torch.testing.assert_close(compiled(other), got)
+
     def loss(parameters: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(layer, parameters, (x,)).sum()
 
