@@ -194,7 +194,7 @@ def test_the_attribute_is_that_of_nn_module() -> None:
 def test_wrong_arguments_are_named_as_for_any_module() -> None:
     layer, x = make(), torch.randn(3, 40)
     for call in (layer, layer.__call__):
-        with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'input'"):
             call()
         with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
             call(x, x)
