@@ -5,20 +5,21 @@ Knows SparseLinear and the contents of a file; must not know kernels or backends
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsecomp.batches import eager
 from sparsecomp.container import FORMAT_VERSION, Contents, LayerEntry, key, read, some, write
 from sparsecomp.display import label, listed, numbered, table, wrap
-from sparsecomp.errors import FormatError, ModelError
-from sparsecomp.layers import LayerTable, find_linears, require_module
+from sparsecomp.errors import FormatError, ModelError, SparsecompError
+from sparsecomp.fitting import check_copied, check_entries, check_state, check_unknown, replaceable
+from sparsecomp.layers import find_linears, require_module
+from sparsecomp.live import copy_into, has_own_way, live_entries, place, restoring, torch_copies, why_no_plain
 from sparsecomp.nn import SparseLinear
 from sparsecomp.pack import PackedWeight
 from sparsecomp.pack.format import part_names
@@ -81,15 +82,17 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
 
     ``metadata`` is text of your own, which ``inspect`` gives back. Tensors that share memory are stored once.
 
-    Raises ModelError for state_dict entries that are no tensors with content, FormatError for a missing folder.
+    Raises ModelError for state_dict entries that are no tensors with content (sparse, nested and quantised tensors
+    are none either), FormatError for a missing folder.
     """
     require_module(model)
     model = eager(model)
     state = model.state_dict()
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.is_meta:
-            got = "on the meta device" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ModelError(f'state_dict entry "{name}" is {got}; a file holds tensors with content only')
+        if (got := why_no_plain(value)) is not None:
+            raise ModelError(
+                f'state_dict entry "{name}" is {got}; a file holds plain tensors with content, so convert or remove it'
+            )
     tensors, aliases = _without_aliases(state, _twins(model))
     layers = {
         name: LayerEntry(
@@ -110,7 +113,9 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     """Load ``path`` into a model of the class that was saved, dense or sparse, and return it.
 
     The layers that were saved sparse become SparseLinear layers on the device of the layer they replace, with its hooks
-    and attributes; all other tensors are copied in place. Any error leaves the model as it was.
+    and attributes; all other tensors are copied in place, the biases of these layers too. Any error leaves the model
+    as it was. Where modules have hooks on loading, extra state, or their own ways of saving and loading, the model's
+    ``load_state_dict`` is called as well, with every entry, so that these have their say.
     A layer saved with an activation replaces a SparseLinear with the same one only: a dense model that has an
     activation of its own behind the layer would otherwise apply it twice.
     If the model itself is one linear layer, it cannot change in place and the new layer is returned.
@@ -124,21 +129,30 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     modules = dict(into.named_modules(remove_duplicate=False))
     linears = find_linears(into)
     layers: dict[str, SparseLinear] = {}
-    made: set[int] = set()
+    made: dict[int, SparseLinear] = {}
+    kept: set[str] = set()
     for name, packed in contents.layers.items():
-        old = _replaceable(path, name, contents, modules.get(name), linears)
+        old = replaceable(path, name, contents, modules.get(name), linears)
         if id(old) not in made:  # one module under two names is replaced once
-            made.add(id(old))
-            layers[name] = _new_layer(packed, state.get(key(name, "bias")), contents.activations[name], old)
-    own, others = _rest(into, contents, state)
-    _check_unknown(path, contents, state, own)
-    _check_state(path, own, others)
+            made[id(old)] = layers[name] = _new_layer(path, name, packed, contents, state, old)
+        if made[id(old)].bias is not None and made[id(old)].bias is old.bias:
+            kept.add(key(name, "bias"))
+    own_ways = any(has_own_way(module) for module in modules.values())
+    own, others = _rest(into, contents, state, kept)
+    live = {entry: value for entry, value in live_entries(into).items() if entry in own}
+    check_unknown(path, contents, state, own)
+    check_entries(path, own, live, others, own_ways)
+    plain = {entry: others[entry] for entry in live}
+    check_state(path, live, plain)
     if "" in layers:
         adopt(into, layers[""], "")
-    with _restoring(own, others):
-        for entry, value in others.items():
-            _copy(own[entry], value)
+    with restoring(into, (live[entry] for entry in plain), own_ways=own_ways):
+        for entry, value in plain.items():
+            copy_into(live[entry], value)
+        check_copied(path, live, plain)
         swap(into, {name: layer for name, layer in layers.items() if name})
+        if own_ways:
+            _load_by_torch(path, layers.get("", into), state, live)
     return layers.get("", given)
 
 
@@ -193,12 +207,13 @@ def _without_aliases(state: Mapping[str, Tensor], twins: Mapping[str, str]) -> t
     stored: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     for entry, value in state.items():
-        place = _place(value)
-        if entry in twins or (value.numel() and place in stored):
-            aliases[entry] = twins.get(entry) or stored[place]
+        where = place(value)
+        if entry in twins or (value.numel() and where in stored):
+            aliases[entry] = twins.get(entry) or stored[where]
             continue
-        stored[place] = entry
-        plain = value.detach().cpu().contiguous()
+        stored[where] = entry
+        # a view that conjugates or negates says so beside its memory, which a file does not hold
+        plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
         storage = plain.untyped_storage()
         if storage.nbytes() != plain.nbytes or storage.data_ptr() in storages:
             plain = plain.clone()  # a view of a larger or shared storage becomes a tensor of its own
@@ -207,144 +222,84 @@ def _without_aliases(state: Mapping[str, Tensor], twins: Mapping[str, str]) -> t
     return tensors, aliases
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
 # --- loading ----------------------------------------------------------------------------------------------------
 
 
-def _replaceable(
-    path: str | Path, name: str, contents: Contents, old: nn.Module | None, linears: LayerTable
-) -> nn.Module:
-    """The layer of the model that the saved one replaces. Raises FormatError if it does not fit."""
-    where = f'{path}: sparse layer "{name}"'
-    packed, biased, activation = contents.layers[name], name in contents.biased, contents.activations[name]
-    applied = old.activation if isinstance(old, SparseLinear) else "none"
-    if isinstance(old, SparseLinear):
-        shape, dtype, has_bias = (old.out_features, old.in_features), old.dtype, old.bias is not None
-    else:
-        ref = next((ref for ref in linears.values() if name == ref.name or name in ref.aliases), None)
-        if ref is None or old is None:
-            reason = linears.skipped.get(name, "it has no such linear layer")
-            raise FormatError(f"{where} has no place in the model: {reason}; load it into the class that was saved")
-        shape, dtype, has_bias = ref.shape, ref.dtype, ref.bias is not None
-    if shape != packed.shape:
-        raise FormatError(f"{where} has shape {packed.shape}, the model's layer has {shape}; use a model of that size")
-    if dtype != packed.dtype:
-        raise FormatError(
-            f"{where} is {packed.dtype}, the model's layer is {dtype}; convert the model first with .to()"
-        )
-    if activation != applied:
-        raise FormatError(
-            f'{where} applies the activation "{activation}", the model\'s layer "{applied}"; put a SparseLinear with '
-            f'activation="{activation}" there first'
-        )
-    if has_bias != biased:
-        raise FormatError(f"{where} has {'a' if biased else 'no'} bias, the model's layer is the other way round")
-    return old
-
-
-def _new_layer(packed: PackedWeight, bias: Tensor | None, activation: str, old: nn.Module) -> SparseLinear:
+def _new_layer(
+    path: str | Path, name: str, packed: PackedWeight, contents: Contents, state: Mapping[str, Tensor], old: nn.Module
+) -> SparseLinear:
+    """The saved layer, of the class and with the choice of backend and the bias Parameter of the one it replaces."""
     old_bias = old.bias
-    assert old_bias is None or isinstance(old_bias, Tensor)
+    assert old_bias is None or isinstance(old_bias, nn.Parameter)
+    bias, activation = state.get(key(name, "bias")), contents.activations[name]
     if isinstance(old, SparseLinear):
-        device = old.device
+        weight = packed.to(old.device)
+        try:
+            wish = old._wanted, old._preferred
+            layer = type(old)._of(weight, packed.pattern, bias, wish, activation)
+        except SparsecompError as error:  # a backend that was pinned need not run every pattern
+            raise type(error)(f'{path}: sparse layer "{name}": {error}') from error
+        _keep_own(old, layer)
     else:
-        weight = old.weight
-        assert isinstance(weight, Tensor)
-        device = weight.device
-    layer = SparseLinear.from_packed(packed.to(device), bias, activation=activation)
+        dense = old.weight
+        assert isinstance(dense, Tensor)
+        layer = SparseLinear.from_packed(packed.to(dense.device), bias, activation=activation)
     if layer.bias is not None and old_bias is not None:
-        layer.bias.requires_grad_(old_bias.requires_grad)
+        if name and _fits(old_bias, layer.bias):
+            layer._parameters["bias"] = old_bias  # its values are copied with those of all other tensors
+        else:
+            layer.bias.requires_grad_(old_bias.requires_grad)
     return layer.train(old.training)
 
 
-def _check_state(path: str | Path, own: Mapping[str, Any], loaded: Mapping[str, Tensor]) -> None:
-    """Raises FormatError unless ``loaded`` can be copied into ``own``, entry by entry."""
-    missing, unexpected = sorted(set(own) - set(loaded)), sorted(set(loaded) - set(own))
-    if missing or unexpected:
-        parts = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(unexpected)} too many"] * bool(unexpected)
-        raise FormatError(f"{path} {' and '.join(parts)} for this model; load it into the class that was saved")
-    tied: dict[tuple[Any, ...], str] = {}
-    for entry, value in loaded.items():
-        mine = own[entry]
-        if mine.shape != value.shape:
-            raise FormatError(
-                f'{path}: "{entry}" has shape {tuple(value.shape)}, the model wants {tuple(mine.shape)}; '
-                "load it into a model of the class and size that was saved"
-            )
-        if mine.dtype != value.dtype:
-            raise FormatError(
-                f'{path}: "{entry}" is {value.dtype}, the model has {mine.dtype}; convert the model first with .to()'
-            )
-        if mine.is_meta:
-            raise FormatError(f'the model has "{entry}" on the meta device; give it memory first with .to_empty()')
-        part = _written(mine)
-        alike = part.shape == value.shape or torch.equal(value, _leading(value, part.shape).expand_as(value))
-        if not alike:
-            raise FormatError(
-                f'{path}: "{entry}" differs along a dimension that the model expands from one entry; give the model a '
-                "tensor of its own there, with .clone()"
-            )
-        first = tied.setdefault(_place(mine), entry) if mine.numel() else entry
-        if first != entry and not torch.equal(loaded[first], value):
-            raise FormatError(
-                f'{path}: "{first}" and "{entry}" differ, the model ties them to one tensor; untie them before loading'
-            )
+def _keep_own(old: SparseLinear, layer: SparseLinear) -> None:
+    """What a subclass has under names that its class declares; the rest is carried over in the swap."""
+    for name, value in vars(old).items():
+        if name not in vars(layer) and name != "_compiled_call_impl":
+            layer.__dict__[name] = value
+    for name, buffer in old._buffers.items():
+        if name not in layer._buffers and name not in old._layout:
+            layer.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+    for name, parameter in old._parameters.items():
+        layer._parameters.setdefault(name, parameter)
+    if (old.pattern, old.kernel.backend, old.quantized) == (layer.pattern, layer.kernel.backend, layer.quantized):
+        layer.dense_above = old.dense_above
 
 
-def _check_unknown(path: str | Path, contents: Contents, state: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:
-    """Raises FormatError for tensors below a sparse layer that neither a SparseLinear nor the model's layer has."""
-    within = tuple(key(name, "") for name in contents.layers)
-    known = {key(name, part) for name, packed in contents.layers.items() for part in packed.parts}
-    known |= {key(name, "bias") for name in contents.biased}
-    unknown = sorted(each for each in state if each.startswith(within) and each not in known and each not in own)
-    if unknown:
-        raise FormatError(
-            f"{path} has {some(unknown)} too many; a sparse layer has values, metadata, scales if quantised, and bias"
-        )
+def _fits(old: nn.Parameter, bias: nn.Parameter) -> bool:
+    alike = old.shape == bias.shape and old.dtype == bias.dtype and old.device == bias.device
+    return alike and type(old) is nn.Parameter and old.is_contiguous() and not old.is_inference()
 
 
-def _rest(into: nn.Module, contents: Contents, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What remains of the model's and of the file's tensors beside the weights and biases of the sparse layers."""
+def _load_by_torch(path: str | Path, model: nn.Module, state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    """Let modules load in their own ways. Raises FormatError for what torch reports."""
+    apart = {entry for entry, tensor in live.items() if not torch_copies(tensor)}  # copied already
+    # a module may keep what it is given; no two get the same tensor
+    given = OrderedDict((entry, value.clone()) for entry, value in state.items() if entry not in apart)
+    given._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    try:
+        report = model.load_state_dict(given, strict=False)
+    except RuntimeError as error:
+        raise FormatError(f"{path}: the model does not load it ({error}); load it into the class saved") from error
+    if report is not None:  # of a class that loads in its own way
+        missing, unexpected = sorted(set(report.missing_keys) - apart), sorted(report.unexpected_keys)
+        if missing or unexpected:
+            parts = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(unexpected)} too many"] * bool(unexpected)
+            raise FormatError(f"{path} {' and '.join(parts)} for this model; load it into the class that was saved")
+
+
+def _rest(
+    into: nn.Module, contents: Contents, state: Mapping[str, Tensor], kept: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What remains of the model's and of the file's tensors beside the sparse layers' weights and biases not kept."""
     modules = dict(into.named_modules(remove_duplicate=False))
-    replaced, loaded = set(), set()
+    replaced: set[str] = set()
+    loaded: set[str] = set()
     for name, packed in contents.layers.items():
         old = modules[name]
         parts = part_names(old.quantized) if isinstance(old, SparseLinear) else ("weight",)
         replaced |= {key(name, part) for part in (*parts, "bias")}
         loaded |= {key(name, part) for part in (*packed.parts, "bias")}
+    replaced, loaded = replaced - set(kept), loaded - set(kept)
     own = {entry: value for entry, value in into.state_dict().items() if entry not in replaced}
     return own, {entry: value for entry, value in state.items() if entry not in loaded}
-
-
-def _written(tensor: Tensor) -> Tensor:
-    """The part of a tensor that holds all its numbers: of expanded dimensions, the first entry."""
-    for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dimension, 0, 1)
-    return tensor
-
-
-def _leading(value: Tensor, shape: torch.Size) -> Tensor:
-    return value[tuple(slice(size) for size in shape)]
-
-
-def _copy(target: Tensor, value: Tensor) -> None:
-    # a tensor made under inference_mode can be written under it only
-    with torch.inference_mode(target.is_inference()), torch.no_grad():
-        part = _written(target.detach())
-        part.copy_(_leading(value, part.shape))
-
-
-@contextmanager
-def _restoring(own: Mapping[str, Tensor], loaded: Iterable[str]) -> Iterator[None]:
-    """Give the model's tensors their numbers back if anything is raised."""
-    before = {entry: _written(own[entry].detach()).clone() for entry in loaded}
-    try:
-        yield
-    except BaseException:
-        for entry, value in before.items():
-            _copy(own[entry], value)
-        raise
