@@ -198,8 +198,8 @@ def test_wrong_arguments_are_named_as_for_any_module() -> None:
             call()
         with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
             call(x, x)
-        with pytest.raises(TypeError, match="unexpected keyword argument 'input'"):
-            call(x, input=x)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'x'"):
+            call(x, x=x)
     with pytest.raises(ModelError, match="this layer takes a tensor"):
         layer([1.0])
     with pytest.raises(ModelError, match="reshape it"):
