@@ -12,11 +12,12 @@ CUDA_SOURCES := $(wildcard cmake/* csrc/cuda/*) sparsecomp/backends/cutlass_buil
 CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/kernels/*.[ch]pp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tritons demo test lint bench sanitize nightly clean
+.PHONY: help setup tritons demo test defaults lint bench sanitize nightly clean
 
 help:
 	@echo 'make demo      the whole job on a real model, beside other engines and dense int8 (under 5 minutes)'
 	@echo 'make test      lint, types and tests'
+	@echo 'make defaults  the tests again, while torch has another default device and dtype'
 	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound'
 	@echo 'make tritons   the oldest and the newest Triton, for the GPU tests; make test includes it'
 	@echo 'make lint      ruff, mypy --strict, clang-format'
@@ -62,6 +63,12 @@ demo: $(READY)
 
 test: lint tritons
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
+# Only tests in which the package makes tensors; a command has its process to itself.
+defaults: $(READY)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --other-defaults tests \
+	  --ignore tests/kernels --ignore tests/kernels_gpu --ignore tests/cli --ignore-glob 'tests/test_bench*' \
+	  --ignore-glob 'tests/test_demo*' --ignore-glob 'tests/test_gpu*'
 
 lint: $(READY)
 	$(BIN)/ruff check .
