@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,6 @@ from torch import Tensor, nn
 import sparsecomp as sc
 from sparsecomp.compiler import summary
 from sparsecomp.errors import PatternError, SparsecompError
-from sparsecomp.onnx.threads import unbound
 from sparsecomp.patterns import parse, row_nm
 from sparsecomp.prune.report import PruneReport
 from sparsecomp.report import Summary
@@ -43,7 +40,6 @@ TOKENS = 64
 BATCHES = (1, 32)
 # seconds of timing by batch; slow machines take at least as many rounds as a median needs
 _SECONDS = {1: 6.0, 32: 12.0}
-_BINDINGS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 # texts on which engines with the same weights are compared, and values of embeddings that are the same
 _CHECKED_TEXTS, _SAME_EMBEDDING = 64, 1e-3
 
@@ -193,7 +189,7 @@ def _ask(
     makes = {each.name: each.make for each in found}
     openmp = [each.name for each in found if each.openmp]
     times: dict[str, dict[int, Timing]] = {name: {} for name in makes}
-    with free_cores(), workers(makes, torch.get_num_threads(), openmp) as started:
+    with workers(makes, torch.get_num_threads(), openmp) as started:
         say(f"embedding {len(texts)} held-out paragraphs with each")
         asked = {name: partial(minilm.embed_with, partial(_embedded, worker)) for name, worker in started.items()}
         qualities, difference = judge(found, asked, texts)
@@ -204,20 +200,6 @@ def _ask(
             for name, timing in measure(samplers, seconds=_SECONDS[batch]).items():
                 times[name][batch] = timing
     return qualities, difference, times
-
-
-@contextmanager
-def free_cores() -> Iterator[None]:
-    """Processes started within it have every core: OMP_PROC_BIND binds this one's thread, and they would inherit that.
-
-    torch's own threads are bound in the processes of engines that use them.
-    """
-    kept = {name: os.environ.pop(name) for name in _BINDINGS if name in os.environ}
-    try:
-        with unbound():
-            yield
-    finally:
-        os.environ.update(kept)
 
 
 def judge(

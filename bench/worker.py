@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sparsecomp.errors import SparsecompError
+from sparsecomp.onnx.threads import unbound
 
 from .harness import use_threads
 
@@ -22,6 +23,7 @@ _PATIENCE_S = 2.0
 # libgomp leaves the placement of its threads to the kernel, which may wake a sleeping one on the core where the other
 # waits for it: then a product takes until the next scheduler tick, 4 or 8 ms, whatever its size
 _BOUND_TEAM = {"OMP_PROC_BIND": "true"}
+_BINDINGS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 
 
 class Worker:
@@ -105,9 +107,10 @@ def workers(
     """
     started: dict[str, Worker] = {}
     try:
-        for name, make in makes.items():
-            environment = _BOUND_TEAM if threads > 1 and name in openmp else None
-            started[name] = Worker(name, make, threads, environment)
+        with _free_cores():
+            for name, make in makes.items():
+                environment = _BOUND_TEAM if threads > 1 and name in openmp else None
+                started[name] = Worker(name, make, threads, environment)
         for worker in started.values():
             worker.answer()
         yield started
@@ -116,6 +119,20 @@ def workers(
             worker.hang_up()
         for worker in started.values():
             worker.wait()
+
+
+@contextmanager
+def _free_cores() -> Iterator[None]:
+    """Processes started within it have every core: OMP_PROC_BIND binds this one's thread, and they would inherit that.
+
+    torch's own threads are bound in the processes of engines that use them.
+    """
+    kept = {name: os.environ.pop(name) for name in _BINDINGS if name in os.environ}
+    try:
+        with unbound():
+            yield
+    finally:
+        os.environ.update(kept)
 
 
 def ask_all(asked: Iterable[Worker], method: str, *arguments: object) -> dict[str, Any]:

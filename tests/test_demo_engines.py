@@ -159,13 +159,12 @@ every = len(os.sched_getaffinity(0))
 import torch
 from functools import partial
 from importlib import import_module
-from sparsecomp.bench.demo import free_cores
 from sparsecomp.bench.worker import workers
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
     assert len(os.sched_getaffinity(0)) == 1, "OpenMP did not bind this thread"
-    with free_cores(), workers({"pool": partial(import_module, "os")}, 2) as started:
+    with workers({"pool": partial(import_module, "os")}, 2) as started:
         print(every, len(started["pool"].ask("sched_getaffinity", 0)), started["pool"].ask("getenv", "OMP_PROC_BIND"))
     print(len(os.sched_getaffinity(0)), os.environ["OMP_PROC_BIND"])
 """
