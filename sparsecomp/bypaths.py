@@ -1,4 +1,4 @@
-"""Ways past its modules by which a model reaches a layer: lists, tuples, dicts, partials, bound methods, closures.
+"""Ways past its modules by which a model reaches a layer: lists, dicts, partials, bound methods, closures, objects.
 
 Takes modules and gives names. Knows nothing of patterns, masks and kernels.
 """
@@ -6,11 +6,12 @@ Takes modules and gives names. Knows nothing of patterns, masks and kernels.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _DEPTH = 2  # containers within containers
@@ -28,24 +29,34 @@ def bypaths(modules: Iterable[nn.Module], names: Mapping[int, list[str]]) -> dic
         for attribute, value in vars(module).items():
             if attribute not in _OF_EVERY_MODULE:
                 for held in _held(value, _DEPTH):
-                    found.setdefault(id(held), f"{name}.{attribute}")
+                    for reached in _known(held, names, set()):
+                        found.setdefault(reached, f"{name}.{attribute}")
     return found
+
+
+def _known(module: nn.Module, names: Mapping[int, list[str]], seen: set[int]) -> Iterator[int]:
+    """The module itself if the model has it, otherwise what it reaches of the model: in its own table it stays."""
+    if id(module) in names:
+        yield id(module)
+    elif id(module) not in seen:
+        seen.add(id(module))
+        for child in module.children():
+            yield from _known(child, names, seen)
 
 
 def _held(value: Any, depth: int) -> Iterator[nn.Module]:
     """The modules in ``value`` itself, not those that are parts of them."""
     if isinstance(value, nn.Module):
         yield value
-    elif isinstance(value, MethodType):
-        if isinstance(value.__self__, nn.Module):
-            yield value.__self__
+    elif isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        yield value.__self__
     elif depth:
         for each in _within(value):
             yield from _held(each, depth - 1)
 
 
 def _within(value: Any) -> Iterable[Any]:
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset | deque):
         return value
     if isinstance(value, dict):
         return value.values()
@@ -53,7 +64,11 @@ def _within(value: Any) -> Iterable[Any]:
         return (value.func, *value.args, *value.keywords.values())
     if isinstance(value, FunctionType):
         return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    return ()
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    if isinstance(value, type | ModuleType | Tensor):
+        return ()
+    return list(getattr(value, "__dict__", {}).values())  # an object of the model's own
 
 
 def _is_filled(cell: Any) -> bool:

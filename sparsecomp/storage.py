@@ -23,7 +23,7 @@ from sparsecomp.live import copy_into, has_own_way, live_entries, place, restori
 from sparsecomp.nn import SparseLinear
 from sparsecomp.pack import PackedWeight
 from sparsecomp.pack.format import part_names
-from sparsecomp.swap import adopt, swap
+from sparsecomp.swap import adopt, share_bias, swap
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
     ``metadata`` is text of your own, which ``inspect`` gives back. Tensors that share memory are stored once.
 
     Raises ModelError for state_dict entries that are no tensors with content (sparse, nested and quantised tensors
-    are none either), FormatError for a missing folder.
+    are none either) and for a sparse layer with an entry of the user's in the place of its weight, FormatError for a
+    missing folder.
     """
     require_module(model)
     model = eager(model)
@@ -92,6 +93,12 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
         if (got := why_no_plain(value)) is not None:
             raise ModelError(
                 f'state_dict entry "{name}" is {got}; a file holds plain tensors with content, so convert or remove it'
+            )
+    for name, layer in model.named_modules(remove_duplicate=False):
+        clash = sorted({*layer._parameters, *layer._buffers}.intersection(part_names(quantized=True)))
+        if isinstance(layer, SparseLinear) and clash:
+            raise ModelError(
+                f'sparse layer "{name}" has an entry "{clash[0]}" of its own, a name that the file uses; rename it'
             )
     tensors, aliases = _without_aliases(state, _twins(model))
     layers = {
@@ -245,10 +252,9 @@ def _new_layer(
         assert isinstance(dense, Tensor)
         layer = SparseLinear.from_packed(packed.to(dense.device), bias, activation=activation)
     if layer.bias is not None and old_bias is not None:
-        if name and _fits(old_bias, layer.bias):
-            layer._parameters["bias"] = old_bias  # its values are copied with those of all other tensors
-        else:
-            layer.bias.requires_grad_(old_bias.requires_grad)
+        layer.bias.requires_grad_(old_bias.requires_grad)
+        if name:
+            share_bias(old, layer)  # the values are copied with those of all other tensors
     return layer.train(old.training)
 
 
@@ -264,11 +270,6 @@ def _keep_own(old: SparseLinear, layer: SparseLinear) -> None:
         layer._parameters.setdefault(name, parameter)
     if (old.pattern, old.kernel.backend, old.quantized) == (layer.pattern, layer.kernel.backend, layer.quantized):
         layer.dense_above = old.dense_above
-
-
-def _fits(old: nn.Parameter, bias: nn.Parameter) -> bool:
-    alike = old.shape == bias.shape and old.dtype == bias.dtype and old.device == bias.device
-    return alike and type(old) is nn.Parameter and old.is_contiguous() and not old.is_inference()
 
 
 def _load_by_torch(path: str | Path, model: nn.Module, state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:

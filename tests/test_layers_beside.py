@@ -1,6 +1,8 @@
 """What a model holds beside its layers: bare matrices, ways past its modules, and names that a file uses."""
 
 import functools
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +125,10 @@ def closed_over(layer):
         lambda layer: functools.partial(map, layer),
         lambda layer: layer.forward,
         closed_over,
+        lambda layer: deque([layer]),
+        lambda layer: SimpleNamespace(run=[layer]),
+        lambda layer: [nn.Sequential(layer, nn.ReLU())],
+        lambda layer: [torch.compile(layer)],
     ],
 )
 @pytest.mark.parametrize("deep", [False, True])
@@ -142,6 +148,7 @@ def test_a_layer_inside_a_module_that_is_held_twice_is_found():
     block = Holding(a=nn.Linear(4, 4))
     model = Holding(block=block)
     model.blocks = [block]
+    block.above = [nn.ModuleList([model])]
     model.method, model.nothing = block.forward, lambda: unset
     assert list(find_linears(model)) == ["block.a"]
     unset = None

@@ -347,3 +347,24 @@ def test_a_bias_that_cannot_stay_is_replaced(tmp_path):
     assert torch.equal(model[0].bias, saved[0].bias)
     assert not model[0].bias.requires_grad
     assert wide.tolist() == [0, 0, 0, 0]
+
+
+def test_an_entry_in_the_place_of_a_packed_weight_is_refused(tmp_path):
+    model = nn.Sequential(packed(1))
+    model[0].register_buffer("values", torch.zeros(4, 8))
+    with pytest.raises(ModelError, match='sparse layer "0" has an entry "values" of its own'):
+        save(model, tmp_path / "m")
+
+
+def test_a_layer_whose_names_clash_with_the_file_is_no_place_for_a_sparse_one(tmp_path):
+    save(nn.Sequential(packed(1)), tmp_path / "m")
+    model = nn.Sequential(nn.Linear(16, 4))
+    model[0].register_buffer("values", torch.zeros(3))
+    assert_refused(tmp_path / "m", model, 'no place in the model: it has a buffer "values" of its own')
+
+
+def test_a_pinned_backend_that_does_not_run_the_file_is_named_with_the_layer(tmp_path):
+    save(nn.Sequential(packed(1)), tmp_path / "m")
+    old = packed(1)
+    old._wanted = "none such"
+    assert_refused(tmp_path / "m", nn.Sequential(old), 'sparse layer "0": .*none such', ModelError)
