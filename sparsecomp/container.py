@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.errors import FormatError, ModelError, PatternError
-from sparsecomp.files import require_folder, safetensors
+from sparsecomp.files import require_folder, safetensors, whole_file
 from sparsecomp.pack import PackedWeight
 from sparsecomp.pack.format import DTYPES, part_names
 from sparsecomp.patterns import parse
@@ -68,7 +68,7 @@ def write(
     """Write contiguous CPU tensors that share no memory, atomically: a reader sees the old file or the new one.
 
     Raises ModelError for metadata that is no text and for dtypes that safetensors does not have, FormatError for a
-    folder that is not there.
+    file that cannot be written.
     """
     require_folder(path)
     described = {
@@ -94,14 +94,13 @@ def write(
         header[f"{_USER}{name}"] = text
     header[f"{_PREFIX}crc32"] = _checksum(tensors, header)
     base, torch_io = safetensors(), safetensors("torch")
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        torch_io.save_file(dict(tensors), temporary, metadata=header)
-        temporary.replace(path)
+        with whole_file(path) as partial:
+            torch_io.save_file(dict(tensors), partial, metadata=header)
+    except FormatError:
+        raise
     except (KeyError, ValueError, base.SafetensorError) as error:
         raise ModelError(f"safetensors cannot hold this model ({error}); convert or remove that tensor") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Contents:

@@ -209,6 +209,11 @@ def label(names: Sequence[str]) -> str:
     return (f"{len(names)} x " if len(names) > 1 else "") + (kinds[0][0] or "(the model)") + more
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 layer", "2 layers"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def listed(names: Sequence[str]) -> str:
     """Names in a sentence: few as they are, many by their kinds, such as "12 x layers.*.up, lm_head"."""
     if len(names) <= _LISTED:

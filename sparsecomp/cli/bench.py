@@ -6,8 +6,18 @@ import argparse
 import os
 from pathlib import Path
 
-from sparsecomp.cli.parser import counts, counts_or_none, output_file, positive, shapes, words
-from sparsecomp.errors import ModelError
+from sparsecomp.cli.parser import (
+    UsageError,
+    counts,
+    counts_or_none,
+    output_file,
+    output_folder,
+    positive,
+    shapes,
+    words,
+)
+from sparsecomp.errors import SparsecompError
+from sparsecomp.files import telling
 
 AUTO = "auto"
 _EXAMPLE = """\
@@ -63,17 +73,20 @@ def run(arguments: argparse.Namespace) -> int:
             name for name in ("shapes", "batches", "cold_batches", "dtypes", "patterns") if chosen[name] is not None
         ]:
             options = ", ".join("cold" if name == "cold_batches" else name for name in given)
-            raise ModelError(f"--goals sets {options} itself; leave either out")
+            raise UsageError(f"--goals sets {options} itself; leave either out")
         parts = goals.parts(chosen["threads"], arguments.seconds)
     else:
         parts = [sweep.Settings(**{name: value for name, value in chosen.items() if value is not None})]
     used = {dtype for part in parts for dtype in part.dtypes}
     if unknown := used - {"fp32", "bf16"}:
-        raise ModelError(f"--dtypes got {', '.join(sorted(unknown))}; allowed are fp32 and bf16")
+        raise UsageError(f"--dtypes got {', '.join(sorted(unknown))}; allowed are fp32 and bf16")
     for pattern in dict.fromkeys(pattern for part in parts for pattern in part.patterns):
-        sweep.check_pattern(pattern)
+        try:
+            sweep.check_pattern(pattern)
+        except SparsecompError as error:
+            raise UsageError(f"argument --patterns: {error}") from error
     if too_many := [count for count in chosen["threads"] if not 1 <= count <= cores]:
-        raise ModelError(f"--threads got {too_many[0]}; this process may use 1 to {cores} cores")
+        raise UsageError(f"--threads got {too_many[0]}; this process may use 1 to {cores} cores")
     result = sweep.sweep(*parts)
     print(report.render(result))
     if arguments.goals:
@@ -81,14 +94,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         path = Path(arguments.output)
         path = sweep.default_path(result, Path("bench/results")) if arguments.output == AUTO else path
-        sweep.write(result, path)
+        with telling(path):
+            sweep.write(result, path)
         print(f"\nwrote {path}")
     if arguments.plot:
         shape = max(parts[0].shapes, key=lambda each: each[0] * each[1])
-        Path(arguments.plot).write_text(plot.limit_plot(result, shape, parts[0].dtypes[0], parts[0].threads[0]))
+        with telling(Path(arguments.plot)):
+            Path(arguments.plot).write_text(plot.limit_plot(result, shape, parts[0].dtypes[0], parts[0].threads[0]))
         print(f"wrote {arguments.plot}")
     return 0
 
 
 def _result_file(text: str) -> str:
-    return text if text == AUTO else output_file(".json")(text)
+    if text != AUTO:
+        return output_file(".json")(text)
+    output_folder("bench/results")
+    return text

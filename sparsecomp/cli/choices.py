@@ -9,18 +9,18 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from glob import escape
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from sparsecomp.calibration import Calibration
-from sparsecomp.device import detect
+from sparsecomp.cli.parser import UsageError
 from sparsecomp.display import listed
-from sparsecomp.errors import CalibrationError, ModelError, PatternError
-from sparsecomp.layers import LayerTable
-from sparsecomp.pack import pack
-from sparsecomp.pack.format import DTYPES
-from sparsecomp.patterns import Pattern, Unstructured, parse
+from sparsecomp.errors import CalibrationError, MethodError, ModelError, PatternError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsecomp.calibration import Calibration
+    from sparsecomp.layers import LayerTable
+    from sparsecomp.patterns import Pattern
 
 AUTO = "auto"
 # parts of names under which models keep the layer that turns features into scores
@@ -56,24 +56,32 @@ def add_pattern(parser: ArgumentParser, required: bool, otherwise: str = "") -> 
 def read_patterns(given: Sequence[str]) -> dict[str, str]:
     """Patterns by glob, in the order given, "*" being that of all other layers and the last.
 
-    Raises PatternError for a pattern that is none and for two for one glob.
+    Raises UsageError for a pattern that is none and for two for one glob.
     """
+    from sparsecomp.patterns import parse
+
     patterns: dict[str, str] = {}
     # a pattern without a glob is for what no glob matches, wherever it stands
     for text in sorted(given, key=lambda each: "=" not in each):
         glob, _, pattern = text.rpartition("=")
         if "=" in text and not glob.strip():
-            raise PatternError(f'--pattern "{text}" has no glob before "="; write GLOB=PATTERN, or the pattern alone')
+            raise UsageError(f'--pattern "{text}" has no glob before "="; write GLOB=PATTERN, or the pattern alone')
         if (glob or "*") in patterns:
-            raise PatternError(f'two patterns are given for "{glob or "*"}"; give one')
+            raise UsageError(f'two patterns are given for "{glob or "*"}"; give one')
         if pattern != AUTO:
-            parse(pattern)
+            try:
+                parse(pattern)
+            except PatternError as error:
+                raise UsageError(f"argument --pattern: {error}") from error
         patterns[glob or "*"] = pattern
     return patterns
 
 
 def without_auto(patterns: Mapping[str, str], model: nn.Module) -> dict[str, Pattern]:
     """The patterns, "auto" being the natural one where the model is; a line on standard error says which."""
+    from sparsecomp.device import detect
+    from sparsecomp.patterns import parse
+
     natural: Pattern | None = None
     if AUTO in patterns.values():
         place = next((each.device for each in model.parameters() if each.device.type in ("cpu", "cuda")), "cpu")
@@ -98,6 +106,7 @@ def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[
     Raises ModelError for globs and names that match no layer, PatternError where no layer has a pattern and for one
     that cannot be packed.
     """
+    from sparsecomp.patterns import Unstructured, parse
     from sparsecomp.prune.model import choose_patterns
 
     if recorded is None:
@@ -121,21 +130,23 @@ def exactly(patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
 
 
 def check_method(method: str | None, calibration: str | None) -> None:
-    """MethodError for an unknown method, CalibrationError for one that needs batches where none are named."""
+    """UsageError for an unknown method, and for one that needs batches where none are named."""
     from sparsecomp.prune import methods
     from sparsecomp.prune.registry import get_method
 
     assert methods()  # importing the package registers them
     if method is None:
         if calibration is not None:
-            raise ModelError(
+            raise UsageError(
                 "--calibration is for pruning, and without --method nothing is pruned; give both or neither"
             )
         return
-    if get_method(method).needs_gram and calibration is None:
-        raise CalibrationError(
-            f'method "{method}" needs calibration batches; name a factory: --calibration module:function'
-        )
+    try:
+        needs_gram = get_method(method).needs_gram
+    except MethodError as error:
+        raise UsageError(f"argument --method: {error}") from error
+    if needs_gram and calibration is None:
+        raise UsageError(f'method "{method}" needs calibration batches; name a factory: --calibration module:function')
 
 
 def check_calibration(method: str | None, calibration: Calibration | None, names: Sequence[str]) -> None:
@@ -151,6 +162,8 @@ def check_calibration(method: str | None, calibration: Calibration | None, names
 
 def check_finite(found: LayerTable, names: Sequence[str]) -> None:
     """ModelError for the first weight that holds NaN or Inf, with its place."""
+    import torch
+
     for name in names:
         weight = found[name].get_weight()
         bad = ~torch.isfinite(weight)
@@ -164,6 +177,9 @@ def check_finite(found: LayerTable, names: Sequence[str]) -> None:
 
 def check_fit(found: LayerTable, chosen: Mapping[str, Pattern]) -> None:
     """PatternError naming every layer whose weight does not fit its pattern; layers of other dtypes are not asked."""
+    from sparsecomp.pack import pack
+    from sparsecomp.pack.format import DTYPES
+
     refused: dict[str, str] = {}
     for name, pattern in chosen.items():
         weight = found[name].get_weight()

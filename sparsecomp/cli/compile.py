@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecomp.cli import choices, hub, models, pruned
-from sparsecomp.cli.parser import counts
+from sparsecomp.cli.parser import UsageError, counts
 from sparsecomp.display import listed
-from sparsecomp.errors import ModelError, PatternError
+from sparsecomp.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,9 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     choices.check_method(arguments.method, arguments.calibration)
     if arguments.everywhere and (arguments.batch or arguments.all):
         option = "--batch" if arguments.batch else "--all"
-        raise ModelError(f"{option} is for the plan, which --everywhere does without; leave one of them out")
+        raise UsageError(f"{option} is for the plan, which --everywhere does without; leave one of them out")
     if arguments.batch_item is not None and arguments.calibration is None:
-        raise ModelError("--batch-item is the part of a calibration batch; give --calibration as well")
+        raise UsageError("--batch-item is the part of a calibration batch; give --calibration as well")
     model = models.load_model(arguments.model, arguments.weights, arguments.auto_class)
     every = find_linears(model)
     found = require_layers(find_linears(model, arguments.only, arguments.skip))
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     # who names a method and a pattern wants them everywhere
     noted = None if given and arguments.method else noted
     if not given and noted is None:
-        raise PatternError("--pattern is missing, and the weights do not note any; give one, such as --pattern 2:4")
+        raise UsageError("--pattern is missing, and the weights do not note any; give one, such as --pattern 2:4")
     chosen = choices.by_layer(found, choices.without_auto(given, model), noted)
     if "" in chosen:
         raise ModelError(

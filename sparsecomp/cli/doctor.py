@@ -6,9 +6,9 @@ import argparse
 import json
 import platform
 import warnings
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Any
+
+from sparsecomp.cli.packages import look, missing_torch
 
 _EXAMPLE = """\
 example: sparsecomp doctor
@@ -50,22 +50,34 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _facts(quick: bool) -> dict[str, Any]:
+    import sparsecomp as sc
+
+    facts: dict[str, Any] = {"sparsecomp": sc.__version__, "python": platform.python_version()}
+    reason = missing_torch()
+    if reason is None:
+        facts |= _facts_of_torch(quick)
+    else:
+        facts |= {"torch": None, "devices": [], "backends": {}, "onnxruntime_operators": False}
+        facts |= {"compiled": [], "refused": reason}
+    found = look(OPTIONAL)
+    facts["packages"] = {name: None if each.problem else each.version for name, each in found.items()}
+    facts["package_problems"] = {name: str(each) for name, each in found.items() if each.problem}
+    return facts
+
+
+def _facts_of_torch(quick: bool) -> dict[str, Any]:
     import torch
 
-    import sparsecomp as sc
     from sparsecomp.backends.cpu import CpuBackend
     from sparsecomp.backends.registry import backends
     from sparsecomp.onnx.session import library_path
 
     reasons = {name: backend.missing() for name, backend in backends().items()}
     return {
-        "sparsecomp": sc.__version__,
-        "python": platform.python_version(),
         "torch": str(torch.__version__),
         "devices": [_device(kind, quick) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()],
         "backends": {name: {"ready": reason is None, "reason": reason} for name, reason in reasons.items()},
         "onnxruntime_operators": library_path() is not None,
-        "packages": {name: _version(name) for name in OPTIONAL},
         "compiled": [name for name, reason in reasons.items() if reason is None and name not in _FALLBACKS],
         "refused": CpuBackend().refusal(),
     }
@@ -93,7 +105,11 @@ def _device(kind: str, quick: bool) -> dict[str, Any]:
 def _text(facts: dict[str, Any]) -> str:
     from sparsecomp.display import table, wrap
 
-    lines = [f"sparsecomp {facts['sparsecomp']}, Python {facts['python']}, torch {facts['torch']}"]
+    torch = facts["torch"]
+    lines = [
+        f"sparsecomp {facts['sparsecomp']}, Python {facts['python']}, "
+        f"{'no torch' if torch is None else f'torch {torch}'}"
+    ]
     for device in facts["devices"]:
         lines.append(wrap(device["description"], indent="     "))
         if device["instruction_sets"] is not None:
@@ -104,13 +120,20 @@ def _text(facts: dict[str, Any]) -> str:
             peaks = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in device["flops"].items())
             memory = f"memory {device['bytes_per_second'] / 1e9:.0f} GB/s"
             lines.append(wrap(f"     measured peaks: {peaks}, {memory}", indent="       "))
-    if all(device["kind"] != "cuda" for device in facts["devices"]):
+    if torch is not None and all(device["kind"] != "cuda" for device in facts["devices"]):
         lines.append("cuda: torch sees no GPU")
-    packages = [(name, facts["packages"][name] or "not installed", purpose) for name, purpose in OPTIONAL.items()]
-    lines += ["", table(("backend", "state", "why"), _backend_rows(facts))]
+    problems = facts["package_problems"]
+    packages = [
+        (name, problems.get(name) or facts["packages"][name] or "not installed", purpose)
+        for name, purpose in OPTIONAL.items()
+    ]
+    if facts["backends"]:
+        lines += ["", table(("backend", "state", "why"), _backend_rows(facts))]
     lines += ["", table(("optional package", "version", "used for"), packages)]
     if not facts["compiled"]:
         why = facts["refused"]
+        if torch is None:
+            return "\n".join([*lines, "", wrap(f"Nothing can run here: {why}.", indent="")])
         how = why if why is not None else "reinstall with a C++ compiler at hand"
         lines += ["", wrap(f"No compiled kernel can run here, so sparse layers multiply dense: {how}.", indent="")]
     return "\n".join(lines)
@@ -128,20 +151,8 @@ def _backend_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
     for reason, names in missing.items():
         one = len(names) == 1
         rows.append(
-            (names[0] if one else f"{len(names)} others", "missing", reason if one else f"{reason}: {', '.join(names)}")
+            (names[0] if one else f"{len(names)} others", "missing", reason if one else f"{', '.join(names)}: {reason}")
         )
     if not operators:
         rows.append((_OPERATORS, "missing", "the library was not built"))
     return rows
-
-
-def _version(package: str) -> str | None:
-    """The version of a package, None if it is not installed."""
-    if find_spec(package) is None:
-        return None
-    for distribution in (package, f"{package}-cuda13x", f"{package}-cuda12x"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return "installed"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparsecomp.cli import hub, models, pruned
 from sparsecomp.display import wrap
+from sparsecomp.files import telling
 
 _EXAMPLE = """\
 example: sparsecomp export packed.safetensors --model shop.models:build \\
@@ -36,22 +37,23 @@ def run(arguments: argparse.Namespace) -> int:
     import sparsecomp as sc
 
     pruned.require_packed(arguments.file)
+    output = Path(arguments.output)
     model = models.load_model(arguments.model, auto_class=arguments.auto_class)
     model = sc.load(arguments.file, into=model)
     call = models.load_call(arguments.inputs, arguments.model, model)
-    with hub.without_cache(model):
+    with hub.without_cache(model), telling(output):
         names = hub.output_names(model, call) if Path(arguments.model).is_dir() else None
         report = sc.export_onnx(
             model,
             call.args,
-            arguments.output,
+            output,
             form=arguments.form,
             output_names=names,
             dynamic_shapes=call.axes,
             kwargs=call.kwargs or None,
         )
     print(report)
-    print(wrap(_inputs(Path(arguments.output), arguments.inputs is not None), indent=""))
+    print(wrap(_inputs(output, arguments.inputs is not None), indent=""))
     return 0
 
 

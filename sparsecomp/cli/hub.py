@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from sparsecomp.display import listed
 from sparsecomp.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 # files that hold weights, which the written model has anew
 _WEIGHTS = (
@@ -66,6 +67,8 @@ def load_folder(folder: Path, auto_class: str | None, weights: Path | None) -> n
     ``weights`` is a safetensors file that is read instead of the folder's own. Raises ModelError for a folder that is
     none of transformers', a class that does not exist, and weights that do not fill the model.
     """
+    import torch
+
     config = _config(folder)
     transformers = _transformers(folder)
     made, reason = _class(transformers, config, auto_class)
@@ -85,7 +88,7 @@ def load_folder(folder: Path, auto_class: str | None, weights: Path | None) -> n
                 f'model folder "{folder}" cannot be loaded as {made.__name__} ({type(error).__name__}: {text}); '
                 "check its files, or name another class with --auto-class"
             ) from error
-    assert isinstance(model, nn.Module)
+    assert isinstance(model, torch.nn.Module)
     print(f'model "{folder}": {type(model).__name__}{reason}', file=sys.stderr)
     _check_loaded(folder, weights, model, info)
     return model
@@ -120,6 +123,10 @@ def save_folder(model: nn.Module, folder: Path, source: Path | None) -> None:
     try:
         with _quiet(transformers):
             model.save_pretrained(partial)  # type: ignore[operator]
+        mode = (partial / "config.json").stat().st_mode & 0o777
+        for each in partial.glob("*.safetensors"):
+            # these alone are closed to others, whatever a new file may be here
+            each.chmod(mode)
         if source is not None:
             _copy_beside(source, partial)
         if folder.exists():
@@ -153,6 +160,8 @@ def example_call(model: nn.Module) -> Call:
 
     Raises ModelError for a model that takes anything else.
     """
+    import torch
+
     kind, config = type(model).__name__, getattr(model, "config", None)
     first = getattr(model, "main_input_name", None)
     mixed = getattr(config, "text_config", None) is not None and getattr(config, "vision_config", None) is not None
@@ -185,6 +194,8 @@ def example_call(model: nn.Module) -> Call:
 
 def output_names(model: nn.Module, call: Call) -> list[str] | None:
     """Names of the outputs where the call returns a plain mapping of tensors, such as ["logits"]; else None."""
+    import torch
+
     with torch.no_grad():
         result = model(*call.args, **call.kwargs)
     if isinstance(result, Mapping) and result and all(isinstance(each, torch.Tensor) for each in result.values()):
@@ -197,12 +208,16 @@ def _takes(model: nn.Module, name: str) -> bool:
 
 
 def _ids(config: Any, length: int) -> torch.Tensor:
+    import torch
+
     words = min(getattr(config, "vocab_size", None) or 16, 16)
     count = torch.arange(_BATCH * length, dtype=torch.int64, device="cpu")
     return (count % words).view(_BATCH, length)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
+    import torch
+
     return next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
 
 
@@ -302,6 +317,8 @@ def _check_loaded(folder: Path, weights: Path | None, model: nn.Module, info: Ma
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether it multiplies by a weight, as nn.Linear and the Conv1D of GPT-2 do."""
+    from torch import nn
+
     return isinstance(module, nn.Linear) or (
         type(module).__name__ == "Conv1D" and getattr(getattr(module, "weight", None), "ndim", 0) == 2
     )

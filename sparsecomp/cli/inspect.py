@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsecomp.cli import pruned
-from sparsecomp.errors import ModelError
+from sparsecomp.cli.parser import UsageError
+from sparsecomp.errors import PatternError
 
 _EXAMPLE = """\
 example: sparsecomp inspect packed.safetensors
@@ -36,16 +37,21 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     path = Path(arguments.file)
-    if path.suffix.lower() == ".onnx":
+    if path.suffix.lower() == ".onnx" and not path.is_dir():
         from sparsecomp.onnx import verify
+        from sparsecomp.patterns import parse
 
-        verified = verify(path, arguments.pattern or "2:4")
+        try:
+            pattern = str(parse(arguments.pattern or "2:4"))
+        except PatternError as error:
+            raise UsageError(f"argument --pattern: {error}") from error
+        verified = verify(path, pattern)
         print(_json(verified, fits=verified.fits) if arguments.json else verified)
         return 0 if verified.fits else 1
     from sparsecomp.storage import inspect
 
     if arguments.pattern is not None:
-        raise ModelError(
+        raise UsageError(
             f'--pattern is what an .onnx file is checked against; "{path}" says itself which patterns its layers have, '
             "so leave it out"
         )

@@ -11,16 +11,18 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from sparsecomp.calibration import Calibration, calibrate
 from sparsecomp.cli import hub
 from sparsecomp.cli.hub import Call
-from sparsecomp.cli.parser import output_file
+from sparsecomp.cli.parser import output_file, words
 from sparsecomp.errors import CalibrationError, ModelError
 from sparsecomp.files import safetensors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsecomp.calibration import Calibration
 
 MODEL_HELP = (
     "a Python factory module:function that takes no argument and returns an nn.Module (the current folder is on the "
@@ -52,6 +54,7 @@ def add_pruning(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--batch-item",
         metavar="ITEM",
+        type=lambda text: ",".join(words(text)),
         help="what the model takes of each batch: 0 for batches (x, label), 0,1 for the first two, keys for dicts",
     )
     add_selection(parser)
@@ -118,6 +121,8 @@ def _require_no_arguments(name: str, function: Callable[..., Any]) -> None:
 def _no_factory(name: str, what: str) -> str:
     """Why a name without a function behind it is no factory, and what to write."""
     path = Path(name)
+    if "model" in what and path.is_file() and (path.parent / "config.json").is_file():
+        return f'"{name}" is a file of the model folder "{path.parent}"; name the folder: {path.parent}/'
     write = "write it as module:function, such as shop.models:build"
     if path.suffix.lower() in _WEIGHT_FILES:
         there = "is a file of weights" if path.is_file() else "looks like a file of weights"
@@ -143,6 +148,8 @@ def load_model(name: str, weights: str | None = None, auto_class: str | None = N
 
     Raises ModelError for a name that is neither a factory nor a Hugging Face folder, or weights that do not fit.
     """
+    from torch import nn
+
     path = None if weights is None else _readable(Path(weights))
     if Path(name).is_dir():
         return hub.load_folder(Path(name), auto_class, path).eval()
@@ -160,6 +167,8 @@ def load_model(name: str, weights: str | None = None, auto_class: str | None = N
 
 
 def _require_shapes(name: str, model: nn.Module) -> None:
+    from torch import nn
+
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise ModelError(
@@ -173,6 +182,8 @@ def _a(noun: str) -> str:
 
 def load_calibration(arguments: Namespace, model: nn.Module) -> Calibration | None:
     """The statistics of ``model`` on the batches that --calibration names, or None without one."""
+    from sparsecomp.calibration import calibrate
+
     if arguments.calibration is None:
         return None
     batches = load_batches(arguments.calibration, arguments.batch_item)
@@ -181,6 +192,8 @@ def load_calibration(arguments: Namespace, model: nn.Module) -> Calibration | No
 
 def load_batches(name: str, item: str | None = None) -> Iterable[Any]:
     """The batches that a factory gives, or that item of each. Raises ModelError for what is no iterable of batches."""
+    from torch import Tensor
+
     batches = call_factory(name, "calibration batches")
     if isinstance(batches, Tensor):
         # a tensor is iterable, row by row
@@ -192,7 +205,9 @@ def load_batches(name: str, item: str | None = None) -> Iterable[Any]:
 
 def _items(batches: Iterable[Any], items: str) -> Iterator[Any]:
     """Of each batch the one item, or several as a batch of the same kind."""
-    names = [name.strip() for name in items.split(",")]
+    from torch import Tensor
+
+    names = words(items)
     for number, batch in enumerate(batches):
         if isinstance(batch, Tensor):
             raise CalibrationError(
@@ -270,5 +285,7 @@ def _load_dense(model: nn.Module, path: Path) -> None:
 
 def count_bytes(model: nn.Module) -> int:
     """Bytes of all distinct parameters and buffers that the model would save."""
+    from torch import Tensor
+
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
     return sum(tensor.nbytes for tensor in tensors.values())

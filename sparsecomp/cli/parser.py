@@ -9,11 +9,15 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sparsecomp.display import wrap
-from sparsecomp.errors import FormatError
-from sparsecomp.files import require_folder
+from sparsecomp.errors import FormatError, SparsecompError
+from sparsecomp.files import require_folder, require_new_folder
+
+
+class UsageError(SparsecompError):
+    """Options that cannot be meant as they are given, as can be told without the model: exit code 2, as argparse."""
 
 
 class _Once(argparse.Action):
@@ -65,6 +69,22 @@ class Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
 
+    def error(self, message: str) -> NoReturn:
+        """Leave with code 2, after the shortest usage and the sentence."""
+        usage = wrap(f"usage: {' '.join([self.prog, *self._required()])} [options]", indent="       ")
+        self.exit(2, f"{usage}\n       all options: {self.prog} --help\nerror: {message}\n")
+
+    def _required(self) -> list[str]:
+        """What must be given; the help has the rest."""
+        words = []
+        for action in self._actions:
+            value = action.metavar or action.dest.upper()
+            if not action.option_strings:
+                words.append(str(value))
+            elif action.required:
+                words.append(f"{action.option_strings[0]} {value}")
+        return words
+
 
 def output_file(*endings: str) -> Callable[[str], str]:
     """The argparse type of a file to write: its folder is there, it is no folder, and it has one of the endings."""
@@ -72,19 +92,25 @@ def output_file(*endings: str) -> Callable[[str], str]:
     def check(text: str) -> str:
         path = Path(text)
         _require_name(text)
-        if text.endswith("/") or path.is_dir():
+        if path.is_dir():
             raise argparse.ArgumentTypeError(f'"{text}" is a folder; name a file in it, such as {_example(path)}')
+        if text.endswith("/"):
+            there = f"{path}" if path.suffix.lower() in endings else _example(path)
+            raise argparse.ArgumentTypeError(
+                f'"{text}" ends in a slash, which names a folder; name a file, such as {there}'
+            )
         _in_a_folder(text)
         if endings and path.suffix.lower() not in endings:
             got = f'ends in "{path.suffix}"' if path.suffix else "has no ending"
-            allowed = " or ".join(endings)
+            allowed = ", ".join(endings[:-1]) + (" or " if endings[1:] else "") + endings[-1]
             raise argparse.ArgumentTypeError(
                 f'"{text}" {got}; this file is written as {allowed}, so give it that ending'
             )
         return text
 
     def _example(folder: Path) -> str:
-        return str(folder / f"model{endings[0] if endings else '.safetensors'}")
+        name = "report" if ".html" in endings else "model"
+        return str(folder / f"{name}{endings[0] if endings else '.safetensors'}")
 
     return check
 
@@ -92,6 +118,16 @@ def output_file(*endings: str) -> Callable[[str], str]:
 def output_path(text: str) -> str:
     """The argparse type of a file or a model folder to write: what it is to lie in is there."""
     return _in_a_folder(text)
+
+
+def output_folder(text: str) -> str:
+    """The argparse type of a folder to write in, which is made where it is not there."""
+    _require_name(text)
+    try:
+        require_new_folder(Path(text))
+    except FormatError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _require_name(text: str) -> None:
@@ -145,10 +181,13 @@ def whole(least: int = 0) -> Callable[[str], int]:
     """The argparse type of one whole number of ``least`` or more."""
 
     def check(text: str) -> int:
-        numbers = _whole(text, least)
-        if len(numbers) != 1:
-            raise argparse.ArgumentTypeError(f'"{text}" is a list; give one whole number')
-        return numbers[0]
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f'"{text}" is no whole number of {least} or more; write one such as 100')
+        return number
 
     return check
 
@@ -162,6 +201,17 @@ def positive(text: str) -> float:
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f'"{text}" is no number above 0; write one such as 0.5')
     return number
+
+
+def number(text: str) -> float:
+    """The argparse type of a finite number, such as 0.1; what it is for says which are allowed."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f'"{text}" is no number; write one such as 0.1')
+    return found
 
 
 def shapes(text: str) -> tuple[tuple[int, int], ...]:

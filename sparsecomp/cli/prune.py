@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecomp.cli import choices, hub, models, pruned
-from sparsecomp.cli.parser import output_file, output_path, whole
-from sparsecomp.errors import CalibrationError, FormatError, ModelError
-from sparsecomp.files import safetensors
+from sparsecomp.cli.parser import UsageError, number, output_file, output_folder, output_path, whole
+from sparsecomp.errors import CalibrationError, FormatError, ModelError, SparsecompError
+from sparsecomp.files import safetensors, telling, whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,16 +54,19 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
         "--tune", type=whole(), default=0, metavar="STEPS", help="with --blocks: tune each block so long"
     )
     parser.add_argument("--distill", type=whole(), default=0, metavar="STEPS", help="then tune the whole model so long")
-    parser.add_argument("--learning-rate", type=float, metavar="RATE", help="of tuning (default 3e-4)")
+    parser.add_argument("--learning-rate", type=number, metavar="RATE", help="of tuning (default 3e-4)")
     parser.add_argument(
         "--held-out",
-        type=float,
+        type=number,
         metavar="SHARE",
         help="of the batches, to judge by (default 0.1, without --blocks or --distill only for best)",
     )
     parser.add_argument("--seed", type=whole(), default=0, help="of everything random (default 0)")
     parser.add_argument(
-        "--checkpoint", metavar="FOLDER", help="keep finished work there; a second call goes on from it"
+        "--checkpoint",
+        metavar="FOLDER",
+        type=output_folder,
+        help="keep finished work there; a second call goes on from it",
     )
     parser.add_argument("--masks", metavar="FILE", help="use these masks (safetensors, by layer name; nonzero = kept)")
     parser.add_argument("--save-masks", metavar="FILE", type=output_file(), help="write the masks (safetensors, bool)")
@@ -71,7 +74,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
         "--report",
         metavar="FILE",
         action="append",
-        type=output_file(),
+        type=output_file(".json", ".csv", ".html"),
         help="write the report: .json, .csv or .html (may be repeated)",
     )
     parser.add_argument(
@@ -113,9 +116,11 @@ def run(arguments: argparse.Namespace) -> int:
     patterns = {name: str(each) for name, each in done.items()}
     size = pruned.save(model, arguments.output, patterns, arguments.model)
     if arguments.save_masks:
-        torch_io.save_file({name: mask.contiguous() for name, mask in report.masks.items()}, arguments.save_masks)
-    for path in arguments.report or []:
-        report.save(path)
+        with whole_file(Path(arguments.save_masks)) as partial:
+            torch_io.save_file({name: mask.contiguous() for name, mask in report.masks.items()}, partial)
+    for path in map(Path, arguments.report or []):
+        with telling(path):
+            report.save(path)
     print(report)
     print(f"wrote {arguments.output} ({size / 1e6:.1f} MB of dense weights)")
     return 0
@@ -126,22 +131,22 @@ def _check(arguments: argparse.Namespace) -> Tuning:
     from sparsecomp.prune import Tuning
 
     if arguments.tune and not arguments.blocks:
-        raise ModelError("--tune tunes block after block and needs --blocks; to tune the whole model use --distill")
+        raise UsageError("--tune tunes block after block and needs --blocks; to tune the whole model use --distill")
     if arguments.batch_item is not None and arguments.calibration is None:
-        raise ModelError("--batch-item is the part of a calibration batch; give --calibration as well")
+        raise UsageError("--batch-item is the part of a calibration batch; give --calibration as well")
     if arguments.learning_rate is not None and not (arguments.tune or arguments.distill):
-        raise ModelError("--learning-rate is that of --tune and --distill; add one of them or leave it out")
+        raise UsageError("--learning-rate is that of --tune and --distill; add one of them or leave it out")
     needs = [name for name in ("blocks", "distill", "held_out") if getattr(arguments, name)]
     if needs and arguments.calibration is None:
         flag = needs[0].replace("_", "-")
-        raise CalibrationError(f"--{flag} needs batches; name a factory: --calibration module:function")
-    for path in map(Path, arguments.report or []):
-        if path.suffix not in (".json", ".csv", ".html"):
-            raise FormatError(f'--report "{path}" is no .json, .csv or .html file; give it one of these endings')
+        raise UsageError(f"--{flag} needs batches; name a factory: --calibration module:function")
     given = {"learning_rate": arguments.learning_rate, "held_out": arguments.held_out}
-    base = Tuning(seed=arguments.seed, **{key: value for key, value in given.items() if value is not None})
-    for steps in filter(None, (arguments.tune, arguments.distill)):
-        dataclasses.replace(base, steps=steps)
+    try:
+        base = Tuning(seed=arguments.seed, **{key: value for key, value in given.items() if value is not None})
+        for steps in filter(None, (arguments.tune, arguments.distill)):
+            dataclasses.replace(base, steps=steps)
+    except SparsecompError as error:
+        raise UsageError(str(error)) from error
     return base
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from sparsecomp.cli import hub
+from sparsecomp.display import counted
 from sparsecomp.errors import FormatError, ModelError
-from sparsecomp.files import safetensors
+from sparsecomp.files import safetensors, telling, whole_file
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # where a safetensors file, and a model folder, note the patterns by layer
 KEY = "sparsecomp.patterns"
@@ -43,17 +46,15 @@ def save(model: nn.Module, output: str, patterns: Mapping[str, str], source: str
     """
     if is_folder(output):
         folder = Path(output)
-        hub.save_folder(model, folder, Path(source) if Path(source).is_dir() else None)
-        (folder / NOTE).write_text(json.dumps({"patterns": dict(patterns)}, indent=1) + "\n", encoding="utf-8")
+        with telling(folder):
+            hub.save_folder(model, folder, Path(source) if Path(source).is_dir() else None)
+            note = json.dumps({"patterns": dict(patterns)}, indent=1) + "\n"
+            (folder / NOTE).write_text(note, encoding="utf-8")
         return sum(each.stat().st_size for each in folder.glob("*.safetensors"))
     path = Path(output)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        metadata = {"format": "pt", KEY: json.dumps(dict(patterns))}
+    metadata = {"format": "pt", KEY: json.dumps(dict(patterns))}
+    with whole_file(path) as partial:
         safetensors("torch").save_model(model, str(partial), metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path.stat().st_size
 
 
@@ -79,18 +80,38 @@ def recorded(model: str, weights: str | None) -> dict[str, str] | None:
 
 
 def require_packed(path: str) -> None:
-    """FormatError, with the way on, for weights that prune wrote where a packed file is wanted."""
+    """FormatError, with the way on, for what is no packed file: a folder, an ONNX file, weights that are dense."""
+    compiled = "sparsecomp compile writes packed files"
+    if Path(path).is_dir():
+        noted = recorded(path, None)
+        if noted is None and not (Path(path) / "config.json").is_file():
+            raise FormatError(f'"{path}" is a folder, not a packed model; name a file: {compiled}')
+        held = f", {counted(len(noted), 'layer')} of it pruned" if noted is not None else ""
+        pattern = "" if noted is not None else " --pattern 2:4 --method magnitude"
+        raise FormatError(
+            f'"{path}" is a model folder of dense weights{held}, not a packed model; pack it with: sparsecomp compile '
+            f"{path}{pattern} -o packed.safetensors"
+        )
+    if Path(path).suffix.lower() == ".onnx":
+        raise FormatError(f'"{path}" is an ONNX file already; name the file it was exported from: {compiled}')
     base = safetensors()
     try:
         with base.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
+            header = file.metadata() or {}
+            count = len(list(file.keys()))
     except (base.SafetensorError, OSError):
         return  # who reads it says what is wrong
-    if text is not None:
-        raise FormatError(
-            f'"{path}" holds dense weights with {len(_patterns(text, path))} pruned layers, not a packed model; pack '
-            f"them with: sparsecomp compile MODEL --weights {path} -o packed.safetensors"
-        )
+    if "sparsecomp.format" in header:
+        return
+    text = header.get(KEY)
+    held = counted(count, "tensor") if text is None else counted(len(_patterns(text, path)), "pruned layer")
+    beside = (Path(path).parent / "config.json").is_file()
+    model = f"{Path(path).parent}/" if beside else f"MODEL --weights {path}"
+    pattern = " --pattern 2:4 --method magnitude" if text is None and recorded(model, path) is None else ""
+    raise FormatError(
+        f'"{path}" holds dense weights with {held}, not a packed model; pack them with: sparsecomp compile {model}'
+        f"{pattern} -o packed.safetensors"
+    )
 
 
 def _patterns(text: str, where: str) -> dict[str, str]:

@@ -34,7 +34,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune"]) == 2
     assert main(["no-such-verb"]) == 2
-    assert "usage:" in capsys.readouterr().err
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith(("usage: sparsecomp", "       ", "error: "))
 
 
 @pytest.mark.parametrize("verb", ["prune", "compile", "export"])
@@ -122,9 +123,6 @@ def test_compile_refuses_weights_that_do_not_fit(capsys: pytest.CaptureFixture[s
         (["prune", "shop:nothing", "--pattern", "2:4", "-o", "x"], 'no function "nothing"'),
         (["prune", "shop:number", "--pattern", "2:4", "-o", "x"], "must return an nn.Module"),
         (["prune", "shop:broken", "--pattern", "2:4", "-o", "x"], "ValueError: the shop is closed"),
-        (["prune", "shop:build", "--pattern", "2:5", "-o", "x"], "M in 2, 4, 8, 16"),
-        (["prune", "shop:build", "--pattern", "2:4", "--method", "magic", "-o", "x"], "magic"),
-        (["prune", "shop:build", "--pattern", "2:4", "--method", "wanda", "-o", "x"], "calibration"),
         (["prune", "shop:build", "--pattern", "2:4", "--calibration", "shop:number", "-o", "x"], "iterable"),
         (["prune", "shop:build", "--weights", "shop.py", "--pattern", "2:4", "-o", "x"], "do not fit"),
         (["prune", ".", "--pattern", "2:4", "-o", "x"], "config.json"),
@@ -145,8 +143,6 @@ def test_compile_refuses_weights_that_do_not_fit(capsys: pytest.CaptureFixture[s
         (["prune", "model.safetensors", "--pattern", "2:4", "-o", "x"], "give the file with --weights"),
         (["prune", "./absent/", "--pattern", "2:4", "-o", "x"], "there is no such folder"),
         (["prune", "shop:build", "--auto-class", "AutoModel", "--pattern", "2:4", "-o", "x"], "leave it out"),
-        (["bench", "--dtypes", "fp8"], "fp32 and bf16"),
-        (["bench", "--threads", "100000"], "cores"),
     ],
 )
 def test_an_error_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

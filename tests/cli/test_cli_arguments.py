@@ -68,9 +68,9 @@ def test_arguments_of_bench_are_checked_before_it_measures(
 
 
 def test_a_pattern_of_bench_is_read_before_it_measures(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--patterns", "2:4+int8,2:5"]) == 1
+    assert main(["bench", "--patterns", "2:4+int8,2:5"]) == 2
     assert "M in 2, 4, 8, 16" in capsys.readouterr().err
-    assert main(["bench", "--goals", "--cold", "0"]) == 1
+    assert main(["bench", "--goals", "--cold", "0"]) == 2
     assert "--goals sets cold itself" in capsys.readouterr().err
 
 
@@ -86,7 +86,7 @@ def test_lists_on_the_command_line() -> None:
         ([*COMPILE, "-o", "a.bin"], 'ends in ".bin"; this file is written as .safetensors or .st'),
         ([*COMPILE, "-o", "packed"], "has no ending"),
         ([*COMPILE, "-o", "."], '"." is a folder; name a file in it'),
-        ([*COMPILE, "-o", "folder/"], '"folder/" is a folder'),
+        ([*COMPILE, "-o", "folder/"], '"folder/" ends in a slash'),
         ([*COMPILE, "-o", ""], "the name is empty"),
         (["export", "f", "--model", "shop:build", "-o", "m.txt"], "this file is written as .onnx"),
     ],
@@ -101,19 +101,11 @@ def test_a_file_is_written_under_an_ending_that_says_what_it_is(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["compile", "shop:build", "--pattern", "2:4", "--method", "magnitud"], 'did you mean "magnitude"?'),
-        (["compile", "shop:build", "--pattern", "2:4", "--method", "wanda"], "--calibration module:function"),
-        (["compile", "shop:build", "--pattern", "2:4", "--calibration", "shop:batches"], "without --method"),
-        (["compile", "shop:build", "--pattern", "2of4", "--method", "magnitude"], 'pattern "2of4" is not understood'),
-        (["compile", "shop:build", "--pattern", "=2:4", "--method", "magnitude"], 'has no glob before "="'),
-        (["compile", "shop:build", "--method", "magnitude"], "--pattern is missing"),
         (["compile", "shop:build", "--pattern", "5=2:4", "--method", "magnitude"], "matches no layer"),
         (["compile", "shop:holed", "--pattern", "2:4", "--method", "magnitude"], 'layer "2": weight[3, 4] is nan'),
         (["compile", "shop:build", "--pattern", "2:4"], "2 of 2 layers do not fit their pattern"),
         (["compile", "shop:single", "--pattern", "2:4", "--method", "magnitude"], "is one linear layer itself"),
         (["compile", "shop:lazy", "--pattern", "2:4", "--method", "magnitude"], 'whose "0.weight" has no shape yet'),
-        ([*COMPILE, "--everywhere", "--batch", "8"], "--batch is for the plan"),
-        ([*COMPILE, "--batch-item", "0"], "--batch-item is the part of a calibration batch"),
         ([*COMPILE, "--skip", "9"], 'skip "9" matches no layer'),
     ],
 )
@@ -128,6 +120,60 @@ def test_cheap_checks_come_before_the_plan(
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and "AssertionError" not in error, error
     assert not Path("x.safetensors").exists()
+
+
+PRUNE = ["prune", "shop:build", "--pattern", "2:4", "-o", "x.safetensors"]
+WANDA = [*PRUNE, "--method", "wanda", "--calibration", "shop:batches"]
+PACK = ["compile", "shop:build", "-o", "x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([*PACK, "--pattern", "2:4", "--method", "magnitud"], 'argument --method: unknown pruning method "magnitud"'),
+        ([*PACK, "--pattern", "2:4", "--method", "wanda"], "--calibration module:function"),
+        ([*PACK, "--pattern", "2:4", "--calibration", "shop:batches"], "without --method"),
+        ([*PACK, "--pattern", "2of4", "--method", "magnitude"], 'argument --pattern: pattern "2of4" is not understood'),
+        ([*PACK, "--pattern", "=2:4", "--method", "magnitude"], 'has no glob before "="'),
+        ([*PACK, "--method", "magnitude"], "--pattern is missing"),
+        ([*PACK, "--pattern", "2:4", "--pattern", "8:16"], "two patterns are given"),
+        ([*COMPILE, "-o", "x.safetensors", "--everywhere", "--batch", "8"], "--batch is for the plan"),
+        ([*COMPILE, "-o", "x.safetensors", "--batch-item", "0"], "--batch-item is the part of a calibration batch"),
+        (["plan", "shop:build", "--pattern", "2:5"], "M in 2, 4, 8, 16"),
+        (["plan", "shop:build", "--batch", "x"], '"x" is no whole number of 1 or more'),
+        ([*PRUNE, "--tune", "4"], "needs --blocks"),
+        ([*PRUNE, "--tune", "-1"], '"-1" is no whole number of 0 or more; write one such as 100'),
+        ([*PRUNE, "--tune", "1,2"], '"1,2" is no whole number of 0 or more; write one such as 100'),
+        ([*PRUNE, "--learning-rate", "fast"], '"fast" is no number; write one such as 0.1'),
+        ([*PRUNE, "--learning-rate", "0.1"], "--learning-rate is that of --tune and --distill"),
+        ([*PRUNE, "--blocks"], "--blocks needs batches"),
+        ([*PRUNE, "--distill", "3"], "--distill needs batches"),
+        ([*PRUNE, "--held-out", "0.5"], "--held-out needs batches"),
+        ([*PRUNE, "--pattern", "*=1:4"], 'two patterns are given for "*"'),
+        ([*WANDA, "--held-out", "2"], "leaves nothing to train on"),
+        ([*WANDA, "--held-out", "inf"], '"inf" is no number'),
+        ([*WANDA, "--batch-item", ","], '"," is an empty list'),
+        ([*WANDA, "--distill", "5", "--learning-rate", "-1"], "learning"),
+        ([*PRUNE, "--report", "a.txt"], "written as .json, .csv or .html"),
+        (
+            [*PRUNE, "--report", "a.html/"],
+            '"a.html/" ends in a slash, which names a folder; name a file, such as a.html',
+        ),
+        (["export", "f", "--model", "shop:build", "--form", "thin", "-o", "x.onnx"], "invalid choice"),
+        (["inspect", "f.onnx", "--pattern", "2:5"], "M in 2, 4, 8, 16"),
+        (["bench", "--dtypes", "fp8"], "fp32 and bf16"),
+        (["bench", "--threads", "100000"], "cores"),
+    ],
+)
+def test_a_wrong_option_is_2_with_one_sentence_and_the_short_usage(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    *usage, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and says in error
+    assert usage[0].startswith(f"usage: sparsecomp {arguments[0]}") and "Traceback" not in error
+    assert len(usage) <= 3 and f"sparsecomp {arguments[0]} --help" in " ".join(" ".join(usage).split())
+    assert max(map(len, usage)) <= 80 and not Path("x.safetensors").exists()
 
 
 def test_layers_that_do_not_fit_are_all_named_with_the_options_that_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +213,7 @@ def test_advice_names_options_and_not_python(text: str, told: str) -> None:
 
 def test_inspect_refuses_a_pattern_it_would_not_look_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMPILE, "--everywhere", "-o", "p.safetensors"]) == 0
-    assert main(["inspect", "p.safetensors", "--pattern", "8:16"]) == 1
+    assert main(["inspect", "p.safetensors", "--pattern", "8:16"]) == 2
     assert "leave it out" in capsys.readouterr().err
 
 

@@ -44,7 +44,7 @@ def test_a_layers_own_name_wins_over_a_glob() -> None:
 
 
 def test_two_patterns_for_one_glob_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*COMPILE, "--pattern", "2:4", "--pattern", "8:16", "--method", "magnitude"]) == 1
+    assert main([*COMPILE, "--pattern", "2:4", "--pattern", "8:16", "--method", "magnitude"]) == 2
     assert 'two patterns are given for "*"' in capsys.readouterr().err
 
 
@@ -95,7 +95,7 @@ def test_weights_without_a_note_need_a_pattern(capsys: pytest.CaptureFixture[str
     from safetensors.torch import save_model
 
     save_model(model(), "plain.safetensors")
-    assert main([*COMPILE, "--weights", "plain.safetensors"]) == 1
+    assert main([*COMPILE, "--weights", "plain.safetensors"]) == 2
     assert "--pattern is missing, and the weights do not note any" in capsys.readouterr().err
     assert main([*COMPILE, "--weights", "plain.safetensors", "--pattern", "2:4"]) == 1
     assert "--skip 'block0.0'" in capsys.readouterr().err
@@ -248,9 +248,10 @@ def test_doctor_and_inspect_speak_json(capsys: pytest.CaptureFixture[str]) -> No
         "devices",
         "backends",
         "onnxruntime_operators",
-        "packages",
         "compiled",
         "refused",
+        "packages",
+        "package_problems",
     ]
     assert facts["sparsecomp"] == sc.__version__ and facts["devices"][0]["kind"] == "cpu"
     assert facts["backends"]["dense"] == {"ready": True, "reason": None}
