@@ -1,150 +1,16 @@
 """What a file is copied into: tensors that the model has, all or none of them; what is the model's own stays."""
 
-import copy
-
 import pytest
 import torch
+from saved_models import Beside, assert_refused, packed
 from torch import nn
 
 from sparsecomp import storage
 from sparsecomp.errors import FormatError, ModelError
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack import pack
 from sparsecomp.storage import load, save
 
 NAN = float("nan")
-
-
-class Beside(nn.Module):
-    """A sparse or dense layer, and whatever is registered beside it."""
-
-    def __init__(self, sparse=False, **buffers):
-        super().__init__()
-        self.lin = packed(1) if sparse else nn.Linear(16, 4)
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-
-
-def packed(seed, pattern="2:4", cls=SparseLinear, **options):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.zeros(4, 16)
-    weight[:, ::8] = torch.randn(4, 2, generator=generator)
-    return cls.from_packed(pack(weight, pattern), torch.randn(4, generator=generator), **options)
-
-
-def facts(model):
-    tensors = [*model.parameters(), *model.buffers()]
-    return (
-        [(name, id(module), list(vars(module))) for name, module in model.named_modules()],
-        [id(each) for each in tensors],
-        [(each.dtype, tuple(each.shape), each.tolist()) for each in tensors],
-        [str(module.get_extra_state()) for module in model.modules() if isinstance(module, Extra)],
-    )
-
-
-def assert_refused(path, model, message, error=FormatError):
-    before = str(facts(model))
-    with pytest.raises(error, match=message):
-        load(path, into=model)
-    assert str(facts(model)) == before
-
-
-# --- modules with ways of their own ---------------------------------------------------------------------------------
-
-
-class Extra(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.state = torch.zeros(3)
-
-    def get_extra_state(self):
-        return self.state.clone()
-
-    def set_extra_state(self, state):
-        self.state = state
-
-
-class Doubled(nn.Module):
-    """Saves twice what it has."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("q", torch.zeros(3))
-        self.loaded = []
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[f"{prefix}q"] = self.q * 2
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        self.loaded.append(prefix)
-        self.q = state_dict[f"{prefix}q"] / 2
-
-
-def own_ways(sparse=False, fill=0.0):
-    model = Beside(sparse, plain=torch.full((2, 1), fill).expand(2, 3))
-    model.extra, model.twin, model.doubled = Extra(), Extra(), Doubled()
-    model.extra.state.fill_(fill)
-    model.twin.state = model.extra.state
-    model.doubled.q.fill_(fill)
-    return model
-
-
-def test_extra_state_and_modules_that_load_in_their_own_way_get_what_was_saved(tmp_path):
-    save(saved := own_ways(True, 3.0), tmp_path / "m")
-    fresh = load(tmp_path / "m", into=own_ways())
-    assert fresh.extra.state.tolist() == fresh.twin.state.tolist() == fresh.doubled.q.tolist() == [3, 3, 3]
-    assert fresh.plain.tolist() == [[3, 3, 3], [3, 3, 3]]
-    assert fresh.extra.state.data_ptr() != fresh.twin.state.data_ptr()
-    x = torch.randn(2, 16)
-    assert torch.equal(fresh.lin(x), saved.lin(x))
-
-
-def test_hooks_on_loading_run_with_every_entry(tmp_path):
-    save(Beside(True, plain=torch.ones(2)), tmp_path / "m")
-    fresh, seen = Beside(plain=torch.zeros(2)), []
-    fresh.register_load_state_dict_pre_hook(lambda module, state, *rest: seen.extend(state))
-
-    def enlarge(module, keys):
-        module.plain.mul_(5)
-
-    fresh.register_load_state_dict_post_hook(enlarge)
-    load(tmp_path / "m", into=fresh)
-    assert set(seen) == {"lin.values", "lin.metadata", "lin.bias", "plain"}
-    assert fresh.plain.tolist() == [5, 5]
-    assert fresh.lin.weight.count_nonzero() == 8
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, ValueError])
-def test_an_error_in_the_models_own_loading_undoes_all_of_it(tmp_path, error):
-    save(own_ways(True, 3.0), tmp_path / "m")
-    fresh = own_ways(fill=1.0)
-
-    def refuse(module, keys):
-        module.plain.fill_(9)
-        module.lin.bias.data = torch.zeros(4)
-        raise error("not today")
-
-    fresh.register_load_state_dict_post_hook(refuse)
-    buffer = fresh.doubled.q
-    assert_refused(tmp_path / "m", fresh, "not today", FormatError if error is RuntimeError else error)
-    assert fresh.doubled.q is buffer
-    assert fresh.doubled.loaded == []
-    assert type(fresh.lin) is nn.Linear
-
-
-def test_what_the_models_own_loading_reports_is_told(tmp_path):
-    save(Beside(True, plain=torch.ones(2)), tmp_path / "m")
-    bigger = Beside(plain=torch.ones(2))
-    bigger.extra = Extra()
-    assert_refused(tmp_path / "m", bigger, 'lacks "extra._extra_state"')
-
-
-def test_batch_norms_are_copied_without_their_own_loading(tmp_path):
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True))
-    model[0].num_batches_tracked.fill_(7)
-    save(model, tmp_path / "m")
-    fresh = load(tmp_path / "m", into=copy.deepcopy(model).apply(lambda m: getattr(m, "reset_parameters", int)()))
-    assert fresh[0].num_batches_tracked.item() == 7
 
 
 # --- memory that entries have in common -----------------------------------------------------------------------------
@@ -368,3 +234,20 @@ def test_a_pinned_backend_that_does_not_run_the_file_is_named_with_the_layer(tmp
     old = packed(1)
     old._wanted = "none such"
     assert_refused(tmp_path / "m", nn.Sequential(old), 'sparse layer "0": .*none such', ModelError)
+
+
+@pytest.mark.parametrize("copied", [0, 1, 3])
+def test_an_interrupt_between_copies_leaves_the_model_as_it_was(tmp_path, monkeypatch, copied):
+    save(Beside(True, a=torch.ones(2), b=torch.ones(2), c=torch.ones(2)), tmp_path / "m")
+    whole, calls = storage.copy_into, []
+
+    def interrupted(target, value):
+        calls.append(target)
+        if len(calls) > copied:
+            raise KeyboardInterrupt("stop")
+        whole(target, value)
+
+    monkeypatch.setattr(storage, "copy_into", interrupted)
+    model = Beside(a=torch.zeros(2), b=torch.zeros(2), c=torch.zeros(2))
+    assert_refused(tmp_path / "m", model, "stop", KeyboardInterrupt)
+    assert len(calls) == copied + 1
