@@ -6,8 +6,10 @@ Takes modules and gives names. Knows nothing of patterns, masks and kernels.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -46,7 +48,8 @@ def _known(module: nn.Module, names: Mapping[int, list[str]], seen: set[int]) ->
 
 def _held(value: Any, depth: int) -> Iterator[nn.Module]:
     """The modules in ``value`` itself, not those that are parts of them."""
-    if isinstance(value, nn.Module):
+    # by its type: a weak proxy of a module calls itself one, and looks into that module's own table
+    if issubclass(type(value), nn.Module):
         yield value
     elif isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         yield value.__self__
@@ -66,9 +69,13 @@ def _within(value: Any) -> Iterable[Any]:
         return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
     if isinstance(value, MethodType):
         return (value.__self__,)
+    if isinstance(value, weakref.ref):
+        return (value(),)
     if isinstance(value, type | ModuleType | Tensor):
         return ()
-    return list(getattr(value, "__dict__", {}).values())  # an object of the model's own
+    with suppress(Exception):  # an object of the model's own, which may answer in any way
+        return list(object.__getattribute__(value, "__dict__").values())
+    return ()
 
 
 def _is_filled(cell: Any) -> bool:

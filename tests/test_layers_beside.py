@@ -1,6 +1,7 @@
 """What a model holds beside its layers: bare matrices, ways past its modules, and names that a file uses."""
 
 import functools
+import weakref
 from collections import deque
 from types import SimpleNamespace
 
@@ -125,6 +126,7 @@ def closed_over(layer):
         lambda layer: functools.partial(map, layer),
         lambda layer: layer.forward,
         closed_over,
+        lambda layer: weakref.ref(layer),
         lambda layer: deque([layer]),
         lambda layer: SimpleNamespace(run=[layer]),
         lambda layer: [nn.Sequential(layer, nn.ReLU())],
@@ -148,7 +150,26 @@ def test_a_layer_inside_a_module_that_is_held_twice_is_found():
     block = Holding(a=nn.Linear(4, 4))
     model = Holding(block=block)
     model.blocks = [block]
-    block.above = [nn.ModuleList([model])]
+    block.above, block.owner = [nn.ModuleList([model])], weakref.proxy(model.block)
     model.method, model.nothing = block.forward, lambda: unset
     assert list(find_linears(model)) == ["block.a"]
     unset = None
+
+
+class Guarded:
+    """An object that answers no questions."""
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("no")
+
+    def __getattr__(self, name):
+        raise RuntimeError("no")
+
+
+def test_attributes_of_any_kind_do_not_stop_the_search():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.guarded, model.numbers, model.round = Guarded(), iter([1, 2]), []
+    model.round.append(model.round)
+    assert list(find_linears(model)) == ["0"]
+    assert next(model.numbers) == 1
