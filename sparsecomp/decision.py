@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsecomp.cost import Bound
 from sparsecomp.device import Device
-from sparsecomp.display import by_reason, terminal_width, wrap
+from sparsecomp.display import by_reason, counted, terminal_width, wrap
 from sparsecomp.overview import Row, draw, grouped, microseconds
 from sparsecomp.patterns import Pattern
 
@@ -151,8 +151,11 @@ class Plan:
         if not self.layers:
             return []
         totals = self.totals()
-        share = "" if totals["share"] is None else f", which hold {totals['share']:.1%} of the model's weights"
-        lines = [f"in all: {totals['sparse_layers']} of {totals['layers']} layers go sparse{share}"]
+        some, every = totals["sparse_layers"], counted(totals["layers"], "layer")
+        share = (
+            f", which hold {totals['share']:.1%} of the model's weights" if some and totals["share"] is not None else ""
+        )
+        lines = [f"in all: {some or 'none'} of {every} {'goes' if some < 2 else 'go'} sparse{share}"]
         for batch in self.batches:
             dense, planned = totals["torch_seconds"][str(batch)], totals["planned_seconds"][str(batch)]
             if planned:

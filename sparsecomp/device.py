@@ -19,6 +19,7 @@ import torch
 
 from sparsecomp import cache
 from sparsecomp.backends.cpu import DTYPE_CODES, native
+from sparsecomp.display import counted
 from sparsecomp.errors import BackendError, PatternError
 from sparsecomp.patterns import NM
 
@@ -106,7 +107,11 @@ class Device:
         """One line for a person."""
         caches = ((level, getattr(self, f"{level}_bytes")) for level in ("l1", "l2", "l3"))
         sizes = ", ".join(f"{level.upper()} {_size(count)}" for level, count in caches if count)
-        units = f"{self.cores} cores, {self.threads} threads" if self.kind == "cpu" else f"{self.cores} SMs"
+        units = (
+            f"{counted(self.cores, 'core')}, {counted(self.threads, 'thread')}"
+            if self.kind == "cpu"
+            else f"{self.cores} SMs"
+        )
         return ", ".join(filter(None, (f"{self.kind}: {self.name}", self.isa, units, sizes)))
 
 

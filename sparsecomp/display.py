@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TypeVar
+
+from sparsecomp.letters import end, fold, span, start
+from sparsecomp.letters import left as left_of
+from sparsecomp.letters import right as right_of
 
 T = TypeVar("T")
 
@@ -22,6 +25,8 @@ ELSEWHERE = 80
 _NAMES, _WORDS, _MIDDLE = 18, 24, 9
 _WIDE_NAMES = 28
 _LISTED = 3
+# fewer columns than this show nothing of a name
+_LEAST = 4
 
 
 def terminal_width() -> int:
@@ -34,10 +39,8 @@ def wrap(text: str, width: int | None = None, indent: str = "  ") -> str:
 
     A word that is longer than a line, such as a path, stays whole, so that it can be copied.
     """
-    fold = textwrap.TextWrapper(
-        width or terminal_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-    return "\n".join(fold.fill(line) for line in text.splitlines())
+    columns = width or terminal_width()
+    return "\n".join("\n".join(fold(line, columns, indent)) for line in text.splitlines())
 
 
 def table(
@@ -55,11 +58,11 @@ def table(
     hidden: list[str] = []
     head = [column.lstrip("?>") for column in columns]
     right = [column.lstrip("?").startswith(">") for column in columns]
-    natural = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    natural = [max(map(span, column)) for column in zip(head, *cells, strict=True)]
     room = width - 2  # a blank before the table, and the rule reaches one column beyond it
     gap = 3 if sum(natural) + 3 * (len(columns) - 1) <= room else 2
     # a heading may be folded, a number not
-    least = [max(map(len, (*name.split(), *each))) for name, *each in zip(head, *cells, strict=True)]
+    least = [max(map(span, (*name.split(), *each))) for name, *each in zip(head, *cells, strict=True)]
     floors = _floors(natural, least, right, _WIDE_NAMES, _WORDS, None)
     while sum(floors[i] for i in kept) + gap * (len(kept) - 1) > room:
         optional = [i for i in kept if columns[i].startswith("?")]
@@ -76,7 +79,7 @@ def table(
     aligned = [
         [
             (" " * gap).join(
-                cell.rjust(size) if flush else cell.ljust(size)
+                right_of(cell, size) if flush else left_of(cell, size)
                 for cell, size, flush in zip(physical, widths, right, strict=True)
             )
             for physical in row
@@ -85,6 +88,8 @@ def table(
     ]
     rule = "\u2500" * (sum(widths) + gap * (len(widths) - 1) + 1)
     drawn = [f" {line}".rstrip() for line in (*aligned[0], rule, *(line for row in aligned[1:] for line in row))]
+    if lines:
+        drawn += _legend([line[0] for line in lines], names, width)
     if hidden:
         drawn.append(wrap(f" (left out at {width} columns: {', '.join(hidden)})", width, " "))
     return "\n".join(drawn if title is None else [wrap(title, width), "", *drawn])
@@ -93,7 +98,7 @@ def table(
 def fits(columns: Sequence[str], rows: Iterable[Sequence[object]], width: int | None = None) -> bool:
     """Whether a table of these columns and rows needs no squeezing at that width."""
     head = [column.lstrip("?>") for column in columns]
-    natural = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
+    natural = [max(span(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
     return sum(natural) + 2 * (len(natural) - 1) + 2 <= (width or terminal_width())
 
 
@@ -143,7 +148,7 @@ def _widths(
 def _folded(cells: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
     """The lines of one row of a table."""
     folded = [
-        [cell] if len(cell) <= width else textwrap.wrap(cell, max(width, 1), break_on_hyphens=False)
+        [cell] if span(cell) <= width else fold(cell, max(width, 1), break_words=True)
         for cell, width in zip(cells, widths, strict=True)
     ]
     height = max(map(len, folded))
@@ -157,29 +162,54 @@ def _shortened(names: Sequence[str], width: int) -> list[str]:
     return short if distinct else list(names)
 
 
-def shorten(name: str, width: int) -> str:
-    """A dotted name of at most ``width`` letters: parts in the middle lose theirs but for numbers, then the front goes.
+def _legend(names: Sequence[str], short: Sequence[str], width: int) -> list[str]:
+    """One line that reads the first of the shortened names out, so that the others can be read; none without any."""
+    for name, brief in zip(names, short, strict=True):
+        whole, cut = _parts(name)[1], _parts(brief)[1]
+        if cut and cut != whole:
+            return fold(f" (names are shortened: {cut} is {whole})", width, " ", break_words=True)
+    return []
 
-    "encoder.layer.0.attention.self.query" is at 24 letters "encoder.l.0.a.self.query", at 12 "\u2026self.query". What
-    ``label`` puts before and after a name stays.
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """What ``label`` puts before a name, the name, and what it puts after it."""
+    one = re.fullmatch(r"(\d+ x )(.*)", name, re.DOTALL)
+    if one is not None:
+        return one[1], one[2], ""
+    several = re.fullmatch(r"(\d+ layers: )(.*)( and \d+ other kinds?)", name, re.DOTALL)
+    if several is not None:
+        return several[1], several[2], several[3]
+    # without a name, as ``shorten`` makes it
+    return (name, "", "") if re.fullmatch(r"\d+ layers(, \d+ kinds|\u2026)", name) else ("", name, "")
+
+
+def shorten(name: str, width: int) -> str:
+    """A dotted name in ``width`` columns: parts in the middle lose letters but for numbers, then the front goes.
+
+    "encoder.layer.0.attention.self.query" is at 24 columns "encoder.l.0.a.self.query", at 12 "\u2026self.query". What
+    ``label`` puts before and after a name stays, or the name goes: "24 layers, 5 kinds".
     """
-    if len(name) <= width:
+    if span(name) <= width:
         return name
-    before, core, after = re.fullmatch(r"(\d+ x )?(.*?)( \+\d+)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
-    room = width - len(before) - len(after)
+    before, core, after = _parts(name)
+    room = width - span(before) - span(after)
     parts = core.split(".")
     short = list(parts)
     for i in (*range(1, len(parts) - 1), *([0] if len(parts) > 1 else [])):
         short[i] = parts[i] if parts[i].isdigit() else parts[i][:1]
-        if len(".".join(short)) <= room:
+        if span(".".join(short)) <= room:
             return f"{before}{'.'.join(short)}{after}"
     for first in range(1, len(parts)):
-        if len(tail := ".".join(parts[first:])) < room:
+        if span(tail := ".".join(parts[first:])) < room:
             return f"{before}\u2026{tail}{after}"
-    if room < 2:
-        return name[:width]
+    if after:
+        count, kinds = before.split()[0], int(after.split()[1]) + 1
+        told = f"{count} layers, {kinds} kinds"
+        return told if span(told) <= width else f"{count} layers\u2026"
+    if room < _LEAST:
+        return f"{start(name, width - 1)}\u2026"
     last = (2 * room) // 3
-    return f"{before}{core[: room - last - 1]}\u2026{core[-last:]}{after}"
+    return f"{before}{start(core, room - last - 1)}\u2026{end(core, last)}"
 
 
 def quoted(name: str) -> str:
@@ -203,10 +233,12 @@ def numbered(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def label(names: Sequence[str]) -> str:
-    """Names as one cell of a table: "down", "12 x layers.*.up", or "24 x layers.*.up +1" for two kinds of names."""
+    """Names as one cell of a table: "down", "12 x layers.*.up", or "24 layers: layers.*.up and 1 other kind"."""
     kinds = numbered(names)
-    more = f" +{len(kinds) - 1}" if len(kinds) > 1 else ""
-    return (f"{len(names)} x " if len(names) > 1 else "") + (kinds[0][0] or "(the model)") + more
+    first = kinds[0][0] or "(the model)"
+    if len(kinds) > 1:
+        return f"{len(names)} layers: {first} and {counted(len(kinds) - 1, 'other kind')}"
+    return f"{len(names)} x {first}" if len(names) > 1 else first
 
 
 def counted(number: int, noun: str) -> str:

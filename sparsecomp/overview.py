@@ -12,7 +12,8 @@ from sparsecomp.cost import Bound
 from sparsecomp.display import fits, label, listed, table, wrap
 
 _ABOVE = (
-    "*: above its bound, which takes dense torch to run at the measured peaks of this machine; it is below them there"
+    "*: above its bound. The bound compares with a dense torch that reaches the measured peaks of this machine, and "
+    "there torch is below them"
 )
 
 
@@ -61,10 +62,12 @@ def draw(rows: Sequence[Row], batches: Sequence[int], title: str, runs: str, wid
     else:
         parts.append(table(*_tall(every, batches, runs), title, width))
         kernels: dict[str, list[str]] = {}
+        reasons: dict[str, list[str]] = {}
         for row in rows:
             if row.kernel:
                 kernels.setdefault(row.kernel, []).extend(row.names)
-            parts.append(wrap(f"{listed(row.names)}: {row.why}", width))
+            reasons.setdefault(row.why, []).extend(row.names)
+        parts += [wrap(f"{listed(names)}: {why}", width) for why, names in reasons.items()]
         for kernel, names in kernels.items():
             parts.append(wrap(f"kernel {kernel}: {listed(names) if len(kernels) > 1 else 'all of them'}", width))
     if any(_above(row, batch) for row in rows for batch in batches):
