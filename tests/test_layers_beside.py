@@ -150,7 +150,7 @@ def test_a_layer_inside_a_module_that_is_held_twice_is_found():
     block = Holding(a=nn.Linear(4, 4))
     model = Holding(block=block)
     model.blocks = [block]
-    block.above, block.owner = [nn.ModuleList([model])], weakref.proxy(model.block)
+    block.above, block.owner = [nn.ModuleList([model])], [weakref.proxy(block)]
     model.method, model.nothing = block.forward, lambda: unset
     assert list(find_linears(model)) == ["block.a"]
     unset = None
