@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 _ROOT = Path(__file__).resolve().parents[1]
-_PACKAGE = tuple(str(_ROOT / folder) for folder in ("sparsecomp", "kernels", "bench"))
+_PACKAGE = tuple(str(_ROOT / folder) for folder in ("sparsecomp", "kernels"))
 _STANDARD = str(Path(contextlib.__file__).parent)
 _default_dtype = torch.get_default_dtype
 # these look at the call that goes past torch's modes, and a default device is a mode
@@ -54,7 +54,8 @@ def _from_the_package(frame: FrameType | None) -> bool:
     """Whether the nearest caller that is no library's is the package, not a test or a module that a test wrote."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_STANDARD, "<")) and "site-packages" not in name:
+        mode = frame.f_code.co_name == "__torch_function__"  # of the package, which hands on what others call
+        if not mode and not name.startswith((_STANDARD, "<")) and "site-packages" not in name:
             return name.startswith(_PACKAGE)
         frame = frame.f_back
     return False
