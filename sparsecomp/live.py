@@ -85,10 +85,10 @@ def has_own_way(module: nn.Module) -> bool:
     )
 
 
-def live_entries(model: nn.Module) -> dict[str, Tensor]:
-    """The entries of the state_dict that are parameters and buffers of modules without ways of their own.
+def live_entries(model: nn.Module, entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those ``entries`` of the state_dict that are parameters and buffers of modules without ways of their own.
 
-    What is copied into these, the model has.
+    What is copied into these, the model has. The state_dict is to be made with ``keep_vars``.
     """
     held: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -96,8 +96,7 @@ def live_entries(model: nn.Module) -> dict[str, Tensor]:
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     held[f"{prefix}.{name}" if prefix else name] = tensor
-    state = model.state_dict(keep_vars=True)
-    return {entry: held[entry] for entry, value in state.items() if value is held.get(entry)}
+    return {entry: held[entry] for entry, value in entries.items() if value is held.get(entry)}
 
 
 # --- copying ----------------------------------------------------------------------------------------------------

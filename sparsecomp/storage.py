@@ -145,8 +145,9 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
         if made[id(old)].bias is not None and made[id(old)].bias is old.bias:
             kept.add(key(name, "bias"))
     own_ways = any(has_own_way(module) for module in modules.values())
-    own, others = _rest(into, contents, state, kept)
-    live = {entry: value for entry, value in live_entries(into).items() if entry in own}
+    entries = into.state_dict(keep_vars=True)
+    own, others = _rest(modules, entries, contents, state, kept)
+    live = {entry: value for entry, value in live_entries(into, entries).items() if entry in own}
     check_unknown(path, contents, state, own)
     check_entries(path, own, live, others, own_ways)
     plain = {entry: others[entry] for entry in live}
@@ -290,10 +291,13 @@ def _load_by_torch(path: str | Path, model: nn.Module, state: Mapping[str, Tenso
 
 
 def _rest(
-    into: nn.Module, contents: Contents, state: Mapping[str, Tensor], kept: Collection[str]
+    modules: Mapping[str, nn.Module],
+    entries: Mapping[str, Any],
+    contents: Contents,
+    state: Mapping[str, Tensor],
+    kept: Collection[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What remains of the model's and of the file's tensors beside the sparse layers' weights and biases not kept."""
-    modules = dict(into.named_modules(remove_duplicate=False))
     replaced: set[str] = set()
     loaded: set[str] = set()
     for name, packed in contents.layers.items():
@@ -302,5 +306,5 @@ def _rest(
         replaced |= {key(name, part) for part in (*parts, "bias")}
         loaded |= {key(name, part) for part in (*packed.parts, "bias")}
     replaced, loaded = replaced - set(kept), loaded - set(kept)
-    own = {entry: value for entry, value in into.state_dict().items() if entry not in replaced}
+    own = {entry: value for entry, value in entries.items() if entry not in replaced}
     return own, {entry: value for entry, value in state.items() if entry not in loaded}
