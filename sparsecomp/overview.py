@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from sparsecomp.cost import Bound
 from sparsecomp.display import fits, label, listed, table, wrap
 
+_MEAN = " in the mean"
 _ABOVE = (
     "*: above its bound. The bound compares with a dense torch that reaches the measured peaks of this machine, and "
     "there torch is below them"
@@ -67,7 +68,12 @@ def draw(rows: Sequence[Row], batches: Sequence[int], title: str, runs: str, wid
             if row.kernel:
                 kernels.setdefault(row.kernel, []).extend(row.names)
             reasons.setdefault(row.why, []).extend(row.names)
-        parts += [wrap(f"{listed(names)}: {why}", width) for why, names in reasons.items()]
+        means = {why: names for why, names in reasons.items() if why.endswith(_MEAN)}
+        if means and len(batches) > 1:
+            said = [f"{why} ({listed(names)})" for why, names in means.items()]
+            parts.append(wrap(f"speedup over the batches: {', '.join(said)}", width))
+        # of one batch the mean stands in the table
+        parts += [wrap(f"{listed(names)}: {why}", width) for why, names in reasons.items() if why not in means]
         for kernel, names in kernels.items():
             parts.append(wrap(f"kernel {kernel}: {listed(names) if len(kernels) > 1 else 'all of them'}", width))
     if any(_above(row, batch) for row in rows for batch in batches):

@@ -12,7 +12,7 @@ from glob import escape
 from typing import TYPE_CHECKING
 
 from sparsecomp.cli.parser import UsageError
-from sparsecomp.display import listed
+from sparsecomp.display import listed, wrap
 from sparsecomp.errors import CalibrationError, MethodError, ModelError, PatternError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def without_auto(patterns: Mapping[str, str], model: nn.Module) -> dict[str, Pat
         place = next((each.device for each in model.parameters() if each.device.type in ("cpu", "cuda")), "cpu")
         device = detect(str(place))
         natural = device.natural_pattern()
-        print(f'pattern "{AUTO}" is {natural} here ({device.name}, {device.isa or device.kind})', file=sys.stderr)
+        say(f'pattern "{AUTO}" is {natural} here ({device.name}, {device.isa or device.kind})')
     return {glob: natural if each == AUTO and natural is not None else parse(each) for glob, each in patterns.items()}
 
 
@@ -122,6 +122,37 @@ def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[
         if isinstance(pattern, Unstructured):
             raise PatternError(f'"{pattern}" is a mask-only pattern that no kernel runs; choose N:M or block patterns')
     return {name: chosen[name] for name in found if name in chosen}
+
+
+def override_note(chosen: Mapping[str, Pattern], recorded: Mapping[str, str] | None) -> str | None:
+    """A sentence on layers that get another pattern than ``prune`` noted for them; None where there are none."""
+    from sparsecomp.patterns import parse
+
+    changed: dict[tuple[str, str], list[str]] = {}
+    for name, pattern in chosen.items():
+        noted = (recorded or {}).get(name)
+        if noted is not None and parse(noted) != pattern:
+            changed.setdefault((noted, str(pattern)), []).append(name)
+    if not changed:
+        return None
+    said = ", ".join(f"{listed(names)}: {before}, now {after}" for (before, after), names in changed.items())
+    return f"note: --pattern overrides what prune noted with the weights ({said})"
+
+
+def times_note() -> str:
+    """A sentence on where the times of a plan come from."""
+    from sparsecomp import cache
+
+    place = cache.directory()
+    if place is None:
+        return "times were measured in this run; none are kept (SPARSECOMP_CACHE=off)"
+    return f"times are measured once on a machine and kept in {place}; to measure anew, set SPARSECOMP_CACHE=off"
+
+
+def say(note: str | None) -> None:
+    """Print a note on standard error, as wide as the terminal; nothing for None."""
+    if note is not None:
+        print(wrap(note), file=sys.stderr)
 
 
 def exactly(patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:

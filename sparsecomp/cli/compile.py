@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecomp.cli import choices, hub, models, pruned
 from sparsecomp.cli.parser import UsageError, counts
-from sparsecomp.display import listed
+from sparsecomp.display import listed, wrap
 from sparsecomp.errors import ModelError
 
 if TYPE_CHECKING:
@@ -25,7 +24,8 @@ example: sparsecomp compile shop.models:build --pattern 2:4 \\
              --method magnitude -o packed.safetensors
 
 The plan is printed first: each layer's times, in dense torch and sparse, and whether it goes sparse. Layers in which
-dense torch is faster stay dense, unless --everywhere. Without --method the weights must fit the pattern already. For
+dense torch is faster stay dense, unless --everywhere. Times are kept in a cache; SPARSECOMP_CACHE=off measures anew.
+Without --method the weights must fit the pattern already. For
 weights that "sparsecomp prune" wrote, --pattern may be left out: the layers it pruned are packed, in the patterns it
 noted, and the layers it left dense stay dense. Read the file with
     sc.load("packed.safetensors", into=build())
@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     every = find_linears(model)
     found = require_layers(find_linears(model, arguments.only, arguments.skip))
     noted = pruned.recorded(arguments.model, arguments.weights)
+    recorded = noted
     # who names a method and a pattern wants them everywhere
     noted = None if given and arguments.method else noted
     if not given and noted is None:
@@ -81,10 +82,11 @@ def run(arguments: argparse.Namespace) -> int:
             "another module, such as nn.Sequential(layer)"
         )
     choices.check_finite(found, list(chosen))
+    choices.say(choices.override_note(chosen, recorded))
     if arguments.method is None:
         choices.check_fit(found, chosen)
-    elif note := choices.head_note(model, chosen, arguments.method, arguments.calibration is not None):
-        print(note, file=sys.stderr)
+    else:
+        choices.say(choices.head_note(model, chosen, arguments.method, arguments.calibration is not None))
     dense = models.count_bytes(model)
     with hub.without_cache(model):
         calibration = models.load_calibration(arguments, model)
@@ -102,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
             plan = _name_dense(plan, found, noted is not None)
             print(plan.text(every=arguments.all))
+            print(wrap(choices.times_note()))
         with warnings.catch_warnings():
             # said below, in a line of the output
             warnings.filterwarnings("ignore", message="compile packed 0 of")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsecomp.cli import hub, models, pruned
-from sparsecomp.display import wrap
+from sparsecomp.display import label, listed, numbered, table, wrap
 from sparsecomp.files import telling
+
+if TYPE_CHECKING:
+    from sparsecomp.onnx import ExportReport
 
 _EXAMPLE = """\
 example: sparsecomp export packed.safetensors --model shop.models:build \\
@@ -52,9 +56,25 @@ def run(arguments: argparse.Namespace) -> int:
             dynamic_shapes=call.axes,
             kwargs=call.kwargs or None,
         )
-    print(report)
+    print(_text(report))
     print(wrap(_inputs(output, arguments.inputs is not None), indent=""))
     return 0
+
+
+def _text(report: ExportReport) -> str:
+    """What was written, layers that are equal in one row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for each in report.layers:
+        facts = (each.pattern, f"{each.shape[0]}x{each.shape[1]}", each.form, each.dense_nbytes, each.nbytes, each.note)
+        rows.setdefault(tuple(map(str, facts)), []).append(each.name)
+    external = f" and {report.external_data.name}" if report.external_data else ""
+    title = f"{report.path}{external}: {report.nbytes / 1e6:.1f} MB, opset {report.opset}"
+    if not rows:
+        return f"{wrap(title)}\n{wrap('no layer is sparse: the file holds the dense model')}"
+    columns = ("layer", "pattern", ">out x in", "written", ">dense bytes", ">bytes", "note")
+    drawn = table(columns, [(label(names), *facts) for facts, names in rows.items()], title)
+    kinds = [wrap(f"{label(names)}: {listed(names)}") for names in rows.values() if len(numbered(names)) > 1]
+    return "\n".join([drawn, *kinds, *(f"\n{wrap(note, indent='')}" for note in report.notes)])
 
 
 def _inputs(path: Path, factory: bool) -> str:

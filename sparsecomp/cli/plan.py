@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from sparsecomp.cli import choices, hub, models
 from sparsecomp.cli.compile import BATCHES
 from sparsecomp.cli.parser import counts
+from sparsecomp.display import wrap
 
 _EXAMPLE = """\
 example: sparsecomp plan shop.models:build --pattern 2:4 --batch 1,32
 
-Each layer is measured in dense torch and sparse, at every batch. A layer would go sparse if it is slower at none and
-faster in the mean. "bound" is what the measured peaks of this machine allow at most. Weights need not be pruned yet.
---json prints the plan as JSON, all times in seconds.
+Dense torch and the sparse kernel are timed at every batch, once for all layers of one shape and dtype. A layer goes
+sparse if sparse is slower at no batch and faster in the mean of them. "bound" is what the measured peaks of this
+machine allow at most. Weights need not be pruned yet. Times are kept in a cache for the next run;
+SPARSECOMP_CACHE=off measures anew. --json prints the plan as JSON, all times in seconds.
 """
 
 
@@ -49,6 +50,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({**facts, **plan.to_dict(), "totals": plan.totals()}, indent=1, allow_nan=False))
         return 0
     print(plan.text(every=arguments.all))
-    if note := choices.head_note(model, {name: chosen[name] for name in plan.sparse}, None, False):
-        print(note, file=sys.stderr)
+    print(wrap(choices.times_note()))
+    choices.say(choices.head_note(model, {name: chosen[name] for name in plan.sparse}, None, False))
     return 0

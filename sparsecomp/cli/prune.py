@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = _prune(arguments, settings, model, dense, pattern, masks)
     # prune_blocks leaves heads alone, so the note is on what was pruned
     done = {name: layer.pattern for name, layer in report.layers.items()}
-    if note := choices.head_note(model, done, arguments.method, arguments.calibration is not None):
-        print(note, file=sys.stderr)
+    choices.say(choices.head_note(model, done, arguments.method, arguments.calibration is not None))
     # the work first: a report that cannot be written or printed must not cost it
     patterns = {name: str(each) for name, each in done.items()}
     size = pruned.save(model, arguments.output, patterns, arguments.model)

@@ -1,0 +1,94 @@
+"""What commands print beside their tables: where times come from, what overrides what, and equal layers once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sparsecomp.cli.main import main
+
+PACK = ["compile", "shop:headed", "--skip", "classifier", "--everywhere", "-o", "packed.safetensors"]
+
+
+def said(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_an_explicit_pattern_that_overrides_a_noted_one_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["prune", "shop:headed", "--skip", "classifier", "-o", "pruned.safetensors"]
+    assert main([*base, "--pattern", "2:4"]) == 0
+    capsys.readouterr()
+    weights = [*PACK, "--weights", "pruned.safetensors"]
+    assert main([*weights, "--pattern", "4:8"]) == 0
+    error = capsys.readouterr().err
+    assert "note: --pattern overrides what prune noted with the weights" in said(error)
+    assert "4 x block*.*: 2:4, now 4:8" in said(error) and max(map(len, error.splitlines())) <= 80
+    assert main([*weights, "--pattern", "4:8", "--method", "magnitude"]) == 0
+    assert "overrides" in capsys.readouterr().err
+    for options in ([], ["--pattern", "2:4"]):
+        assert main([*weights, *options]) == 0
+        assert "overrides" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["plan"], ["compile", "--method", "magnitude", "-o", "x.safetensors"]])
+@pytest.mark.parametrize("cache", [True, False])
+def test_where_times_come_from_is_said(
+    verb: list[str], cache: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not cache:
+        monkeypatch.setenv("SPARSECOMP_CACHE", "off")
+    assert main([verb[0], "shop:build", "--pattern", "2:4", "--batch", "1", *verb[1:]]) == 0
+    out = said(capsys.readouterr().out)
+    assert ("to measure anew, set SPARSECOMP_CACHE=off" in out) == cache
+    assert ("times were measured in this run" in out) == (not cache)
+    assert main([verb[0], "--help"]) == 0
+    assert "SPARSECOMP_CACHE=off measures anew" in said(capsys.readouterr().out)
+
+
+def test_a_plan_without_sparse_layers_says_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparsecomp.tune import DENSE, SPARSE, Measurement
+
+    def measured(request: object, **_: object) -> Measurement:
+        return Measurement("cpu", {DENSE: 1e-6, SPARSE: 2e-6}, {}, False)
+
+    monkeypatch.setattr("sparsecomp.tune.measure", measured)
+    assert main(["plan", "shop:headed", "--pattern", "2:4", "--batch", "1"]) == 0
+    out = said(capsys.readouterr().out)
+    assert "in all: none of 5 layers goes sparse batch 1:" in out and "0.0%" not in out
+    assert out.count("dense is faster at batch 1: 2:4 reaches 0.50x") <= 3
+
+
+def test_export_shows_equal_layers_once_and_says_when_none_is_sparse(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript")
+    assert main([*PACK, "--pattern", "2:4", "--method", "magnitude"]) == 0
+    export = ["export", "packed.safetensors", "--model", "shop:headed", "--inputs", "shop:named_example"]
+    capsys.readouterr()
+    assert main([*export, "-o", "model.onnx"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("48x32") == 1 and "2 x block*.0" in out and re.search(r"inputs: input \[\w+, 32\]", out)
+    assert max(map(len, out.splitlines())) <= 80
+    from sparsecomp import save
+    from sparsecomp.cli.models import load_model
+
+    save(load_model("shop:headed"), Path("packed.safetensors"))
+    assert main([*export, "-o", "model.onnx"]) == 0
+    assert "no layer is sparse: the file holds the dense model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("batch", "told"), [("1", 0), ("1,8", 1)])
+def test_a_narrow_plan_says_the_mean_once_and_only_where_the_table_has_none(
+    batch: str, told: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparsecomp.tune import DENSE, SPARSE, Measurement
+
+    def measured(request: object, **_: object) -> Measurement:
+        return Measurement("cpu", {DENSE: 3e-6, SPARSE: 2e-6}, {}, False)
+
+    monkeypatch.setattr("sparsecomp.tune.measure", measured)
+    assert main(["plan", "shop:headed", "--pattern", "2:4", "--batch", batch]) == 0
+    out = said(capsys.readouterr().out)
+    assert out.count("1.50x in the mean") == out.count("speedup over the batches") == told
