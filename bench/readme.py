@@ -118,23 +118,31 @@ def _overall(result: dict[str, Any]) -> str:
     found = [each for each in comparisons(result) if each.row["pattern"] in patterns]
     means = " and ".join(f"{_mean(found, pattern)} for {pattern}" for pattern in patterns)
     verdicts = [each.verdict for each in found]
-    slower, unclear = verdicts.count("loses") or "none", verdicts.count("unclear") or "none"
+    slower, unclear = verdicts.count("loses") or "none", verdicts.count("unclear")
+    doubt = f" ({unclear} more {'is' if unclear == 1 else 'are'} too noisy to tell)" if unclear else ""
     return (
         f"Over the {len(found)} rows of these patterns in that run ({_values(found, 'out', 'in')} shapes, batch "
         f"{min(each.row['batch'] for each in found)} to {max(each.row['batch'] for each in found)}, "
         f"{' and '.join(dict.fromkeys(each.row['dtype'] for each in found))}, "
         f"{_values(found, 'threads')} thread counts) the geometric mean is {means}; "
-        f"dense was faster in {slower} of them ({unclear} more "
-        f"{'is' if unclear == 1 else 'are'} too noisy to tell), and `sc.compile` leaves layers dense where it measures "
+        f"dense was faster in {slower} of them{doubt}, and `sc.compile` leaves layers dense where it measures "
         f"that.{_remarks(result)}"
     )
+
+
+# what results of earlier versions recorded, for a reader who has not met it in a table
+_IN_WORDS = {
+    "computes in fp32, as by its own choice on a processor that does not multiply bf16": (
+        "multiplies in fp32 there, because that processor has no bf16 multiplication"
+    )
+}
 
 
 def _remarks(result: dict[str, Any]) -> str:
     sentences = ""
     for name, text in result.get("remarks", {}).items():
         engine, dtype = name.split(", ")
-        sentences += f" In {dtype} {_NAMES[engine]} {text}."
+        sentences += f" In {dtype} {_NAMES[engine]} {_IN_WORDS.get(text, text)}."
     return sentences
 
 

@@ -34,6 +34,8 @@ FORMAT = 2
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 # copies that together exceed the last-level cache by this much leave nothing of the first when the last is done
 _BEYOND_CACHE = 1.5
+# a weight smaller than this would take thousands of copies, each with buffers and a session of its own in each engine
+_SMALLEST_COLD = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def _measured(
         ready = [engine for engine in wanted if why[engine.name] is None]
         told = {f"{each.name}, {dtype}": each.remark(dtype) for each in ready}
         remarks.update({name: text for name, text in told.items() if text is not None})
+        if (reason := _too_small(part, shape, dtype)) is not None:
+            missing[f"cold weights, {shape[0]}x{shape[1]}, {dtype}"] = reason
         asked = {engine.name: started[engine.name] for engine in ready}
         # weights of an earlier shape would fill the memory
         ask_all((worker for name, worker in started.items() if name not in asked), "clear")
@@ -152,10 +156,10 @@ def _rows(
     cores: Cores,
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of each case, a batch on warm or cold weights."""
-    copies = _copies(settings, device, shape, dtype)
+    copies = _copies(settings, device, shape, dtype) if _too_small(settings, shape, dtype) is None else 1
     ask_all(asked.values(), "load", shape, dtype, copies)
     cases = [(batch, "warm", 1) for batch in settings.batches]
-    cases += [(batch, "cold", copies) for batch in settings.cold_batches]
+    cases += [(batch, "cold", copies) for batch in settings.cold_batches if copies > 1]
     for batch, weights, count in cases:
         errors = ask_all(asked.values(), "bind", batch, count)
         _check(errors, dtype, f"{shape[0]}x{shape[1]}, batch {batch}, {threads} threads")
@@ -187,13 +191,28 @@ def _rows(
 def _copies(settings: Settings, device: Device, shape: tuple[int, int], dtype: str) -> int:
     if not settings.cold_batches:
         return 1
+    return max(2, round(_BEYOND_CACHE * device.last_level_bytes / _packed_bytes(settings, shape, dtype)))
+
+
+def _packed_bytes(settings: Settings, shape: tuple[int, int], dtype: str) -> float:
+    """The values of the smallest of the packed weights."""
     item = DTYPES[dtype].itemsize
     packed = min(
         sc.parse_pattern(label.removesuffix(INT8)).density * (1 if label.endswith(INT8) else item)
         for label in settings.patterns
     )
-    size = shape[0] * shape[1] * packed
-    return max(2, round(_BEYOND_CACHE * device.last_level_bytes / size))
+    return shape[0] * shape[1] * packed
+
+
+def _too_small(settings: Settings, shape: tuple[int, int], dtype: str) -> str | None:
+    """Why cold weights of this shape are not measured, or None if they are."""
+    size = _packed_bytes(settings, shape, dtype)
+    if not settings.cold_batches or size >= _SMALLEST_COLD:
+        return None
+    return (
+        f"a weight of {size / 1024:.3g} KiB is smaller than the {_SMALLEST_COLD // 1024} KiB from which cold weights "
+        "are measured: too many copies would have to fill the cache"
+    )
 
 
 def _check(errors: dict[str, float], dtype: str, where: str) -> None:
