@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sparsecomp.cost import Bound
-from sparsecomp.display import fits, label, listed, table, wrap
+from sparsecomp.display import fits, label, listed, numbered, table, wrap
 
 _MEAN = " in the mean"
 _ABOVE = (
@@ -58,6 +58,7 @@ def draw(rows: Sequence[Row], batches: Sequence[int], title: str, runs: str, wid
     every = [*rows, *([last] if last is not None else [])]
     columns, cells = _wide(every, batches, runs)
     parts = []
+    named: set[str] = set()  # layers that a sentence names
     if fits(columns, cells, width):
         parts.append(table(columns, cells, title, width))
     else:
@@ -72,10 +73,17 @@ def draw(rows: Sequence[Row], batches: Sequence[int], title: str, runs: str, wid
         if means and len(batches) > 1:
             said = [f"{why} ({listed(names)})" for why, names in means.items()]
             parts.append(wrap(f"speedup over the batches: {', '.join(said)}", width))
+            named.update(*means.values())
         # of one batch the mean stands in the table
-        parts += [wrap(f"{listed(names)}: {why}", width) for why, names in reasons.items() if why not in means]
+        others = {why: names for why, names in reasons.items() if why not in means}
+        named.update(*others.values())
+        parts += [wrap(f"{listed(names)}: {why}", width) for why, names in others.items()]
         for kernel, names in kernels.items():
             parts.append(wrap(f"kernel {kernel}: {listed(names) if len(kernels) > 1 else 'all of them'}", width))
+    for row in rows:
+        # the table names the first kind alone, or none
+        if len(numbered(row.names)) > 1 and not named.issuperset(row.names):
+            parts.append(wrap(f"{len(row.names)} layers {_shape(row)}: {listed(row.names)}", width))
     if any(_above(row, batch) for row in rows for batch in batches):
         parts.append(wrap(_ABOVE, width))
     return "\n".join(parts)

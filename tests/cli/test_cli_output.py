@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,27 @@ def test_bench_leaves_out_cold_weights_that_would_take_thousands_of_copies(capsy
     usual = sweep.Settings(patterns=("2:4", "8:16", "2:4+int8"))
     assert [sweep._too_small(usual, shape, dtype) for shape in usual.shapes for dtype in usual.dtypes] == [None] * 10
     assert sweep._too_small(sweep.Settings(cold_batches=()), (8, 8), "fp32") is None
+
+
+@pytest.mark.parametrize("width", ["60", "80", "250"])
+@pytest.mark.parametrize("batch", ["1", "1,8"])
+def test_every_layer_of_a_row_of_several_kinds_is_named_once(
+    width: str, batch: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparsecomp.tune import DENSE, SPARSE, Measurement
+
+    def measured(request: object, **_: object) -> Measurement:
+        return Measurement("cpu", {DENSE: 3e-6, SPARSE: 2e-6}, {}, False)
+
+    Path("kinds.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    parts = {name: nn.Linear(32, 16, device='cpu') for name in ('query', 'key', 'value', 'output')}\n"
+        "    return nn.Sequential(nn.ModuleDict(parts))\n"
+    )
+    monkeypatch.setattr("sparsecomp.tune.measure", measured)
+    monkeypatch.delitem(sys.modules, "kinds", raising=False)
+    monkeypatch.setenv("COLUMNS", width)
+    assert main(["plan", "kinds:build", "--pattern", "2:4", "--batch", batch]) == 0
+    out = said(capsys.readouterr().out)
+    assert all(out.count(f"0.{name}") == 1 for name in ("key", "value", "output")), out
+    assert "4 layers" in out
