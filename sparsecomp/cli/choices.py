@@ -12,7 +12,7 @@ from glob import escape
 from typing import TYPE_CHECKING
 
 from sparsecomp.cli.parser import UsageError
-from sparsecomp.display import listed, wrap
+from sparsecomp.display import listed, numbered, wrap
 from sparsecomp.errors import CalibrationError, MethodError, ModelError, PatternError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ _HEADS = frozenset(
         "cls",
     }
 )
+# names under which a mixture keeps the layer that chooses experts
+_ROUTERS = frozenset({"router", "gate", "switch"})
 _SHOWN = 3
 
 
@@ -241,6 +243,32 @@ def heads(model: nn.Module, names: Sequence[str]) -> list[str]:
             own = None
     modules = dict(model.named_modules())
     return [name for name in names if (own is not None and modules.get(name) is own) or _named_head(name)]
+
+
+def routers(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of the layers that choose the experts of a mixture: by their names, with experts or a mixture around."""
+    modules = dict(model.named_modules())
+
+    def chooses(name: str) -> bool:
+        around, _, last = name.rpartition(".")
+        if last == "classifier":
+            around, _, last = around.rpartition(".")
+        return last in _ROUTERS and any(each.startswith("expert") for each, _ in modules[around].named_children())
+
+    return [name for name in names if chooses(name)]
+
+
+def router_note(model: nn.Module, chosen: Mapping[str, Pattern]) -> str | None:
+    """A sentence on routers of a mixture of experts among the layers; None where there are none."""
+    found = routers(model, list(chosen))
+    if not found:
+        return None
+    globs = dict.fromkeys(kind for kind, _ in numbered(found))
+    skips = " ".join(f"--skip '{glob}'" for glob in list(globs)[:_SHOWN])
+    return (
+        f"note: {listed(found)} choose{'s' if len(found) == 1 else ''} the experts of a mixture; a pruned router sends "
+        f"tokens elsewhere, and its weights are few, so leave it dense: {skips}"
+    )
 
 
 def _named_head(name: str) -> bool:

@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.method is None:
         choices.check_fit(found, chosen)
     else:
+        choices.say(choices.router_note(model, chosen))
         choices.say(choices.head_note(model, chosen, arguments.method, arguments.calibration is not None))
     dense = models.count_bytes(model)
     with hub.without_cache(model):

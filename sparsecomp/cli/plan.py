@@ -51,5 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(plan.text(every=arguments.all))
     print(wrap(choices.times_note()))
+    choices.say(choices.router_note(model, {name: chosen[name] for name in plan.sparse}))
     choices.say(choices.head_note(model, {name: chosen[name] for name in plan.sparse}, None, False))
     return 0

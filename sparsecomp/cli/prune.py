@@ -109,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = _prune(arguments, settings, model, dense, pattern, masks)
     # prune_blocks leaves heads alone, so the note is on what was pruned
     done = {name: layer.pattern for name, layer in report.layers.items()}
+    choices.say(choices.router_note(model, done))
     choices.say(choices.head_note(model, done, arguments.method, arguments.calibration is not None))
     # the work first: a report that cannot be written or printed must not cost it
     patterns = {name: str(each) for name, each in done.items()}

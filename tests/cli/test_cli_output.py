@@ -132,3 +132,30 @@ def test_every_layer_of_a_row_of_several_kinds_is_named_once(
     out = said(capsys.readouterr().out)
     assert all(out.count(f"0.{name}") == 1 for name in ("key", "value", "output")), out
     assert "4 layers" in out
+
+
+@pytest.mark.parametrize(
+    ("experts", "router", "told"),
+    [("experts", "gate", True), ("experts", "router", True), ("experts", "up", False), ("parts", "gate", False)],
+)
+def test_routers_of_a_mixture_are_advised_against(
+    experts: str, router: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mixture.py").write_text(
+        "from torch import nn\n\n\ndef block():\n    made = nn.Module()\n"
+        f"    made.{router} = nn.Linear(32, 4, device='cpu')\n"
+        f"    made.{experts} = nn.ModuleList([nn.Linear(32, 32, device='cpu') for _ in '1234'])\n    return made\n\n\n"
+        "def build():\n    return nn.Sequential(block(), block())\n"
+    )
+    monkeypatch.delitem(sys.modules, "mixture", raising=False)
+    base = ["mixture:build", "--pattern", "2:4"]
+    for command in (
+        ["prune", *base, "-o", "x.safetensors"],
+        ["compile", *base, "--method", "magnitude", "--everywhere", "-o", "y.safetensors"],
+    ):
+        assert main(command) == 0
+        error = said(capsys.readouterr().err)
+        assert ("choose the experts of a mixture" in error) == told
+        assert (f"--skip '*.{router}'" in error) == told
+        assert main([*command, "--skip", f"*.{router}"]) == 0
+        assert "experts of a mixture" not in capsys.readouterr().err

@@ -223,7 +223,7 @@ def test_plan_is_a_verb_with_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    assert out.count(" 48x32 ") == 1 and "2 x block*.0" in out and "block0.0, block1.0" in out
+    assert out.count(" 48x32 ") == 1 and "2 x block*.0" in out and "block0.0, block1.0" in " ".join(out.split())
     assert main([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["model"] == "shop:headed" and plan["batches"] == [1, 4] and plan["class"] == "Sequential"
