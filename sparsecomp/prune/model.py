@@ -21,6 +21,7 @@ from sparsecomp.prune.graph import Hidden, find_hidden
 from sparsecomp.prune.layerwise import Solved, make_jobs, solve, warn_of_thin
 from sparsecomp.prune.permute import order_matters
 from sparsecomp.prune.provenance import describe
+from sparsecomp.prune.refilled import warn_where_refilled
 from sparsecomp.prune.registry import Method, get_method
 from sparsecomp.prune.report import PruneReport
 from sparsecomp.snapshot import outside_inference_mode
@@ -96,6 +97,7 @@ def write(
     """Write the solved layers into the model and report on them."""
     for each in solved.values():
         each.write()
+    warn_where_refilled(each.layer.parameter for each in solved.values())
     layers = {name: each.report for name, each in solved.items()}
     return PruneReport(method, layers, skipped, {name: each.mask for name, each in solved.items()}, unpermuted)
 

@@ -27,6 +27,7 @@ from sparsecomp.prune.layerwise import make_jobs, solve, warn_of_thin
 from sparsecomp.prune.learning import Call
 from sparsecomp.prune.model import check_calibration, check_masks, choose_patterns, permutable
 from sparsecomp.prune.provenance import describe
+from sparsecomp.prune.refilled import warn_where_refilled
 from sparsecomp.prune.registry import get_method
 from sparsecomp.prune.report import LayerReport, PruneReport
 from sparsecomp.prune.tuning import Target, Tuning, TuningReport, evaluating, split, tune, variance
@@ -119,6 +120,7 @@ def prune_blocks(
     tunings = tuple(each.tuning for each in done if each.tuning is not None)
     unpermuted = {name: reason for name, reason in unpermuted.items() if name in finished}
     warn_of_thin(finished.values())
+    warn_where_refilled(found[name].parameter for name in finished)
     told = describe(model, skipped, seed=seed, batches=len(train), held_out_batches=len(kept_out))
     return PruneReport(method, finished, skipped, kept, unpermuted, tunings, provenance=told)
 
