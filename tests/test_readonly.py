@@ -363,3 +363,12 @@ def test_broadcasts_into_the_weight_are_refused() -> None:
                 dist.broadcast(each, 0)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_replica_of_data_parallel_computes_from_its_layout() -> None:
+    layer, x = make(), torch.randn(3, 40)
+    replica = layer._replicate_for_data_parallel()
+    replica.weight = layer.weight.clone()  # as torch sets what it copied to a device
+    replica.bias = layer.bias.detach().clone()
+    torch.testing.assert_close(replica(x), layer(x))
+    assert layer.weight is layer._packed_weight
