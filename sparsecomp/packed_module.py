@@ -25,7 +25,8 @@ from sparsecomp.pack.format import PackedWeight, part_names
 from sparsecomp.pack.move import moved
 from sparsecomp.pack.state import STATE_VERSION, packed_of_state
 from sparsecomp.patterns import Pattern, parse
-from sparsecomp.readonly import NO_WEIGHT_GRADIENT, PackedParameter, ReadOnly, Source
+from sparsecomp.readonly import NO_WEIGHT_GRADIENT, PackedParameter, ReadOnly
+from sparsecomp.unpacked import Source
 
 
 def _parts_of(packed: PackedWeight) -> tuple[Any, ...]:
