@@ -15,6 +15,7 @@ namespace {
 struct Candidate {
   const char* name;
   const Isa* isa;
+  const NmKernels* nm;
   const BlockKernels* blocks;
 };
 
@@ -42,16 +43,16 @@ std::vector<Candidate> supported() {
   const bool avx512 = avx2 && bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31) && (state & kZmm) == kZmm;
   unsigned a71 = 0;
   if (a7 >= 1 && !__get_cpuid_count(7, 1, &a71, &b, &c, &d)) a71 = 0;
-  if (avx512 && bit(a71, 5)) found.push_back({"avx512_bf16", &kAvx512Bf16, &kBlockAvx512});
-  if (avx512) found.push_back({"avx512", &kAvx512, &kBlockAvx512});
-  if (avx2) found.push_back({"avx2", &kAvx2, &kBlockAvx2});
+  if (avx512 && bit(a71, 5)) found.push_back({"avx512_bf16", &kAvx512Bf16, &kNmAvx512Bf16, &kBlockAvx512});
+  if (avx512) found.push_back({"avx512", &kAvx512, &kNmAvx512, &kBlockAvx512});
+  if (avx2) found.push_back({"avx2", &kAvx2, &kNmAvx2, &kBlockAvx2});
   return found;
 }
 
 #elif defined(__aarch64__)
 
 // NEON is part of the architecture.
-std::vector<Candidate> supported() { return {{"neon", &kNeon, &kBlockNeon}}; }
+std::vector<Candidate> supported() { return {{"neon", &kNeon, &kNmNeon, &kBlockNeon}}; }
 
 #else
 
@@ -71,7 +72,7 @@ struct State {
 
   State() {
     std::vector<Candidate> candidates = supported();
-    candidates.push_back({"reference", nullptr, nullptr});
+    candidates.push_back({"reference", nullptr, nullptr, nullptr});
     for (const Candidate& candidate : candidates)
       available += (available.empty() ? "" : ",") + std::string(candidate.name);
     Candidate chosen = candidates.front();
@@ -85,7 +86,8 @@ struct State {
         error = "SPARSECOMP_ISA=" + printable(wanted) + " cannot run on this machine; it can run " + available +
                 ": set SPARSECOMP_ISA to one of these or unset it";
     }
-    dispatch = {chosen.name, chosen.isa, chosen.blocks, available.c_str(), error.empty() ? nullptr : error.c_str()};
+    dispatch = {chosen.name,   chosen.isa,        chosen.nm,
+                chosen.blocks, available.c_str(), error.empty() ? nullptr : error.c_str()};
   }
 };
 

@@ -8,9 +8,9 @@
 #include <cstring>
 #include <vector>
 
+#include "common/measure.hpp"
+#include "common/parallel.hpp"
 #include "dispatch.hpp"
-#include "measure.hpp"
-#include "parallel.hpp"
 #include "sparsecomp.h"
 
 namespace {

@@ -1,13 +1,12 @@
 // Compares the block-sparse kernels of the instruction set in use (SPARSECOMP_ISA) with the scalar reference, on block
 // sizes that fill vectors and sizes that do not, with every buffer exactly as large as the contract says.
 //   cmake --workflow --preset sanitize
-#include "block.hpp"
-
 #include <cmath>
 #include <string>
 #include <vector>
 
-#include "dispatch.hpp"
+#include "block/layout.hpp"
+#include "block/reference.hpp"
 #include "sparsecomp.h"
 #include "testing.hpp"
 

@@ -11,14 +11,15 @@
 #include <string>
 #include <vector>
 
+#include "common/numbers.hpp"
+#include "common/pages.hpp"
+#include "common/parallel.hpp"
+#include "common/partition.hpp"
 #include "dispatch.hpp"
-#include "layout.hpp"
-#include "numbers.hpp"
-#include "pages.hpp"
-#include "panel.hpp"
-#include "parallel.hpp"
-#include "partition.hpp"
-#include "reference.hpp"
+#include "nm/layout.hpp"
+#include "nm/panel.hpp"
+#include "nm/permute.hpp"
+#include "nm/reference.hpp"
 #include "sparsecomp.h"
 #include "testing.hpp"
 
@@ -54,10 +55,7 @@ struct Choice {
   bool panels;
 };
 
-bool on_x86() {
-  const Isa* isa = dispatch().isa;
-  return isa && std::strncmp(isa->name, "avx", 3) == 0;
-}
+bool on_x86() { return std::strncmp(dispatch().name, "avx", 3) == 0; }
 
 // Without panels: of other processors, and of Intel's, which have kernels and cuts of their own.
 std::vector<Choice> all_kernels() {
@@ -69,19 +67,20 @@ std::vector<Choice> all_kernels() {
 // Whether there are panels at all: without them every width of one is the same product by the kernels that permute.
 bool has_panels() {
   Geometry g;
-  const Isa* isa = dispatch().isa;
-  return isa && make_geometry({16, 16, 2, 4, 1, SPARSECOMP_F32}, &g) &&
-         isa->select_panels(g, {false, int64_t{32} << 10});
+  const NmKernels* kernels = dispatch().nm;
+  return kernels && make_geometry({16, 16, 2, 4, 1, SPARSECOMP_F32}, &g) &&
+         kernels->select_panels(g, {false, int64_t{32} << 10});
 }
 
 int multiply(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& call, const Choice* choice) {
   const Isa* isa = dispatch().isa;
-  if (!choice || !isa || g.out == 0 || call.batch == 0)
+  const NmKernels* kernels = dispatch().nm;
+  if (!choice || !kernels || g.out == 0 || call.batch == 0)
     return sparsecomp_nm_linear(&weight, call.values, call.metadata, call.dtype, call.x, call.ldx, call.batch,
                                 &call.epilogue, call.y, call.ldy, call.threads);
-  const PanelSet* panels = choice->panels ? isa->select_panels(g, choice->of) : nullptr;
+  const PanelSet* panels = choice->panels ? kernels->select_panels(g, choice->of) : nullptr;
   if (panels && call.batch >= panels->least_batch) return panel_linear(*isa, *panels, g, call, choice->of);
-  return blocked_linear(*isa, *isa->select(g, choice->of), g, call, choice->of);
+  return permute_linear(*isa, *kernels->select(g, choice->of), g, call, choice->of);
 }
 
 void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t gap, int threads, bool has_bias,

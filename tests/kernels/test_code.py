@@ -1,9 +1,10 @@
-"""What a compiler must not leave out of the kernels, though no result depends on it."""
+"""What no result depends on: prefetches that a compiler must not leave out, and who includes whom."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,7 +24,7 @@ def _code(source: str, *flags: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("source", ["linear.cpp", "block_linear.cpp", "panel.cpp"])
+@pytest.mark.parametrize("source", ["nm/permute.cpp", "nm/panel.cpp", "block/linear.cpp"])
 def test_prefetches_are_in_the_code(source):
     """GCC drops calls of functions that do nothing else, silently; a product then waits for every line of y."""
     code = _code(source)
@@ -32,6 +33,14 @@ def test_prefetches_are_in_the_code(source):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for AVX-512")
 def test_panels_ask_for_weights_and_for_y():
-    code = _code("x86/panel_avx512.cpp", *AVX512)
+    code = _code("nm/x86/panel_avx512.cpp", *AVX512)
     assert "prefetcht0" in code  # the next weights, to L1
     assert "prefetcht1" in code  # lines of y, to L2
+
+
+@pytest.mark.parametrize(("folder", "strangers"), [("common", "nm|block"), ("nm", "block"), ("block", "nm")])
+def test_families_of_kernels_do_not_include_each_other(folder, strangers):
+    include = re.compile(rf'#include "({strangers})/')
+    files = [path for path in (CSRC / "cpu" / folder).rglob("*") if path.suffix in (".cpp", ".hpp")]
+    assert len(files) > 5
+    assert [path.name for path in files if include.search(path.read_text())] == []

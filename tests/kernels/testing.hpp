@@ -11,8 +11,8 @@
 #include <cstring>
 #include <random>
 
-#include "layout.hpp"
-#include "numbers.hpp"
+#include "common/numbers.hpp"
+#include "nm/layout.hpp"
 
 namespace sparsecomp::testing {
 

@@ -1,0 +1,204 @@
+// fp32 products on AVX2 + FMA + F16C, from the same layout: a tile is two halves of 8 rows, a step two halves of 8
+// columns. A group of at most 8 columns lies in one half of the step, so one permute finds an activation; a group of 16
+// takes a permute of both halves and a blend. Narrower weights are widened in registers; x arrives widened.
+#include <immintrin.h>
+
+#include "common/unroll.hpp"
+#include "nm/kernels.hpp"
+#include "nm/permute.hpp"
+#include "nm/x86/panel_sets.hpp"
+#include "nm/x86/prefetch.hpp"
+
+namespace sparsecomp {
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kHalves = kTile / kLanes;
+
+__m128i load_128(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+__m256i load_256(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+
+// In-group positions of rows 8 * half to 8 * half + 7: index word `word` of a metadata block.
+inline __m256i load_index_word(const Geometry& g, const uint8_t* block, int word, int half) {
+  const uint8_t* plane = block + word * kTile * 4;
+  if (word < g.full_words || g.rest_bytes == 4) return load_256(plane + half * 32);
+  const auto bytes = [&](const uint8_t* from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + half * 8)));
+  };
+  if (g.rest_bytes == 1) return bytes(plane);
+  const __m256i low = _mm256_cvtepu16_epi32(load_128(plane + half * 16));
+  if (g.rest_bytes == 2) return low;
+  return _mm256_or_si256(low, _mm256_slli_epi32(bytes(plane + kTile * 2), 16));
+}
+
+struct ValuesF32 {
+  static __m256 load(const uint8_t* block, int slot, int half) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(block + slot * kTile * 4 + half * 32));
+  }
+};
+
+struct ValuesI8 {
+  static __m256 load(const uint8_t* block, int slot, int half) {
+    const uint8_t* from = block + slot * kTile + half * kLanes;
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  }
+};
+
+struct ValuesBf16 {
+  static __m256 load(const uint8_t* block, int slot, int half) {
+    const __m256i raw = load_256(block + slot / 2 * kTile * 4 + half * 32);
+    return _mm256_castsi256_ps(slot % 2 ? _mm256_and_si256(raw, _mm256_set1_epi32(~0xffff))
+                                        : _mm256_slli_epi32(raw, 16));
+  }
+};
+
+struct ValuesF16 {
+  static __m256 load(const uint8_t* block, int slot, int half) {
+    __m256i raw = load_256(block + slot / 2 * kTile * 4 + half * 32);
+    raw = slot % 2 ? _mm256_srli_epi32(raw, 16) : _mm256_and_si256(raw, _mm256_set1_epi32(0xffff));
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(raw, raw), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+  }
+};
+
+// One tile by NB columns. Registers for NB = 4: 8 sums, 2 values, 2 index words, 2 indices, a permuted activation; the
+// activations are memory operands of the permutes.
+template <class Values, int M, int N, int NB>
+void micro(const PermuteArgs& args) {
+  constexpr int kBits = M == 16 ? 4 : M == 8 ? 3 : M == 4 ? 2 : 1;
+  constexpr int kWordSlots = 32 / kBits;
+  constexpr int kChains = NB <= 2 ? 2 : 1;
+  const Geometry& g = *args.geometry;
+  const uint8_t* values = args.values;
+  const uint8_t* metadata = args.metadata;
+  const auto* x = static_cast<const float*>(args.x);
+  int bases[kStep];
+  for (int slot = 0; slot < kStep; ++slot) bases[slot] = slot / g.n * M;
+
+  Prefetcher prefetch(args, g.value_bytes, g.metadata_bytes);
+
+  __m256 sums[kHalves][NB][kChains];
+  SPARSECOMP_UNROLL
+  for (int half = 0; half < kHalves; ++half) {
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      sums[half][b][0] = args.add ? _mm256_loadu_ps(args.sums + b * kTile + half * kLanes) : _mm256_setzero_ps();
+      if (kChains == 2) sums[half][b][kChains - 1] = _mm256_setzero_ps();
+    }
+  }
+
+  for (int64_t step = 0; step < args.steps; ++step) {
+    if (args.stream) {
+      prefetch.tile<0>(0);
+      prefetch.advance();
+    }
+    __m256i index[kHalves];
+    const auto load_words = [&](int word) {
+      SPARSECOMP_UNROLL
+      for (int half = 0; half < kHalves; ++half) index[half] = load_index_word(g, metadata, word, half);
+    };
+    const auto multiply = [&](int slot, int base, int chain) {
+      SPARSECOMP_UNROLL
+      for (int half = 0; half < kHalves; ++half) {
+        const __m256 value = Values::load(values, slot, half);
+        __m256i column = index[half];
+        // the permute reads the low three bits only, which a group of 8 fills
+        if (M < kLanes)
+          column =
+              _mm256_or_si256(_mm256_and_si256(column, _mm256_set1_epi32(M - 1)), _mm256_set1_epi32(base % kLanes));
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index[half], 28));  // bit 3 as the sign
+        SPARSECOMP_UNROLL
+        for (int b = 0; b < NB; ++b) {
+          const float* from = x + b * args.ldx;
+          __m256 activation;
+          if (M == 16) {
+            activation = _mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), column),
+                                          _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + kLanes), column), upper);
+          } else {
+            activation = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + base / kLanes * kLanes), column);
+          }
+          sums[half][b][chain] = _mm256_fmadd_ps(value, activation, sums[half][b][chain]);
+        }
+        index[half] = _mm256_srli_epi32(index[half], kBits);
+      }
+    };
+    if constexpr (N != 0) {
+      load_words(0);
+      SPARSECOMP_UNROLL
+      for (int slot = 0; slot < kStep / M * N; ++slot) multiply(slot, slot / N * M, slot % kChains);
+    } else {
+      for (int word = 0, slot = 0; word < g.words; ++word) {
+        load_words(word);
+        const int end = g.slots < slot + kWordSlots ? g.slots : slot + kWordSlots;
+        for (; slot + 1 < end; slot += 2) {
+          multiply(slot, bases[slot], 0);
+          multiply(slot + 1, bases[slot + 1], kChains - 1);
+        }
+        if (slot < end) {
+          multiply(slot, bases[slot], 0);
+          ++slot;
+        }
+      }
+    }
+    values += g.value_bytes;
+    metadata += g.metadata_bytes;
+    x += kStep;
+  }
+
+  SPARSECOMP_UNROLL
+  for (int half = 0; half < kHalves; ++half) {
+    SPARSECOMP_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      __m256 sum = sums[half][b][0];
+      if (kChains == 2) sum = _mm256_add_ps(sum, sums[half][b][kChains - 1]);
+      _mm256_storeu_ps(args.sums + b * kTile + half * kLanes, sum);
+    }
+  }
+}
+
+template <class Values, int M, int N>
+constexpr PermuteSet make_set() {
+  PermuteSet set{SPARSECOMP_F32, 1, {}, 1, -1};
+  set.micro[1][1] = micro<Values, M, N, 1>;
+  set.micro[1][2] = micro<Values, M, N, 2>;
+  set.micro[1][3] = micro<Values, M, N, 3>;
+  set.micro[1][4] = micro<Values, M, N, 4>;
+  return set;
+}
+
+template <class Values>
+const PermuteSet* select_for(const Geometry& g) {
+  static constexpr PermuteSet of_2_4 = make_set<Values, 4, 2>(), of_4_8 = make_set<Values, 8, 4>(),
+                              of_8_16 = make_set<Values, 16, 8>();
+  static constexpr PermuteSet of_2 = make_set<Values, 2, 0>(), of_4 = make_set<Values, 4, 0>(),
+                              of_8 = make_set<Values, 8, 0>(), of_16 = make_set<Values, 16, 0>();
+  switch (g.m) {
+    case 2:
+      return &of_2;
+    case 4:
+      return g.n == 2 ? &of_2_4 : &of_4;
+    case 8:
+      return g.n == 4 ? &of_4_8 : &of_8;
+    default:
+      return g.n == 8 ? &of_8_16 : &of_16;
+  }
+}
+
+const PermuteSet* select(const Geometry& g, const Processor&) {
+  switch (g.dtype) {
+    case SPARSECOMP_F32:
+      return select_for<ValuesF32>(g);
+    case SPARSECOMP_F16:
+      return select_for<ValuesF16>(g);
+    case SPARSECOMP_I8:
+      return select_for<ValuesI8>(g);
+    default:
+      return select_for<ValuesBf16>(g);
+  }
+}
+
+}  // namespace
+
+constexpr NmKernels kNmAvx2 = {select, select_panels_avx2};
+
+}  // namespace sparsecomp
