@@ -77,7 +77,7 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/tidy -G Ninja -DSPARSECOMP_PYTHON=OFF -DCMAKE_EXPORT_COMPILE_COMMANDS=ON >/dev/null
 	@# the Python module is left out: its findings are the idioms of the C API; so is what other processors compile
-	printf '%s\n' $(filter-out csrc/python/% $(wildcard csrc/cpu/*/arm/*),$(filter %.cpp,$(CSRC))) | xargs -P2 -n1 $(BIN)/clang-tidy -quiet -p build/tidy
+	printf '%s\n' $(filter-out csrc/eager/% csrc/python/% $(wildcard csrc/cpu/*/arm/*),$(filter %.cpp,$(CSRC))) | xargs -P2 -n1 $(BIN)/clang-tidy -quiet -p build/tidy
 
 # Pass options through ARGS, as in: make bench ARGS='--shapes 4096x4096 --batches 1,8'
 bench: $(VENV)/.bench

@@ -1,6 +1,6 @@
 """The product of a layer for eager calls that nobody watches: it goes to the kernel past torch's dispatcher.
 
-Takes a Kernel and gives a function, and a class of layers the call that reaches this function past the interpreter.
+Takes a Kernel and gives a function. Knows nothing of modules.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
-from torch.nn.modules import module as torch_module
+from torch.nn import Parameter
 
 from sparsecomp import ops
-from sparsecomp.backends import cpu
 from sparsecomp.backends.registry import EagerProduct, Kernel, backends
-from sparsecomp.watch import CALL_WATCHERS, nobody_watches
+from sparsecomp.watch import nobody_watches
 
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -24,38 +22,6 @@ def eager_product(kernel: Kernel, activation: str) -> EagerProduct:
     """What gives y = activation(x W^T + bias) at once for plain tensors of the kernel, and None for all others."""
     product = _Product(kernel, activation)
     return backends()[kernel.backend].eager(kernel, activation, product) or product
-
-
-def quick_call(layer_class: type[Module], product: str, dense_above: str, stand_in: str) -> None:
-    """Give layers of exactly that class a call that asks the attribute ``product`` at once, without the interpreter.
-
-    It does what ``nn.Module.__call__`` and ``forward`` do for one tensor while nothing surrounds the call. Hooks of the
-    layer and of all modules, another ``forward``, a layer that was compiled, patches of ``nn.Module``, profilers and
-    compilers of Python's frames are seen at every call; ``nn.Module.__call__`` then serves it, and where the product
-    gives None, or where the parameter ``weight`` is not the attribute ``stand_in``. Nothing is changed without the
-    compiled extension, and where ``nn.Module`` is patched already.
-    """
-    extension = cpu.extension()
-    home = vars(torch_module)
-    call, inner = Module.__call__, Module._call_impl
-    # functools.wraps copies a function's name, not its globals
-    unpatched = call is Module._wrapped_call_impl and call.__globals__ is inner.__globals__ is home
-    if isinstance(extension, str) or not unpatched:
-        return
-
-    def attribute(_: object, layer: Module | None, owner: type[Module] | None = None) -> object:
-        return super(layer_class, owner if layer is None else layer).__call__  # type: ignore[misc]
-
-    descriptor = extension.layer_call(layer_class, Module, home, CALL_WATCHERS, product, dense_above, stand_in)
-    type(descriptor).__get__ = attribute
-    layer_class.__call__ = descriptor  # type: ignore[method-assign]
-
-
-def plain_call(layer_class: type[Module], subclass: type[Module]) -> None:
-    """Take the quick call back if a subclass has a call of its own: TorchDynamo cannot follow it to the one above."""
-    above = subclass.__mro__[: subclass.__mro__.index(layer_class)]
-    if "__call__" in vars(layer_class) and any("__call__" in vars(base) for base in above):
-        del layer_class.__call__
 
 
 class _Product:

@@ -7,7 +7,7 @@ Knows nothing of plans, masks or models.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ from sparsecomp.activations import activate, require_activation
 from sparsecomp.backends import registry
 from sparsecomp.backends.registry import Weight
 from sparsecomp.carry import carry_over, why_not_carried
-from sparsecomp.eager import eager_product, plain_call, quick_call
+from sparsecomp.eager import eager_product
 from sparsecomp.errors import ModelError
 from sparsecomp.pack.format import FLOAT_DTYPES, PackedWeight, pack
 from sparsecomp.pack.move import zero_weight
@@ -56,11 +56,6 @@ class SparseLinear(PackedModule):
 
     Raises ModelError for a weight that no backend runs and PatternError for a pattern that cannot be packed.
     """
-
-    def __init_subclass__(cls, **named: Any) -> None:
-        """A subclass with a ``__call__`` of its own costs all layers their quick call, so that it can be compiled."""
-        super().__init_subclass__(**named)
-        plain_call(SparseLinear, cls)
 
     def __init__(  # noqa: D107  (the class says it)
         self,
@@ -319,6 +314,3 @@ class SparseLinear(PackedModule):
             f"pattern={self.pattern}, {activation}dtype={self.dtype}, {weights}kernel={self.kernel.backend}, "
             f"bytes={self.kernel.nbytes} of {dense} dense{copy}"
         )
-
-
-quick_call(SparseLinear, "_eager", "dense_above", "_packed_weight")

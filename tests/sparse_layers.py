@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -40,19 +38,3 @@ def assert_right(layer: SparseLinear, x: Tensor) -> None:
     assert got.dtype == layer.dtype and got.shape == want.shape
     scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
     torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE[layer.dtype] * scale)
-
-
-def is_quick(layer: SparseLinear) -> bool:
-    """Whether nothing of Python's stands between a call of the layer and its product."""
-    product, callers = layer._eager, list[str]()
-
-    def observer(x: Tensor, bias: Tensor | None, dense_above: int | None) -> Tensor | None:
-        callers.append(sys._getframe(1).f_code.co_name)
-        return product(x, bias, dense_above)
-
-    layer._eager = observer
-    try:
-        layer(torch.randn(3, layer.in_features))
-    finally:
-        layer._eager = product
-    return callers == ["is_quick"]

@@ -35,16 +35,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["table", "make", "make with another signature", "make of something else"])
+@pytest.fixture(params=["no table", "another extension"])
 def without_functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As with a torch that has no DLPack table, or not the function that makes y."""
-    if request.param == "table":
+    """As with a torch that has no DLPack table, or an extension that was built from other sources."""
+    if request.param == "no table":
         monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
-    elif request.param == "make":
-        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu", raising=False)
     else:
-        instead = (lambda sizes: torch.empty(sizes)) if "signature" in request.param else lambda *_: torch.empty(6)
-        monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", instead, raising=False)
+        monkeypatch.setattr(cpu.native(), "torch_functions", lambda table, tensor: None)
     cpu._torch_functions.cache_clear()
     yield
     cpu._torch_functions.cache_clear()
@@ -240,6 +237,8 @@ def test_modes_transforms_and_levels_are_seen() -> None:
     for mode in (_Functions(), _Dispatch(), torch.autocast("cpu", torch.bfloat16), FakeTensorMode()):
         with mode:
             ask(x)
+    with torch._C._IncludeDispatchKeyGuard(torch._C.DispatchKey.PreDispatch):
+        ask(x)  # of a mode that nobody lists
     torch.func.vmap(ask)(x)
     torch.func.functionalize(ask)(x)
     with torch.autograd.forward_ad.dual_level():

@@ -14,14 +14,37 @@ import torch
 from sparse_layers import make
 from torch import Tensor, nn
 
+from sparsecomp import watch
 from sparsecomp.backends import cpu
 from sparsecomp.backends.registry import Kernel
-from sparsecomp.watch import WATCHERS
 
 pytestmark = pytest.mark.skipif(isinstance(cpu.native(), str), reason=str(cpu.native()))
 
 
-_make: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
+# functions of torch by the names that these tests give them, in the order in which the extension takes them
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "get_num_threads": torch.get_num_threads,
+    "is_grad_enabled": torch.is_grad_enabled,
+    "is_neg": Tensor.is_neg,
+    "new_empty": Tensor.new_empty,
+    "contiguous": Tensor.contiguous,
+}
+LEVELS = vars(torch.autograd.forward_ad)
+
+
+def functions(
+    native: Any, *, watchers: Any = watch.WATCHERS, keys: Any = (), levels: Any = LEVELS, **replaced: Any
+) -> Any:
+    """The extension's hold of torch, with some of its functions replaced."""
+    table = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
+    keys = keys or (watch.included, watch.raw, watch.PLAIN)
+    given = {**FUNCTIONS, **replaced}
+    return native.torch_functions(table, Tensor, nn.Parameter, watchers, *keys, levels, *given.values())
+
+
+def product_of(native: Any, kernel: Kernel, **replaced: Any) -> Any:
+    """The product of an fp32 kernel that asks torch by the functions given."""
+    return native.eager_product(functions(native, **replaced), False, kernel.arguments, 0, kernel.tensors, 0, None)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +66,7 @@ def test_a_table_of_another_version_is_not_used(native: Any) -> None:
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     name = b"dlpack_exchange_api"
     true_table = pointer(torch.Tensor.__dlpack_c_exchange_api__, name)  # type: ignore[attr-defined]
-    rest = (Tensor, nn.Parameter, WATCHERS, {}, *[None] * 5)
+    rest = (Tensor, nn.Parameter, (), None, None, (0, 0), {}, *[None] * 5)
 
     def functions_of(table: Table) -> object:
         return native.torch_functions(new_capsule(ctypes.addressof(table), name, None), *rest)
@@ -57,36 +80,32 @@ def test_a_table_of_another_version_is_not_used(native: Any) -> None:
         native.torch_functions(new_capsule(true_table, b"another", None), *rest)
 
 
-def test_a_watcher_that_raises_is_heard(native: Any) -> None:
+def test_what_torch_raises_is_heard(native: Any) -> None:
     kernel = make(backend="cpu").kernel
-    functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, _make, Tensor.contiguous
-    levels = vars(torch.autograd.forward_ad)
-
-    def product(*replaced: object, namespace: dict[str, Any] = levels, watchers: Any = WATCHERS) -> Any:
-        table = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
-        given = [*replaced, *functions[len(replaced) :]]
-        asked = native.torch_functions(table, Tensor, nn.Parameter, watchers, namespace, *given)
-        return native.eager_product(asked, False, kernel.arguments, 0, kernel.tensors, 0, None, torch.float32)
 
     def bad(*_: object) -> None:
         raise KeyboardInterrupt
 
     x = torch.randn(40, 3).t()
     references = sys.getrefcount(x)
-    for one in (
-        product(bad),
-        product(torch.get_num_threads, bad),
-        product(*functions[:2], bad),
-        product(*functions[:3], bad),
-        product(*functions[:4], bad),
-        product(watchers=(*WATCHERS, bad)),
-    ):
+    replaced: list[dict[str, Any]] = [{name: bad} for name in FUNCTIONS]
+    replaced += [{"watchers": (*watch.WATCHERS, bad)}]
+    replaced += [{"keys": (bad, watch.raw, watch.PLAIN)}, {"keys": (watch.included, bad, watch.PLAIN)}]
+    for each in replaced:
         with pytest.raises(KeyboardInterrupt):
-            one(x, None, None)
-    with pytest.raises(TypeError):
-        product(namespace={"_current_level": "high"})(x, None, None)
-    assert product(namespace={})(x, None, None) is None
+            product_of(native, kernel, **each)(x, None, None)
+    for each in ({"levels": {"_current_level": "high"}}, {"keys": (watch.included, str, watch.PLAIN)}):
+        with pytest.raises(TypeError):
+            product_of(native, kernel, **each)(x, None, None)
+    assert product_of(native, kernel, levels={})(x, None, None) is None
     assert sys.getrefcount(x) == references
+
+
+def test_keys_that_are_not_known_are_for_the_dispatcher(native: Any) -> None:
+    kernel, x = make(backend="cpu").kernel, torch.randn(3, 40)
+    for plain, runs in (((0, 1), False), ((0, watch.PLAIN[0]), True), ((watch.PLAIN[0], 2**64 - 1), True)):
+        product = product_of(native, kernel, keys=(watch.included, watch.raw, plain))
+        assert (product(x, None, None) is not None) is runs
 
 
 @pytest.mark.usefixtures("native")
@@ -122,9 +141,7 @@ def test_nothing_is_leaked() -> None:
     kernel, activation = layer.kernel, "gelu"
     x, strided, wanting = torch.randn(3, 40), torch.randn(40, 3).t(), torch.randn(3, 40, requires_grad=True)
     deep, sparse, bias = torch.randn(2, 3, 40), x.to_sparse(), torch.randn(24)
-    # the tuples that y is made with are not tracked by the collector; each of them holds the dtype
-    dtype = torch.float32
-    watched = (x, strided, wanting, deep, sparse, bias, kernel, activation, *kernel.tensors, dtype, None, True, False)
+    watched = (x, strided, wanting, deep, sparse, bias, kernel, activation, *kernel.tensors, None, True, False)
     calls: list[Any] = []
     results: list[weakref.ref[Tensor]] = []
 
@@ -142,7 +159,7 @@ def test_nothing_is_leaked() -> None:
         for broken in ((), (kernel.tensors[0],), (*kernel.tensors, bias, bias)):
             with pytest.raises(TypeError):
                 cpu.native().eager_product(  # type: ignore[union-attr]
-                    cpu._torch_functions(), False, kernel.arguments, 0, broken, 0, None, torch.float32
+                    cpu._torch_functions(), False, kernel.arguments, 0, broken, 0, None
                 )
         calls.clear()
 
@@ -184,22 +201,11 @@ def test_a_cycle_through_a_tensor_of_the_kernel_is_collected() -> None:
 
 def _changing(native: Any, kernel: Kernel, function: str, change: Callable[[], object]) -> Any:
     """A product where ``change`` happens while torch runs ``function``, as another thread could do it."""
-    functions = {
-        "get_num_threads": torch.get_num_threads,
-        "is_grad_enabled": torch.is_grad_enabled,
-        "is_neg": Tensor.is_neg,
-        "make": _make,
-        "contiguous": Tensor.contiguous,
-    }
-    true = functions[function]
-    functions[function] = lambda *given: (true(*given), change())[0]  # type: ignore[operator]
-    table = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
-    levels = vars(torch.autograd.forward_ad)
-    asked = native.torch_functions(table, Tensor, nn.Parameter, WATCHERS, levels, *functions.values())
-    return native.eager_product(asked, False, kernel.arguments, 0, kernel.tensors, 0, None, torch.float32)
+    true = FUNCTIONS[function]
+    return product_of(native, kernel, **{function: lambda *given: (true(*given), change())[0]})
 
 
-@pytest.mark.parametrize("function", ["make", "get_num_threads"])
+@pytest.mark.parametrize("function", ["new_empty", "get_num_threads"])
 def test_what_changes_during_the_call_is_read_as_it_is_then(native: Any, function: str) -> None:
     layer, other = make(backend="cpu"), make(backend="cpu")
     kernel, bias, x = layer.kernel, torch.zeros(24), torch.randn(3, 40)
@@ -224,7 +230,7 @@ def test_calls_within_a_call_make_each_its_own_result(native: Any) -> None:
             results.append(torch.empty(0))
             results[0] = product(inner, None, None)
 
-    product = _changing(native, kernel, "make", call_again)
+    product = _changing(native, kernel, "new_empty", call_again)
     with torch.no_grad():
         results.append(product(x, None, None))
     for got, given in zip(results, (inner, x), strict=True):
@@ -234,15 +240,14 @@ def test_calls_within_a_call_make_each_its_own_result(native: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32])
-@pytest.mark.usefixtures("native")
 def test_a_result_of_another_dtype_is_not_written(native: Any, dtype: torch.dtype) -> None:
     kernel = make(backend="cpu").kernel
-    product = native.eager_product(cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 0, None, dtype)
+    product = product_of(native, kernel, new_empty=lambda x, *sizes: x.new_empty(sizes, dtype=dtype))
     with torch.no_grad():
         assert product(torch.randn(3, 40), None, None) is None
 
 
-@pytest.mark.parametrize("function", ["make", "get_num_threads"])
+@pytest.mark.parametrize("function", ["new_empty", "get_num_threads"])
 @pytest.mark.parametrize("shape", [(2, 40), (4, 40), (3, 39), (120,), (3, 80)])
 def test_an_input_that_no_longer_fits_is_not_read(native: Any, function: str, shape: tuple[int, ...]) -> None:
     kernel, x = make(backend="cpu").kernel, torch.randn(3, 40)
@@ -254,7 +259,7 @@ def test_an_input_that_no_longer_fits_is_not_read(native: Any, function: str, sh
         assert _changing(native, kernel, function, change)(x, None, None) is None
 
 
-@pytest.mark.parametrize("function", ["make", "get_num_threads"])
+@pytest.mark.parametrize("function", ["new_empty", "get_num_threads"])
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_weight_or_bias_that_no_longer_fits_is_not_read(native: Any, function: str, part: int) -> None:
     kernel, bias, x = make(backend="cpu").kernel, torch.zeros(24), torch.randn(3, 40)
@@ -284,7 +289,7 @@ def test_a_weight_or_bias_that_no_longer_fits_is_not_read(native: Any, function:
 )
 def test_wrong_facts_are_refused(native: Any, change: dict[int, Any], error: type[Exception]) -> None:
     kernel = make(backend="cpu").kernel
-    facts = [cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 0, None, torch.float32]
+    facts = [cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 0, None]
     for index, value in change.items():
         facts[index] = value
     with pytest.raises(error):
@@ -293,14 +298,18 @@ def test_wrong_facts_are_refused(native: Any, change: dict[int, Any], error: typ
         native.eager_product(*facts[:-1])
     with pytest.raises(TypeError, match="torch_functions takes"):
         native.torch_functions(1, 2)
+    with pytest.raises(IndexError):
+        functions(native, keys=(watch.included, watch.raw, ()))
+    with pytest.raises(TypeError):
+        functions(native, keys=(watch.included, watch.raw, ("none", 0)))
+    with pytest.raises(OverflowError):
+        functions(native, keys=(watch.included, watch.raw, (-1, 0)))
 
 
 @pytest.mark.usefixtures("native")
 def test_an_unknown_activation_is_an_error_of_the_library(native: Any) -> None:
     kernel, x = make(backend="cpu").kernel, torch.randn(3, 40)
-    product = native.eager_product(
-        cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 99, None, torch.float32
-    )
+    product = native.eager_product(cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 99, None)
     references = sys.getrefcount(x)
     with torch.no_grad(), pytest.raises(RuntimeError):
         product(x, None, None)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsecomp import watch
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends.registry import QUANTIZED_TENSORS, Backend, EagerProduct, Kernel, Request
 from sparsecomp.errors import BackendError
 from sparsecomp.pack.bits import packed_bytes
 from sparsecomp.pack.format import PackedWeight, dequantize
 from sparsecomp.patterns import Block, Pattern, row_nm
-from sparsecomp.watch import WATCHERS
 
 MOST_PADDING = 1.5  # stored over real weights of a block
 MOST_SIDE = 1 << 20
@@ -59,34 +59,18 @@ def _require_native() -> ModuleType:
     return module
 
 
-def _empty_strided() -> Callable[..., Tensor] | None:
-    """What TorchInductor's code makes its tensors with; None where it is not as known, for torch promises nothing.
-
-    Half the time of empty() and new(): it goes past parser and dispatcher.
-    """
-    make: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
-    if make is None:
-        return None
-    try:
-        made = make((2, 3), (3, 1), torch.float32)
-        as_known = made.shape == (2, 3) and made.dtype is torch.float32 and made.is_contiguous()
-    except (TypeError, RuntimeError, AttributeError):
-        return None
-    return make if as_known else None
-
-
 @lru_cache(maxsize=1)
 def _torch_functions() -> object | None:
     """What the extension needs to read tensors itself and to ask what torch is doing; None where torch cannot say."""
     table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    make = _empty_strided()
-    if table is None or make is None:
+    if table is None:
         return None
-    functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, make, Tensor.contiguous
-    namespace = vars(torch.autograd.forward_ad)
-    found: object | None = _require_native().torch_functions(
-        table, Tensor, torch.nn.Parameter, WATCHERS, namespace, *functions
-    )
+    keys = watch.WATCHERS, watch.included, watch.raw, watch.PLAIN, vars(torch.autograd.forward_ad)
+    functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, Tensor.new_empty, Tensor.contiguous
+    try:
+        found: object | None = _require_native().torch_functions(table, Tensor, torch.nn.Parameter, *keys, *functions)
+    except TypeError:  # an extension of another version takes other arguments
+        return None
     return found
 
 
@@ -260,7 +244,7 @@ class CpuBackend(Backend):
             return None
         facts = isinstance(kernel.pattern, Block), kernel.arguments, DTYPE_CODES[kernel.dtype], kernel.tensors
         product: EagerProduct = _require_native().eager_product(
-            functions, *facts, _ACTIVATION_CODES[activation], otherwise, kernel.dtype
+            functions, *facts, _ACTIVATION_CODES[activation], otherwise
         )
         return product
 

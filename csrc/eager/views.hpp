@@ -1,6 +1,6 @@
 // Questions about a tensor that was viewed: its type, its size, and whether its elements can be read where they are.
-#ifndef SPARSECOMP_PYTHON_VIEWS_HPP
-#define SPARSECOMP_PYTHON_VIEWS_HPP
+#ifndef SPARSECOMP_EAGER_VIEWS_HPP
+#define SPARSECOMP_EAGER_VIEWS_HPP
 
 #include <cstdint>
 

@@ -1,8 +1,8 @@
 // What this module needs of DLPack 1.3: a tensor as plain C data, and the table of functions by which a framework fills
 // it in (torch 2.10 and newer: torch.Tensor.__dlpack_c_exchange_api__). The layouts are those of the standard's
 // dlpack.h; they hold for every version of the same major number.
-#ifndef SPARSECOMP_PYTHON_DLPACK_HPP
-#define SPARSECOMP_PYTHON_DLPACK_HPP
+#ifndef SPARSECOMP_EAGER_DLPACK_HPP
+#define SPARSECOMP_EAGER_DLPACK_HPP
 
 #include <cstdint>
 

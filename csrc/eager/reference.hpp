@@ -1,6 +1,6 @@
 // An owned reference to a Python object.
-#ifndef SPARSECOMP_PYTHON_REFERENCE_HPP
-#define SPARSECOMP_PYTHON_REFERENCE_HPP
+#ifndef SPARSECOMP_EAGER_REFERENCE_HPP
+#define SPARSECOMP_EAGER_REFERENCE_HPP
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -5,7 +5,7 @@
 // not seen: DLPack's view does not tell its size.
 //
 // Functions of torch may let other threads run, so addresses are taken last, and checked there.
-#include "eager.hpp"
+#include "product.hpp"
 
 #include <algorithm>
 #include <array>
@@ -29,20 +29,17 @@ constexpr const char* kProductName = "sparsecomp._native.eager_product";
 // they take 2 to 14 us, and to release it and take it again costs 0.04.
 constexpr int64_t kShort = 1 << 18;
 
-// One kernel with its activation. What may lead back to the layer is borrowed from the tuple of Python objects beside
-// the capsule, where the garbage collector sees it.
+// One kernel with its activation; nothing of it changes after it was made. What may lead back to the layer is borrowed
+// from the tuple of Python objects beside the capsule, where the garbage collector sees it.
 struct Product {
-  TorchFunctions* torch;
+  const TorchFunctions* torch;
   Reference torch_owner;
   bool block;
   sparsecomp_nm nm;
   sparsecomp_block blocks;
   int64_t out, columns;
   int64_t short_rows;  // up to so many, the interpreter's lock is kept
-  Reference torch_dtype;
-  Reference kept;  // sizes, strides and dtype of the last y [*kept_rows, out]
-  std::vector<int64_t> kept_rows;
-  Py_ssize_t count;  // of tensors: values, metadata, and scales or none
+  Py_ssize_t count;    // of tensors: values, metadata, and scales or none
   std::array<PyObject*, 3> tensors;
   std::array<int64_t, 3> bytes;
   int32_t dtype, activation;
@@ -110,46 +107,28 @@ Verdict examine(const Product& p, PyObject* x, PyObject* bias, PyObject* dense_a
   return row_count(*x_view) >= from ? Verdict::kOtherwise : Verdict::kRun;
 }
 
-// The arguments that make a contiguous y [*rows, out].
-PyObject* result_arguments(const Product& p, const std::vector<int64_t>& rows) {
-  const auto last = static_cast<Py_ssize_t>(rows.size());
-  const Reference sizes(PyTuple_New(last + 1)), strides(PyTuple_New(last + 1));
-  if (!sizes || !strides) return nullptr;
-  int64_t stride = 1;
-  for (Py_ssize_t i = last; i >= 0; --i) {
-    const int64_t size = i == last ? p.out : rows[i];
-    // they take the references, also where they fail; that there is none is seen below
-    if (PyTuple_SetItem(sizes.get(), i, PyLong_FromLongLong(size)) != 0 ||
-        PyTuple_SetItem(strides.get(), i, PyLong_FromLongLong(stride)) != 0) {
-      return nullptr;
-    }
-    // torch says then that there is not so much memory
-    if (__builtin_mul_overflow(stride, std::max<int64_t>(1, size), &stride)) stride = INT64_MAX;
+// A contiguous y [*rows, out], by x.new_empty. The sizes are arguments each: as a tuple they take torch longer.
+PyObject* empty_result(const Product& p, PyObject* x, const dlpack::Tensor& view) {
+  std::vector<int64_t> sizes(view.shape, view.shape + view.dims);  // a new tuple may set off the collector, and that
+  sizes.back() = p.out;                                            // change x
+  const Reference arguments(PyTuple_New(static_cast<Py_ssize_t>(sizes.size()) + 1));
+  if (!arguments) return nullptr;
+  Py_INCREF(x);
+  PyTuple_SetItem(arguments.get(), 0, x);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    PyObject* size = PyLong_FromLongLong(sizes[i]);
+    if (size == nullptr) return nullptr;
+    PyTuple_SetItem(arguments.get(), static_cast<Py_ssize_t>(i) + 1, size);
   }
-  return PyErr_Occurred() ? nullptr : PyTuple_Pack(3, sizes.get(), strides.get(), p.torch_dtype.get());
-}
-
-// Most calls have the sizes of the call before, whose arguments are kept.
-PyObject* empty_result(Product& p, const dlpack::Tensor& x) {
-  const int64_t* end = x.shape + x.dims - 1;
-  if (!p.kept || !std::equal(x.shape, end, p.kept_rows.begin(), p.kept_rows.end())) {
-    const std::vector<int64_t> rows(x.shape, end);  // a new tuple may set off the collector, and that change x
-    PyObject* arguments = result_arguments(p, rows);
-    if (arguments == nullptr) return nullptr;
-    p.kept.own(arguments);
-    p.kept_rows = rows;
-  }
-  Reference arguments;  // another thread may replace them during the call
-  arguments.share(p.kept.get());
   return PyObject_Call(p.torch->make.get(), arguments.get(), nullptr);
 }
 
 // y for x and bias, which stay alive: the caller holds them. None where one of them, or the weight, does not fit.
-PyObject* run(Product& p, PyObject* x, dlpack::Tensor x_view, PyObject* bias) {
+PyObject* run(const Product& p, PyObject* x, dlpack::Tensor x_view, PyObject* bias) {
   const TorchFunctions& torch = *p.torch;
   const int64_t rows = row_count(x_view);
   const bool strided = rows != 0 && dlpack::row_step(x_view, p.columns) < 0;
-  Reference y(empty_result(p, x_view));
+  Reference y(empty_result(p, x, x_view));
   if (!y) return nullptr;
   Reference copy;
   if (strided) {
@@ -195,7 +174,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t given) {
     PyErr_Format(PyExc_TypeError, "a product takes x, bias and dense_above, got %zd arguments", given);
     return nullptr;
   }
-  auto* p = static_cast<Product*>(PyCapsule_GetPointer(PyTuple_GetItem(self, 0), kProductName));
+  auto* p = static_cast<const Product*>(PyCapsule_GetPointer(PyTuple_GetItem(self, 0), kProductName));
   if (p == nullptr) return nullptr;
   PyObject *x = args[0], *bias = args[1], *dense_above = args[2];
   dlpack::Tensor x_view;
@@ -284,11 +263,11 @@ bool borrow_tensors(Product* p, PyObject* tensors) {
 }  // namespace
 
 PyObject* eager_product(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  if (given != 8 || !PyTuple_Check(args[2]) || !PyTuple_Check(args[4])) {
-    PyErr_SetString(PyExc_TypeError, "eager_product takes the functions of torch, a bool, two tuples and four more");
+  if (given != 7 || !PyTuple_Check(args[2]) || !PyTuple_Check(args[4])) {
+    PyErr_SetString(PyExc_TypeError, "eager_product takes the functions of torch, a bool, two tuples and three more");
     return nullptr;
   }
-  TorchFunctions* torch = functions_of(args[0]);
+  const TorchFunctions* torch = functions_of(args[0]);
   if (torch == nullptr) return nullptr;
   auto* p = new Product{};
   const Reference owner(capsule_of(p, kProductName));
@@ -303,15 +282,6 @@ PyObject* eager_product(PyObject*, PyObject* const* args, Py_ssize_t given) {
   p->dtype = static_cast<int32_t>(dtype);
   p->activation = narrow(activation, -1);
   p->otherwise = args[6];
-  p->torch_dtype.share(args[7]);
   const Reference self(PyTuple_Pack(3, owner.get(), args[4], args[6]));
   return self ? PyCFunction_NewEx(&call_definition, self.get(), nullptr) : nullptr;
-}
-
-PyObject* call_product(PyObject* product, PyObject* x, PyObject* bias, PyObject* dense_above) {
-  if (PyCFunction_CheckExact(product) && PyCFunction_GetFunction(product) == call_definition.ml_meth) {
-    PyObject* const args[] = {x, bias, dense_above};
-    return call(PyCFunction_GetSelf(product), args, 3);
-  }
-  return PyObject_CallFunctionObjArgs(product, x, bias, dense_above, nullptr);
 }

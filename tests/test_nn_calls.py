@@ -1,10 +1,8 @@
-"""The call of a layer past the interpreter: taken where nothing surrounds it; and nothing around it is missed."""
+"""What surrounds the call of a layer, as of any module: hooks, patches, profilers, compilers; and what it keeps."""
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import sys
 import weakref
 from collections.abc import Callable
@@ -13,16 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from sparse_layers import assert_right, expected, is_quick, make
+from sparse_layers import assert_right, expected, make
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
-from sparsecomp import eager
-from sparsecomp.backends import cpu
 from sparsecomp.errors import ModelError
 from sparsecomp.nn import SparseLinear
-
-pytestmark = pytest.mark.skipif(isinstance(cpu.extension(), str), reason=str(cpu.extension()))
 
 
 @pytest.fixture(autouse=True)
@@ -32,18 +26,15 @@ def _seed() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(40,), (1, 40), (3, 40), (2, 3, 40), (0, 40)])
-def test_a_plain_call_is_quick_and_right(shape: tuple[int, ...], bias: bool) -> None:
-    layer = make(bias=bias)
-    assert is_quick(layer)
-    x = torch.randn(shape)
+def test_a_plain_call_is_right(shape: tuple[int, ...], bias: bool) -> None:
+    layer, x = make(bias=bias), torch.randn(shape)
     assert_right(layer, x)
     with torch.no_grad():
         assert torch.equal(layer(x), layer.forward(x)) and torch.equal(layer(x), layer(input=x))
 
 
-def test_gradients_flow_through_a_quick_call() -> None:
+def test_gradients_flow_through_a_call() -> None:
     layer, x = make(), torch.randn(3, 40, requires_grad=True)
-    assert is_quick(layer)
     layer(x).sum().backward()
     assert layer.bias is not None and layer.bias.grad is not None
     torch.testing.assert_close(layer.bias.grad, torch.full((24,), 3.0))
@@ -151,7 +142,9 @@ def test_what_surrounds_a_call_is_seen(name: str, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(y.detach(), want)
     if name == "compiled":
         del layer._compiled_call_impl
-    assert is_quick(layer), "and without it the call is quick again"
+    seen.clear()
+    layer(x).sum().backward()
+    assert seen == []
 
 
 def test_a_hook_may_change_what_comes_in_and_out() -> None:
@@ -180,15 +173,6 @@ def test_subclasses_keep_their_own_forward() -> None:
         for kind, factor in ((Doubled, 2.0), (Mixed, 3.0)):
             other = kind.from_packed(layer.packed(), layer.bias)
             torch.testing.assert_close(other(x), factor * y)
-    assert is_quick(layer)
-
-
-def test_the_attribute_is_that_of_nn_module() -> None:
-    layer, x = make(), torch.randn(3, 40)
-    assert SparseLinear.__call__ is nn.Module.__call__
-    assert layer.__call__.__func__ is nn.Module.__call__ and layer.__call__.__self__ is layer  # type: ignore[attr-defined]
-    with torch.no_grad():
-        assert torch.equal(SparseLinear.__call__(layer, x), layer(x)) and torch.equal(layer.__call__(x), layer(x))
 
 
 def test_wrong_arguments_are_named_as_for_any_module() -> None:
@@ -204,10 +188,6 @@ def test_wrong_arguments_are_named_as_for_any_module() -> None:
         layer([1.0])
     with pytest.raises(ModelError, match="reshape it"):
         layer(torch.randn(3, 41))
-    with pytest.raises(TypeError, match="takes the layer"):
-        vars(SparseLinear)["__call__"]()
-    with pytest.raises(TypeError, match="super"):
-        vars(SparseLinear)["__call__"](nn.Linear(3, 4), x)
 
 
 def test_what_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,12 +249,6 @@ def test_a_call_that_the_dispatcher_must_see_gets_there() -> None:
         torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
 
 
-def test_copies_are_quick_too() -> None:
-    layer = make()
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.to(torch.bfloat16).float()):
-        assert is_quick(other)
-
-
 def test_a_call_keeps_nothing() -> None:
     layer, x = make(), torch.randn(3, 40)
     with torch.no_grad():
@@ -289,26 +263,3 @@ def test_a_call_keeps_nothing() -> None:
     del layer
     gc.collect()
     assert gone() is None
-
-
-def test_without_the_extension_the_class_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Plain(nn.Module):
-        pass
-
-    monkeypatch.setattr(cpu, "extension", lambda: "not there")
-    eager.quick_call(Plain, "_eager", "dense_above", "_packed_weight")
-    assert "__call__" not in vars(Plain)
-
-
-def test_what_the_extension_is_given_is_checked() -> None:
-    extension: Any = cpu.extension()
-    right = (SparseLinear, nn.Module, {}, (), "_eager", "dense_above", "_packed_weight")
-    for index, wrong in ((0, "a class"), (1, 3), (2, []), (3, []), (4, None), (5, 1), (6, 2)):
-        with pytest.raises(TypeError, match="layer_call takes"):
-            extension.layer_call(*right[:index], wrong, *right[index + 1 :])
-    with pytest.raises(TypeError, match="layer_call takes"):
-        extension.layer_call()
-    with pytest.raises(AttributeError, match="forward"):
-        extension.layer_call(object, *right[1:])
-    with pytest.raises(TypeError, match="cannot create"):
-        type(vars(SparseLinear)["__call__"])()

@@ -1,6 +1,6 @@
 // A C++ object as a Python object that owns it.
-#ifndef SPARSECOMP_PYTHON_CAPSULE_HPP
-#define SPARSECOMP_PYTHON_CAPSULE_HPP
+#ifndef SPARSECOMP_EAGER_CAPSULE_HPP
+#define SPARSECOMP_EAGER_CAPSULE_HPP
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
