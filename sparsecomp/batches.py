@@ -23,7 +23,7 @@ _CACHING = "use_cache"
 
 def eager(model: nn.Module) -> nn.Module:
     """The module that torch.compile wrapped, or the model itself: hooks and names are those of the eager module."""
-    while isinstance(model, nn.Module) and type(model).__module__.startswith("torch._dynamo"):
+    while isinstance(model, nn.Module) and type(model).__module__.startswith("torch."):
         inner = model._modules.get("_orig_mod")
         if inner is None:
             break

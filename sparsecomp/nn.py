@@ -275,7 +275,7 @@ class SparseLinear(PackedModule):
             raise ModelError(f"input is on {x.device} and the layer on {place}; move one of them with .to()")
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         target = torch.get_autocast_dtype(device) if autocast else None
-        if not is_compiling() and transformed():
+        if not is_compiling() and transformed(x, self.bias):
             # no rule of the operator is known to torch.func and dual numbers; those of torch's linear are
             return self._by_torch(x)
         if target is not None and x.is_floating_point() and x.dtype != torch.float64:

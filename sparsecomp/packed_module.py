@@ -50,7 +50,7 @@ def _version(tensor: Tensor) -> int:
 torch.serialization.add_safe_globals([_parameter_of])
 
 # made anew from the canonical form wherever the module is copied or unpickled
-_OF_THE_KERNEL = ("kernel", "_eager", "_layout", "_name", "_packed_weight", "_compiled_call_impl")
+_OF_THE_KERNEL = ("kernel", "_eager", "_layout", "_name", "_packed_weight")
 
 
 def _refuse_other_files() -> None:
@@ -117,7 +117,7 @@ class PackedModule(nn.Module):
         Shape, dtype and device cost nothing. From the second time on that values are read, a dense copy is kept.
         Writing it, in whatever way, and training it raise ModelError.
         """
-        if is_compiling() or torch._C._is_tracing():
+        if is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return ops.to_dense(self._tensors(), *self._facts())
         weight: Tensor | None = self._parameters.get("weight")
         return self._packed_weight if weight is None else weight
@@ -236,7 +236,7 @@ class PackedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The module with the canonical form in place of the layout."""
-        state = dict(self.__dict__)
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state["_buffers"] = {name: value for name, value in self._buffers.items() if name not in self._layout}
         state["_parameters"] = {name: value for name, value in self._parameters.items() if name != "weight"}
         state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - set(self._layout)

@@ -70,8 +70,9 @@ class ReadOnly(Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         """Go on to ``__torch_dispatch__``; a function reads a weight once, however many operators it consists of."""
-        with torch._C.DisableTorchFunctionSubclass(), one_read():
-            return func(*args, **(kwargs or {}))
+        with one_read():
+            # of Tensor itself: super() would make what comes out read-only as well
+            return Tensor.__torch_function__(func, (), args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_BASE = vars(torch._C.TensorBase)
 # what only asks about a tensor
 _DESCRIBING: frozenset[Any] = frozenset(
     [
         *(
-            _BASE[name].__get__
+            getattr(Tensor, name).__get__
             for name in ("requires_grad", "is_leaf", "grad", "grad_fn", "_version", "layout", "device")
         ),
         *(
-            _BASE[name].__get__
+            getattr(Tensor, name).__get__
             for name in ("dtype", "shape", "is_cuda", "is_cpu", "is_meta", "ndim", "itemsize", "nbytes")
         ),
         *(

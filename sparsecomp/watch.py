@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 # Each gives something true while it watches. The levels of forward-mode differentiation have no such function: one is
@@ -48,6 +49,23 @@ def nobody_watches() -> bool:
     return raw(included()) in PLAIN and forward_ad._current_level < 0
 
 
-def transformed() -> bool:
-    """Whether a transform of torch.func or a level of forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether a transform of torch.func, or a level of forward-mode differentiation, has one of them in hand.
+
+    By what torch promises: what a transform wraps is plain by its type and has no memory, a dual number has a tangent.
+    """
+    return any(each is not None and (_wrapped(each) or _dual(each)) for each in tensors)
+
+
+def _wrapped(tensor: Tensor) -> bool:
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _dual(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
