@@ -8,7 +8,7 @@ TRITONS := $(shell cat tests/kernels_gpu/tritons.txt)
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.cmake' \))
-CUDA_SOURCES := $(wildcard cmake/* csrc/cuda/*) sparsecomp/backends/cutlass_build.py sparsecomp/backends/cutlass_config.py
+CUDA_SOURCES := $(wildcard cmake/* csrc/cuda/*) sparsecomp/backends/gpu/cutlass/build.py sparsecomp/backends/gpu/cutlass/config.py
 CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/kernels/*.[ch]pp)
 
 .DEFAULT_GOAL := help

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp.patterns import Pattern
-from sparsecomp.prune.project import project
+from sparsecomp.patterns.project import project
 
 _STEPS, _EVERY, _SWITCH, _CG_STEPS = 300, 3, 30, 10
 

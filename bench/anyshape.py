@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import sparsecomp as sc
-from sparsecomp.device import detect
-from sparsecomp.display import progress, table
+from sparsecomp.machine.device import detect
+from sparsecomp.reporting.terminal import progress, table
 
 from .cores import Cores
 from .engines import DTYPES

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from sparsecomp.backends.cpu import native
+from sparsecomp.machine.native import native
 
 # of the best rate seen; cores that share a physical one get half, and the clock falls by a tenth where all are busy
 _LEAST_SHARE = 0.75

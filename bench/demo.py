@@ -24,8 +24,8 @@ import sparsecomp as sc
 from sparsecomp.compiler import summary
 from sparsecomp.errors import PatternError, SparsecompError
 from sparsecomp.patterns import parse, row_nm
-from sparsecomp.prune.report import PruneReport
-from sparsecomp.report import Summary
+from sparsecomp.planning.summary import Summary
+from sparsecomp.pruning.report import PruneReport
 
 from . import machine, minilm
 from .demo_engines import Contender, Files, contenders

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsecomp.plan import Plan
+from sparsecomp.planning.planner import Plan
 
 from .demo_result import DENSE, INT8, SPARSE
 from .embedding import (

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sparsecomp.display import table, terminal_width, wrap
-from sparsecomp.report import megabytes
+from sparsecomp.planning.summary import megabytes
+from sparsecomp.reporting.terminal import table, terminal_width, wrap
 
 from .demo_result import DENSE, DemoResult, LayerRow, Measured
 from .demo_verdict import CLOSE, fastest, next_steps, of_kind, sparse_side, verdict

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsecomp as sc
-from sparsecomp.backends.registry import Request, backends
+from sparsecomp.backends.registry import backends
+from sparsecomp.machine.request import Request
 
 INT8 = "+int8"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

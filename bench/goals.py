@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sparsecomp.display import table
+from sparsecomp.reporting.terminal import table
 
 from .report import Comparison, comparisons, geometric_mean
 from .sweep import Settings

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends import cutlass_library, registry
-from sparsecomp.backends.cutlass_config import configs
-from sparsecomp.backends.registry import Request
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.backends import registry
+from sparsecomp.backends.gpu.cutlass import library as cutlass_library
+from sparsecomp.backends.gpu.cutlass.config import configs
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
 
 from .gpu_cases import Case

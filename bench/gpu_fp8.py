@@ -10,9 +10,11 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from sparsecomp.backends import cutlass_build, cutlass_fp8, cutlass_library
-from sparsecomp.backends.cutlass_config import Config, configs
-from sparsecomp.pack.format import pack
+from sparsecomp.backends.gpu.cutlass import build as cutlass_build
+from sparsecomp.backends.gpu.cutlass import fp8 as cutlass_fp8
+from sparsecomp.backends.gpu.cutlass import library as cutlass_library
+from sparsecomp.backends.gpu.cutlass.config import Config, configs
+from sparsecomp.packing.format import pack
 
 from .gpu_cases import Case
 from .gpu_engine import Call, GpuEngine
@@ -85,7 +87,7 @@ def not_compiled(needed: tuple[Config, ...]) -> str | None:
     """None if these libraries are there, else the reason why they are left out of a sweep."""
     if cutlass_build.compiled(needed):
         return None
-    return "its libraries were not compiled before; python -m sparsecomp.backends.cutlass_build does it"
+    return "its libraries were not compiled before; python -m sparsecomp.backends.gpu.cutlass.build does it"
 
 
 def fp8_engines() -> list[GpuEngine]:

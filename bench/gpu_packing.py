@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from sparsecomp.backends import registry
-from sparsecomp.backends.registry import Request
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.fragments import to_fragments
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.layouts.fragments import to_fragments
 from sparsecomp.patterns import parse, row_nm
 
 SIDES = (4096, 8192)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import sparsecomp
-from sparsecomp.device import Device
+from sparsecomp.machine.device import Device
 
 _PACKAGES = ("torch", "onnxruntime", "openvino", "numpy")
 

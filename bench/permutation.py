@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 import sparsecomp as sc
-from sparsecomp.calibration import Calibration
-from sparsecomp.device import detect
-from sparsecomp.display import table
 from sparsecomp.errors import SparsecompError
-from sparsecomp.layers import find_linears
+from sparsecomp.machine.device import detect
+from sparsecomp.methods.error import relative_error
+from sparsecomp.models.calibration import Calibration
+from sparsecomp.models.layers import find_linears
 from sparsecomp.patterns import Pattern
-from sparsecomp.prune.checkpoint import Checkpoint
-from sparsecomp.prune.error import relative_error
-from sparsecomp.prune.layerwise import Solved, make_jobs, solve
-from sparsecomp.prune.model import permutable
+from sparsecomp.pruning.checkpoint import Checkpoint
+from sparsecomp.pruning.model import permutable
+from sparsecomp.pruning.solve import Solved, make_jobs, solve
+from sparsecomp.reporting.terminal import table
 
 from . import minilm
 from .machine import describe

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import sparsecomp as sc
-from sparsecomp.device import detect
 from sparsecomp.errors import SparsecompError
-from sparsecomp.prune import PruneReport, Stage, Tuning, distill, prune_blocks
+from sparsecomp.machine.device import detect
+from sparsecomp.pruning import PruneReport, Stage, Tuning, distill, prune_blocks
 
 from . import machine, minilm
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsecomp.display import table, wrap
 from sparsecomp.errors import FormatError
+from sparsecomp.reporting.terminal import table, wrap
 
 EVEN = 0.97
 # a table of time by N is worth printing from so many N on

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import sparsecomp as sc
-from sparsecomp.backends.registry import Request
-from sparsecomp.cost import bound
-from sparsecomp.device import Device, detect
-from sparsecomp.display import progress
 from sparsecomp.errors import SparsecompError
+from sparsecomp.machine.bound import bound
+from sparsecomp.machine.device import Device, detect
+from sparsecomp.machine.request import Request
+from sparsecomp.reporting.terminal import progress
 
 from .cores import Cores
 from .engines import DTYPES, INT8, Engine, SparseEngine, dense_engines

@@ -1,7 +1,7 @@
 # The CUTLASS kernels of sm_90 (csrc/cuda), one shared library for each configuration, into the package.
 #
 # Which tools are used, which configurations there are, how they are compiled and what a library is called is decided in
-# sparsecomp/backends/cutlass_build.py, which compiles on first use what was not built here.
+# sparsecomp/backends/gpu/cutlass/build.py, which compiles on first use what was not built here.
 set(SPARSECOMP_CUTLASS AUTO CACHE STRING "Build the CUTLASS kernels: ON, OFF, or AUTO (where nvcc and CUTLASS are found)")
 set_property(CACHE SPARSECOMP_CUTLASS PROPERTY STRINGS AUTO ON OFF)
 set(SPARSECOMP_CUTLASS_TYPES "bfloat16,float16" CACHE STRING "Types to build them for: bfloat16, float16, fp8, fp8-fast")
@@ -41,7 +41,7 @@ set(tool ${CMAKE_COMMAND} -E env CUDA_HOME=${top} CUTLASS_PATH=${headers} ${tool
 # a name is a hash of all that a library is made of: a file of that name needs no other dependency, and a change of any
 # of these gives other names
 file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*)
-list(APPEND sources sparsecomp/backends/cutlass_build.py sparsecomp/backends/cutlass_config.py)
+list(APPEND sources sparsecomp/backends/gpu/cutlass/build.py sparsecomp/backends/gpu/cutlass/config.py)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${sources})
 set(folder ${CMAKE_CURRENT_BINARY_DIR}/cutlass_libraries)
 file(MAKE_DIRECTORY ${folder})

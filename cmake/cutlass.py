@@ -1,4 +1,4 @@
-"""What cmake/cutlass.cmake runs: ``sparsecomp.backends.cutlass_build`` of this checkout, whatever else is installed."""
+"""What cmake/cutlass.cmake runs: ``backends.gpu.cutlass.build`` of this checkout, whatever else is installed."""
 
 import runpy
 import sys
@@ -7,4 +7,4 @@ from pathlib import Path
 # the import hook of an editable install would answer for the package with the sources of another checkout
 sys.meta_path[:] = [finder for finder in sys.meta_path if isinstance(finder, type)]
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-runpy.run_module("sparsecomp.backends.cutlass_build", run_name="__main__")
+runpy.run_module("sparsecomp.backends.gpu.cutlass.build", run_name="__main__")

@@ -1,7 +1,7 @@
 """Weights -> the fragment layout of the mma.sp kernel, on the GPU, in one pass (Triton).
 
 Takes plain tensors in canonical form, or a dense weight, and launches on torch's current stream. Imports triton, so it
-is loaded on first use. ``sparsecomp.pack.fragments.to_fragments`` is the slow twin and describes the layout.
+is loaded on first use. ``sparsecomp.packing.layouts.fragments.to_fragments`` is the slow twin and describes the layout.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def sparse_mma_linear(
     """y [tokens, out] = activation(x W^T + bias), accumulated in fp32 and rounded once to the dtype of ``x``.
 
     ``x`` [tokens, in] in fp16, bf16 or fp32; ``fragments`` int32 [row tiles of 16, slices, 128] and ``metadata`` int32
-    as ``sparsecomp.pack.fragments`` makes them. Rows of x that do not start at multiples of 16 bytes are copied once,
+    as ``packing.layouts.fragments`` makes them. Rows of x that do not start at multiples of 16 bytes are copied once,
     padded; all else is read where it is. fp32 is rounded to tf32 (10 bits) on its way into the tensor cores.
 
     With ``scales`` fp32 [out] the weight is int8: x is rounded to int8 with a scale for each row (``quantize_rows``),

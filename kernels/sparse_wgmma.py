@@ -196,7 +196,7 @@ def sparse_wgmma_linear(
     """y [tokens, out] = activation(x W^T + bias), accumulated in fp32 and rounded once to the dtype of ``x``.
 
     ``x`` [tokens, in] in fp16 or bf16; ``fragments`` int32 [row tiles of 16, depth blocks of 32, 128] and ``metadata``
-    int32 [rows / 64, columns / 64, 128] as ``sparsecomp.pack.fragments`` makes them. Rows of x that do not start at
+    int32 [rows / 64, columns / 64, 128] as ``packing.layouts.fragments`` makes them. Rows of x that do not start at
     multiples of 16 bytes are copied once. ``activation`` is one of ``sparse_mma.ACTIVATIONS``, in fp32. ``config`` None
     takes the fastest, measured at the first call for about that many tokens.
     """

@@ -5,25 +5,25 @@ The public names and nothing else. Each is imported when it is first used, so th
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from sparsecomp import errors
 
 if TYPE_CHECKING:
-    from sparsecomp.calibration import Calibration, calibrate
     from sparsecomp.compiler import compile
-    from sparsecomp.interchange import linear, prepare
+    from sparsecomp.files.storage import load, save
+    from sparsecomp.methods.weight import prune_weight
+    from sparsecomp.models.calibration import Calibration, calibrate
     from sparsecomp.nn import SparseLinear
+    from sparsecomp.nn.arrays import linear, prepare
     from sparsecomp.onnx import export_onnx, onnx_session, verify_onnx
-    from sparsecomp.pack import PackedWeight, pack, quantize
+    from sparsecomp.packing import PackedWeight, pack, quantize
     from sparsecomp.patterns import parse as parse_pattern
-    from sparsecomp.plan import Plan, plan
-    from sparsecomp.prune import Tuning, distill, prune, prune_blocks, prune_weight
-    from sparsecomp.storage import load, save
+    from sparsecomp.planning.plan import Plan
+    from sparsecomp.planning.planner import plan
+    from sparsecomp.pruning import Tuning, distill, prune, prune_blocks
 
 __all__ = [
     "Calibration",
@@ -56,43 +56,31 @@ try:
 except PackageNotFoundError:
     __version__ = "0+uninstalled"
 
+# folders are nouns and public functions verbs, so that no module ever hides a function of the same name
 _HOME = {
-    "Calibration": "calibration",
-    "PackedWeight": "pack",
-    "Plan": "plan",
+    "Calibration": "models.calibration",
+    "PackedWeight": "packing",
+    "Plan": "planning.plan",
     "SparseLinear": "nn",
-    "Tuning": "prune",
-    "calibrate": "calibration",
+    "Tuning": "pruning",
+    "calibrate": "models.calibration",
     "compile": "compiler",
-    "distill": "prune",
+    "distill": "pruning",
     "export_onnx": "onnx",
-    "linear": "interchange",
-    "load": "storage",
+    "linear": "nn.arrays",
+    "load": "files.storage",
     "onnx_session": "onnx",
-    "pack": "pack",
+    "pack": "packing",
     "parse_pattern": "patterns",
-    "plan": "plan",
-    "prepare": "interchange",
-    "prune": "prune",
-    "prune_blocks": "prune",
-    "prune_weight": "prune",
-    "quantize": "pack",
-    "save": "storage",
+    "plan": "planning.planner",
+    "prepare": "nn.arrays",
+    "prune": "pruning",
+    "prune_blocks": "pruning",
+    "prune_weight": "methods.weight",
+    "quantize": "packing",
+    "save": "files.storage",
     "verify_onnx": "onnx",
 }
-
-
-class _Package(ModuleType):
-    """The module type of this package: a submodule never hides the public function of the same name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # importing sparsecomp.plan, .prune or .pack would otherwise replace the function by the module
-        if name in _HOME and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:

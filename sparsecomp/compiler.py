@@ -13,16 +13,16 @@ from typing import Literal
 import torch
 from torch import nn
 
-from sparsecomp.batches import eager
-from sparsecomp.calibration import Calibration
-from sparsecomp.display import progress
 from sparsecomp.errors import CalibrationError, ModelError, SparsecompError
-from sparsecomp.layers import Globs, LayerTable, find_linears, require_layers
+from sparsecomp.models.batches import eager
+from sparsecomp.models.calibration import Calibration
+from sparsecomp.models.layers import Globs, LayerTable, find_linears, require_layers
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack import pack
+from sparsecomp.packing import pack
 from sparsecomp.patterns import Pattern, parse
-from sparsecomp.plan import Patterns, Plan, plan
-from sparsecomp.report import Summary, summarise
+from sparsecomp.planning.planner import Patterns, Plan, plan
+from sparsecomp.planning.summary import Summary, summarise
+from sparsecomp.reporting.terminal import progress
 from sparsecomp.swap import share_bias, swap
 
 _PLAN = "_sparsecomp_plan"
@@ -73,7 +73,7 @@ def compile(
     if method is None and decided is not None and isinstance(plan_or_pattern, str | Pattern | Mapping):
         _check_fit(decided, found)
     if method is not None and calibration is not None:
-        from sparsecomp.prune.layerwise import warn_of_thin_statistics
+        from sparsecomp.pruning.solve import warn_of_thin_statistics
 
         warn_of_thin_statistics(method, calibration, choices)
     layers = {
@@ -118,7 +118,7 @@ def _choices(
     """Pattern, ``dense_above`` and the fastest backend of each layer to be packed."""
     if decided is None:
         if isinstance(pattern, Mapping):
-            from sparsecomp.prune.model import choose_patterns
+            from sparsecomp.planning.selection import choose_patterns
 
             if "auto" in pattern.values():
                 raise ModelError('where="everywhere" takes named patterns; pattern "auto" needs where="faster"')

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from sparsecomp.carry import carry_over
 from sparsecomp.errors import SparsecompError
-from sparsecomp.layers import replace_layer
+from sparsecomp.models.layers import replace_layer
+from sparsecomp.modules.carry import carry_over
 from sparsecomp.nn import SparseLinear
 
 _FUSED = ("activation_relu_or_gelu", "use_nested_tensor")  # replace_layer turns them off in encoders of torch

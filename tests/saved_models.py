@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from sparsecomp.errors import FormatError
+from sparsecomp.files.storage import load
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack import pack
-from sparsecomp.storage import load
+from sparsecomp.packing import pack
 
 
 class Beside(nn.Module):

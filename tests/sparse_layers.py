@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack.format import pack
-from sparsecomp.prune import prune_weight
+from sparsecomp.packing.format import pack
 
 PATTERNS = ["2:4", "8:16", "1:4", "4:8", "16:16", "1:2", "2:4@v4", "4:2:8", "block4x4:0.5"]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

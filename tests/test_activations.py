@@ -13,11 +13,11 @@ from sparse_layers import TOLERANCE, make
 from torch import Tensor, nn
 
 import sparsecomp as sc
-from sparsecomp import ops
 from sparsecomp.activations import ACTIVATIONS, activate, activation_gradient
 from sparsecomp.backends.registry import backends
 from sparsecomp.errors import FormatError, ModelError
 from sparsecomp.nn import SparseLinear
+from sparsecomp.nn import operators as ops
 
 NAMES = [name for name in ACTIVATIONS if name != "none"]
 MODULES = {"relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "silu": nn.SiLU()}

@@ -9,10 +9,10 @@ import torch
 from small_models import small, small_batches
 from torch import nn
 
-from sparsecomp.batches import eager, entering, fresh
-from sparsecomp.calibration import calibrate
 from sparsecomp.errors import CalibrationError, MethodError
-from sparsecomp.prune import Tuning, distill, prune, prune_blocks
+from sparsecomp.models.batches import eager, entering, fresh
+from sparsecomp.models.calibration import calibrate
+from sparsecomp.pruning import Tuning, distill, prune, prune_blocks
 
 QUICK = Tuning(steps=4, learning_rate=1e-3)
 

@@ -21,7 +21,7 @@ from sparsecomp.bench.gpu_machine import ranges
 from sparsecomp.bench.gpu_packing import packing_rows
 from sparsecomp.bench.gpu_supervise import Journal
 from sparsecomp.bench.harness import Timing
-from sparsecomp.pack.format import pack
+from sparsecomp.packing.format import pack
 
 CASE = Case(64, 32, 8, "somewhere")
 

@@ -8,11 +8,11 @@ from torch import nn
 
 import sparsecomp as sc
 from sparsecomp.bench import permutation
-from sparsecomp.layers import find_linears
+from sparsecomp.models.layers import find_linears
 from sparsecomp.patterns import parse
-from sparsecomp.prune.checkpoint import Checkpoint
-from sparsecomp.prune.layerwise import make_jobs, solve
-from sparsecomp.prune.model import permutable
+from sparsecomp.pruning.checkpoint import Checkpoint
+from sparsecomp.pruning.model import permutable
+from sparsecomp.pruning.solve import make_jobs, solve
 
 
 def test_errors_are_those_of_the_permuted_layers(tmp_path):

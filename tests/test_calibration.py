@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsecomp.calibration import calibrate
 from sparsecomp.errors import CalibrationError, ModelError
-from sparsecomp.gram import GramSum
+from sparsecomp.models.calibration import calibrate
+from sparsecomp.models.gram import GramSum
 
 
 def explicit(rows):

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize, prune
 import sparsecomp as sc
 from sparsecomp import compiler, swap
 from sparsecomp.errors import ModelError
-from sparsecomp.layers import find_linears
+from sparsecomp.models.layers import find_linears
 from sparsecomp.nn import SparseLinear
 
 

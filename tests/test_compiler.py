@@ -13,19 +13,22 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecomp import compiler, swap, tune
-from sparsecomp.backends.cpu import native
+from sparsecomp import compiler, swap
+from sparsecomp.backends.explain import why_no_kernel
 from sparsecomp.backends.reference import ReferenceBackend
-from sparsecomp.backends.registry import Request
-from sparsecomp.calibration import calibrate
 from sparsecomp.compiler import compile, report, summary
 from sparsecomp.errors import CalibrationError, ModelError, PatternError, SparsecompError
+from sparsecomp.files.storage import load, save
+from sparsecomp.machine import timings
+from sparsecomp.machine.native import native
+from sparsecomp.machine.request import Request
+from sparsecomp.methods.weight import prune_weight
+from sparsecomp.models.calibration import calibrate
 from sparsecomp.nn import SparseLinear
 from sparsecomp.patterns import parse
-from sparsecomp.plan import plan
-from sparsecomp.prune import prune, prune_weight
-from sparsecomp.report import why_no_kernel
-from sparsecomp.storage import load, save
+from sparsecomp.planning import measure as tune
+from sparsecomp.planning.planner import plan
+from sparsecomp.pruning import prune
 
 needs_kernel = pytest.mark.skipif(isinstance(native(), str), reason="needs the compiled extension")
 
@@ -33,7 +36,7 @@ needs_kernel = pytest.mark.skipif(isinstance(native(), str), reason="needs the c
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path))
-    monkeypatch.setattr(tune, "_known", {})
+    monkeypatch.setattr(timings, "_known", {})
     monkeypatch.setattr(tune, "_BUDGET", 0.0)
     monkeypatch.setattr(tune, "_COPIES_BYTES", 1 << 16)
     torch.manual_seed(0)

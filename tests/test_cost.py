@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecomp.backends.registry import Request
-from sparsecomp.cost import bound, packed_nbytes
-from sparsecomp.device import Device
-from sparsecomp.pack import quantize
-from sparsecomp.pack.format import DTYPES
+from sparsecomp.machine.bound import bound, packed_nbytes
+from sparsecomp.machine.device import Device
+from sparsecomp.machine.request import Request
+from sparsecomp.packing import quantize
 from sparsecomp.patterns import parse
-from sparsecomp.tune import random_weight
+from sparsecomp.patterns.numbers import DTYPES
+from sparsecomp.planning.measure import random_weight
 
 FLOPS, BYTES = 2e11, 4e10
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecomp import cache, device
-from sparsecomp.device import Device, detect
 from sparsecomp.errors import BackendError, PatternError
+from sparsecomp.machine import cache, device
+from sparsecomp.machine.device import Device, detect
 
 CPU = Device("cpu", "a processor", "avx512_bf16", 2, 49152, 1 << 20, 32 << 20)
 
@@ -135,7 +135,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 def test_import_creates_no_cuda_context() -> None:
     code = (
-        "import torch, sys, sparsecomp.device, sparsecomp.plan, sparsecomp.compiler; "
+        "import torch, sys, sparsecomp.machine.device, sparsecomp.planning.planner, sparsecomp.compiler; "
         "sys.exit(torch.cuda.is_initialized())"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

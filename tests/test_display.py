@@ -12,7 +12,8 @@ import termios
 
 import pytest
 
-from sparsecomp.display import (
+from sparsecomp.reporting.letters import fold, span
+from sparsecomp.reporting.terminal import (
     by_reason,
     label,
     listed,
@@ -24,7 +25,6 @@ from sparsecomp.display import (
     terminal_width,
     wrap,
 )
-from sparsecomp.letters import fold, span
 
 
 def test_a_table_aligns_its_columns() -> None:

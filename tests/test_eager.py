@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends import cpu
-from sparsecomp.backends.registry import EagerProduct, Kernel
-from sparsecomp.eager import _Product, eager_product
+from sparsecomp.backends.base import EagerProduct, Kernel
 from sparsecomp.errors import BackendError, ModelError
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack.quantize import quantize
-from sparsecomp.watch import nobody_watches
+from sparsecomp.nn.eager.calls import _Product, eager_product
+from sparsecomp.nn.eager.watch import nobody_watches
+from sparsecomp.packing.quantize import quantize
 
 pytestmark = pytest.mark.skipif(isinstance(cpu.native(), str), reason=str(cpu.native()))
 CASES = 12  # random ones of every pattern, dtype and activation

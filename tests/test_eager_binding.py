@@ -14,9 +14,9 @@ import torch
 from sparse_layers import make
 from torch import Tensor, nn
 
-from sparsecomp import watch
 from sparsecomp.backends import cpu
-from sparsecomp.backends.registry import Kernel
+from sparsecomp.backends.base import Kernel
+from sparsecomp.nn.eager import watch
 
 pytestmark = pytest.mark.skipif(isinstance(cpu.native(), str), reason=str(cpu.native()))
 

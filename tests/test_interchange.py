@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import sparsecomp as sc
-from sparsecomp import interchange
 from sparsecomp.errors import ModelError, PatternError
-from sparsecomp.interchange import as_tensor, like
+from sparsecomp.nn import arrays as interchange
+from sparsecomp.nn.arrays import as_tensor, like
 
 OUT, IN = 24, 36
 
@@ -71,14 +71,14 @@ def test_strides_and_readonly_memory_are_read_in_place() -> None:
 def test_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     kernel = sc.prepare(_weight())
-    apply = sc.interchange.ops.apply
+    apply = interchange.ops.apply
 
     def watched(kernel: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(x)
         seen.append(apply(kernel, x, *rest))
         return seen[-1]
 
-    monkeypatch.setattr(sc.interchange.ops, "apply", watched)
+    monkeypatch.setattr(interchange.ops, "apply", watched)
     x = np.ones((4, IN), dtype=np.float32)
     y = sc.linear(x, kernel)
     assert seen[0].data_ptr() == x.__array_interface__["data"][0]

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from sparsecomp.errors import ModelError
-from sparsecomp.layers import find_linears, replace_layer, require_layers
-from sparsecomp.storage import load, save
+from sparsecomp.files.storage import load, save
+from sparsecomp.models.layers import find_linears, replace_layer, require_layers
 
 
 class Conv1D(nn.Module):

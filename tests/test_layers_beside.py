@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecomp.layers import find_linears
+from sparsecomp.models.layers import find_linears
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack import pack
+from sparsecomp.packing import pack
 
 
 def matrix(*shape, dtype=torch.float32):

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsecomp.backends.registry import backends
 from sparsecomp.errors import ModelError, PatternError
+from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack.format import pack
-from sparsecomp.prune import prune_weight
+from sparsecomp.packing.format import pack
 
 ROUTES = ["cpu", "dense", "reference"]
 

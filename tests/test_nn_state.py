@@ -12,13 +12,13 @@ import torch
 from sparse_layers import PATTERNS, TOLERANCE, assert_right, expected, make
 from torch import Tensor, nn
 
-from sparsecomp.backends.registry import EagerProduct, Kernel
-from sparsecomp.eager import eager_product
+from sparsecomp.backends.base import EagerProduct, Kernel
 from sparsecomp.errors import ModelError
+from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack.format import pack
+from sparsecomp.nn.eager.calls import eager_product
+from sparsecomp.packing.format import pack
 from sparsecomp.patterns import parse
-from sparsecomp.prune import prune_weight
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +241,6 @@ def test_nobody_sees_a_kernel_before_its_memory_is_shared(monkeypatch: pytest.Mo
         seen.extend(tensor.is_shared() for tensor in kernel.tensors)  # type: ignore[no-untyped-call]
         return eager_product(kernel, activation)
 
-    monkeypatch.setattr("sparsecomp.packed_module.eager_product", product)
+    monkeypatch.setattr("sparsecomp.nn.packed_module.eager_product", product)
     layer.share_memory()
     assert seen == [True, True]

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsecomp import ops
 from sparsecomp.backends.registry import backends
 from sparsecomp.errors import BackendError, ModelError
+from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack.format import pack
-from sparsecomp.prune import prune_weight
+from sparsecomp.nn import operators as ops
+from sparsecomp.packing.format import pack
 
 PATTERNS = ["2:4", "8:16", "block4x4:0.5"]
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from sparsecomp.compiler import compile, summary
-from sparsecomp.cost import Bound
-from sparsecomp.overview import Row, grouped, microseconds
-from sparsecomp.report import Summary, SummaryRow
+from sparsecomp.machine.bound import Bound
+from sparsecomp.planning.overview import Row, grouped
+from sparsecomp.planning.summary import Summary, SummaryRow
+from sparsecomp.reporting.figures import microseconds
 
 
 def rows(layers: int) -> tuple[SummaryRow, ...]:

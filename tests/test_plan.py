@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecomp import cost, tune
-from sparsecomp.backends.cpu import native
-from sparsecomp.backends.registry import Request
-from sparsecomp.calibration import calibrate
-from sparsecomp.device import detect
 from sparsecomp.errors import BackendError, ModelError, PatternError
+from sparsecomp.machine import bound as cost
+from sparsecomp.machine import timings
+from sparsecomp.machine.device import detect
+from sparsecomp.machine.native import native
+from sparsecomp.machine.request import Request
+from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement
+from sparsecomp.methods.weight import prune_weight
+from sparsecomp.models.calibration import calibrate
 from sparsecomp.patterns import parse
-from sparsecomp.plan import Plan, plan
-from sparsecomp.prune import prune_weight
-from sparsecomp.tune import DENSE, SPARSE, UNPACKED, Measurement
+from sparsecomp.planning import measure as tune
+from sparsecomp.planning.planner import Plan, plan
 
 needs_kernel = pytest.mark.skipif(isinstance(native(), str), reason="needs the compiled extension")
 Seconds = Callable[[Request], dict[str, float]]
@@ -30,7 +32,7 @@ Seconds = Callable[[Request], dict[str, float]]
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path))
-    monkeypatch.setattr(tune, "_known", {})
+    monkeypatch.setattr(timings, "_known", {})
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ from torch import nn
 import sparsecomp as sc
 from sparsecomp.activations import activate
 from sparsecomp.backends import registry
-from sparsecomp.backends.registry import Request, backends
+from sparsecomp.backends.registry import backends
 from sparsecomp.errors import BackendError, ModelError
+from sparsecomp.files.storage import inspect
+from sparsecomp.machine.request import Request
+from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
-from sparsecomp.prune import prune_weight
 
 
 def quantised(
@@ -141,7 +143,7 @@ def test_files(tmp_path: Path) -> None:
     x = torch.randn(2, 40)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
-    assert "int8 weights, float32" in str(sc.storage.inspect(tmp_path / "m.safetensors"))
+    assert "int8 weights, float32" in str(inspect(tmp_path / "m.safetensors"))
 
 
 def test_the_vendor_library_refuses_int8() -> None:

@@ -17,8 +17,8 @@ from torch.nn.utils import prune  # noqa: F401 (torch does not import it)
 import sparsecomp as sc
 from sparsecomp.backends.cpu import CpuBackend
 from sparsecomp.errors import ModelError
+from sparsecomp.modules.readonly import PackedParameter
 from sparsecomp.nn import SparseLinear
-from sparsecomp.readonly import PackedParameter
 from tests.sparse_layers import make
 
 WRITES: dict[str, Callable[[Tensor], Any]] = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sparsecomp as sc
-from sparsecomp.reads import noting_reads
+from sparsecomp.models.reads import noting_reads
 
 
 class Reader(nn.Module):

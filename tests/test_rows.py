@@ -7,8 +7,8 @@ import torch
 from small_models import ids, reals, small
 from torch import nn
 
-from sparsecomp.calibration import calibrate
 from sparsecomp.errors import CalibrationError, ModelError
+from sparsecomp.models.calibration import calibrate
 
 TEXTS, TOKENS = 4, 10
 LAYERS = {

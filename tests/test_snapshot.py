@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsecomp.errors import ModelError
-from sparsecomp.snapshot import ModuleState, clone, copied, put
+from sparsecomp.modules.snapshot import ModuleState, clone, copied, put
 
 Pair = namedtuple("Pair", ["left", "right"])
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecomp import container
 from sparsecomp.errors import FormatError, ModelError
+from sparsecomp.files import container
+from sparsecomp.files.storage import inspect, load, save
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack import pack
-from sparsecomp.storage import inspect, load, save
+from sparsecomp.packing import pack
 
 PATTERNS = ["2:4", "3:8", "2:4@v4", "8:2:8", "block4x4:0.5"]
 

@@ -5,10 +5,10 @@ import torch
 from saved_models import Beside, assert_refused, packed
 from torch import nn
 
-from sparsecomp import storage
 from sparsecomp.errors import FormatError, ModelError
+from sparsecomp.files import storage
+from sparsecomp.files.storage import load, save
 from sparsecomp.nn import SparseLinear
-from sparsecomp.storage import load, save
 
 NAN = float("nan")
 

@@ -8,8 +8,8 @@ from saved_models import Beside, Extra, assert_refused, packed
 from torch import nn
 
 from sparsecomp.errors import FormatError
+from sparsecomp.files.storage import load, save
 from sparsecomp.nn import SparseLinear
-from sparsecomp.storage import load, save
 
 
 class Doubled(nn.Module):

@@ -10,12 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsecomp import cache, tune
-from sparsecomp.backends.registry import Request, choose
-from sparsecomp.device import detect
+import sparsecomp
+from sparsecomp.backends.registry import choose
+from sparsecomp.machine import cache, sources, timings
+from sparsecomp.machine.device import detect
+from sparsecomp.machine.request import Request
+from sparsecomp.machine.sources import file_digest
+from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, lookup
 from sparsecomp.patterns import Block, parse
-from sparsecomp.prune.project import project
-from sparsecomp.tune import DENSE, SPARSE, UNPACKED, lookup, measure, random_weight
+from sparsecomp.patterns.project import project
+from sparsecomp.planning import measure as tune
+from sparsecomp.planning.measure import measure, random_weight
 
 REQUEST = Request(parse("2:4"), (24, 40), torch.float32, "cpu", 3)
 
@@ -24,8 +29,8 @@ REQUEST = Request(parse("2:4"), (24, 40), torch.float32, "cpu", 3)
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path))
     monkeypatch.setattr(cache, "_memory", {})
-    monkeypatch.setattr(tune, "_known", {})
-    monkeypatch.setattr(tune, "_STEADY", float("inf"))
+    monkeypatch.setattr(timings, "_known", {})
+    monkeypatch.setattr(timings, "_STEADY", float("inf"))
     monkeypatch.setattr(tune, "_COPIES_BYTES", 1 << 16)
     return tmp_path
 
@@ -46,7 +51,7 @@ def test_measurements_are_remembered_by_request_and_machine(monkeypatch: pytest.
     assert lookup(REQUEST) is None
     first = measure(REQUEST, budget=0.0)
     assert lookup(REQUEST) is first and measure(REQUEST) is first
-    tune._known.clear()
+    timings._known.clear()
     cache._memory.clear()
     assert lookup(REQUEST) == first  # from the file
     for other in (
@@ -57,12 +62,12 @@ def test_measurements_are_remembered_by_request_and_machine(monkeypatch: pytest.
     ):
         assert lookup(other) is None
     assert lookup(REQUEST, replace(detect("cpu"), isa="another")) is None
-    monkeypatch.setattr(tune, "_versions", lambda: "later")
+    monkeypatch.setattr(timings, "_versions", lambda: "later")
     assert lookup(REQUEST) is None
 
 
 def test_measurements_of_a_busy_machine_are_not_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "_STEADY", -1.0)
+    monkeypatch.setattr(timings, "_STEADY", -1.0)
     first = measure(REQUEST, budget=0.0)
     assert lookup(REQUEST) is first  # good enough for this process
     assert not (kept / "tune.json").exists()
@@ -71,34 +76,47 @@ def test_measurements_of_a_busy_machine_are_not_kept(kept: Path, monkeypatch: py
 def test_other_kernels_are_other_measurements(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-    assert tune._digest(tmp_path / "a") != tune._digest(tmp_path / "b")
+    assert file_digest(tmp_path / "a") != file_digest(tmp_path / "b")
 
 
 def test_on_a_gpu_triton_and_the_sources_belong_to_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu = replace(detect("cpu"), kind="cuda", isa="sm_90")
     request = replace(REQUEST, device="cuda:0")
-    keys = [tune._key(request, gpu, None)]
+    keys = [timings._key(request, gpu, None)]
     for folder, text in (("a", "1"), ("b", "2")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "kernel.py").write_text(text)
         spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / folder)])
-        monkeypatch.setattr(tune, "find_spec", lambda name, spec=spec: spec)
-        tune._gpu_versions.cache_clear()
-        keys.append(tune._key(request, gpu, None))
-    before = tune._key(REQUEST, detect("cpu"), None)
-    monkeypatch.setattr(tune, "version", lambda package: "99.0")
-    tune._gpu_versions.cache_clear()
-    keys.append(tune._key(request, gpu, None))
+        monkeypatch.setattr(sources, "find_spec", lambda name, spec=spec: spec)
+        timings._gpu_versions.cache_clear()
+        keys.append(timings._key(request, gpu, None))
+    before = timings._key(REQUEST, detect("cpu"), None)
+    monkeypatch.setattr(timings, "version", lambda package: "99.0")
+    timings._gpu_versions.cache_clear()
+    keys.append(timings._key(request, gpu, None))
     assert len(set(keys)) == 4
-    assert tune._key(REQUEST, detect("cpu"), None) == before  # a CPU's times do not age with Triton
+    assert timings._key(REQUEST, detect("cpu"), None) == before  # a CPU's times do not age with Triton
     monkeypatch.undo()
-    tune._gpu_versions.cache_clear()
-    assert tune._key(request, gpu, None) == keys[0]
+    timings._gpu_versions.cache_clear()
+    assert timings._key(request, gpu, None) == keys[0]
 
 
 def test_the_sources_of_the_gpu_kernels_are_found() -> None:
-    names = {path.name for path in tune._gpu_sources()}
-    assert {"sparse_mma_kernel.py", "nm_decompress.py", "wgmma_sp.cu", "cutlass_config.py"} <= names
+    names = {name for name, _ in sources.sources(sources.gpu_folders())}
+    assert {"sparse_mma_kernel.py", "nm_decompress.py", "wgmma_sp.cu", "gpu/cutlass/config.py"} <= names
+
+
+def test_a_digest_sees_names_and_contents_at_any_depth(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b" / "c.py"
+    deep.parent.mkdir(parents=True)
+    deep.write_text("x = 1\n")
+    seen = [sources.digest([tmp_path])]
+    deep.write_text("x = 2\n")
+    seen.append(sources.digest([tmp_path]))
+    deep.rename(tmp_path / "c.py")
+    seen.append(sources.digest([tmp_path]))
+    assert len(set(seen)) == 3
+    assert sources.package_digest() == sources.digest([Path(sparsecomp.__file__).parent])
 
 
 def test_other_thread_counts_are_other_measurements() -> None:
@@ -134,7 +152,7 @@ def test_entries_nobody_wrote_are_ignored(kept: Path, entry: object) -> None:
     measure(REQUEST, budget=0.0)
     (key,) = json.loads((kept / "tune.json").read_text())
     (kept / "tune.json").write_text(json.dumps({key: entry}))
-    tune._known.clear()
+    timings._known.clear()
     cache._memory.clear()
     assert lookup(REQUEST) is None
 

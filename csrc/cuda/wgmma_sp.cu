@@ -2,7 +2,7 @@
 //
 // The sparse operand of wgmma.sp is the left one, so the kernel computes Y^T = W X^T: CUTLASS's rows are outputs, its
 // columns tokens, and its column-major result is y row by row. One configuration is compiled at a time; the macros
-// below come from sparsecomp/backends/cutlass_build.py.
+// below come from sparsecomp/backends/gpu/cutlass/build.py.
 //
 // CUTLASS's own can_implement() is not asked: it wants every side to be a multiple of 16 bytes. The tensor copy engine
 // needs that of strides and base addresses only, which check() looks at; what lies beyond a side is read as zeros and
@@ -87,7 +87,7 @@ using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 using Layouts = typename Mainloop::SparseConfig;
 
 static_assert(Layouts::TensorEAtomM::value == 64 && Layouts::TensorEAtomK::value == kDepth,
-              "the metadata layout is not the one that sparsecomp/pack/wgmma.py writes");
+              "the metadata layout is not the one that sparsecomp/packing/layouts/wgmma.py writes");
 
 enum Result : int { kMisaligned = 1001, kSizes, kActivation, kScales, kWorkspace };
 

@@ -1,7 +1,7 @@
 /* The C ABI of a 2:4 product on sm_90: y = activation(x W^T + b) through CUTLASS's wgmma.sp collective.
  *
  * One shared library holds one configuration of csrc/cuda/wgmma_sp.cu; each exports the same three functions. The
- * layouts are those of sparsecomp/pack/wgmma.py. */
+ * layouts are those of sparsecomp/packing/layouts/wgmma.py. */
 #ifndef SPARSECOMP_WGMMA_SP_H
 #define SPARSECOMP_WGMMA_SP_H
 

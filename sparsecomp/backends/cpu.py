@@ -9,47 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsecomp import watch
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.backends.registry import QUANTIZED_TENSORS, Backend, EagerProduct, Kernel, Request
+from sparsecomp.backends.base import QUANTIZED_TENSORS, Backend, EagerProduct, Kernel
 from sparsecomp.errors import BackendError
-from sparsecomp.pack.bits import packed_bytes
-from sparsecomp.pack.format import PackedWeight, dequantize
+from sparsecomp.machine.native import DTYPE_CODES, extension, native
+from sparsecomp.machine.request import Request
+from sparsecomp.nn.eager import watch
+from sparsecomp.packing.bits import packed_bytes
+from sparsecomp.packing.format import PackedWeight, dequantize
 from sparsecomp.patterns import Block, Pattern, row_nm
 
 MOST_PADDING = 1.5  # stored over real weights of a block
 MOST_SIDE = 1 << 20
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
-
-
-@lru_cache(maxsize=1)
-def extension() -> ModuleType | str:
-    """The compiled extension, whose kernels may refuse this machine, or the reason why there is none."""
-    try:
-        return import_module("sparsecomp._native")
-    except ImportError as error:
-        return f"the compiled extension is not there ({error}); install the package with a C++ compiler available"
-
-
-@lru_cache(maxsize=1)
-def native() -> ModuleType | str:
-    """The compiled extension, or the reason why its kernels cannot be used here."""
-    module = extension()
-    if isinstance(module, str):
-        return module
-    try:
-        module.isa()
-    except RuntimeError as error:
-        return f"the compiled extension refuses this machine: {error}"
-    return module
 
 
 def _require_native() -> ModuleType:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends.registry import Backend, Kernel, Request
-from sparsecomp.pack.format import LAYER_DTYPES, PackedWeight
+from sparsecomp.backends.base import Backend, Kernel
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import PackedWeight
+from sparsecomp.patterns.numbers import LAYER_DTYPES
 
 
 class DenseBackend(Backend):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparsecomp.activations import activate
+from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.dense import DenseBackend
-from sparsecomp.backends.registry import Kernel
 
 
 class ReferenceBackend(DenseBackend):

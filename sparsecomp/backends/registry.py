@@ -6,159 +6,37 @@ Takes a ``PackedWeight``, gives a ``Kernel`` (the weight in one backend's layout
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from types import MappingProxyType
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from sparsecomp.activations import activate
+from sparsecomp.backends.base import Backend, Kernel, Weight
 from sparsecomp.errors import BackendError, ModelError
-from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.machine.request import Request
 from sparsecomp.patterns import Pattern
 
 # In the order in which they are preferred: sparse kernels, then a dense product of the unpacked weight, then the truth.
 _ADAPTERS = (
-    ("sparsecomp.backends.cusparselt", "CusparseltBackend"),
-    ("sparsecomp.backends.semi_structured", "SemiStructuredBackend"),
-    ("sparsecomp.backends.triton_vnm", "TritonVnmBackend"),
-    ("sparsecomp.backends.triton", "TritonBackend"),
-    ("sparsecomp.backends.gluon", "GluonBackend"),
-    ("sparsecomp.backends.gluon", "GluonTf32Backend"),
-    ("sparsecomp.backends.gluon", "GluonInt8Backend"),
-    ("sparsecomp.backends.cutlass", "CutlassBackend"),
-    ("sparsecomp.backends.cutlass_e4m3", "CutlassFp8Backend"),
-    ("sparsecomp.backends.cutlass_e4m3", "CutlassFp8TensorBackend"),
-    ("sparsecomp.backends.gluon_wgmma", "GluonWgmmaBackend"),
-    ("sparsecomp.backends.triton_block", "TritonBlockBackend"),
+    ("sparsecomp.backends.gpu.cusparselt", "CusparseltBackend"),
+    ("sparsecomp.backends.gpu.semi_structured", "SemiStructuredBackend"),
+    ("sparsecomp.backends.gpu.triton_vnm", "TritonVnmBackend"),
+    ("sparsecomp.backends.gpu.triton", "TritonBackend"),
+    ("sparsecomp.backends.gpu.gluon", "GluonBackend"),
+    ("sparsecomp.backends.gpu.gluon", "GluonTf32Backend"),
+    ("sparsecomp.backends.gpu.gluon", "GluonInt8Backend"),
+    ("sparsecomp.backends.gpu.cutlass.backend", "CutlassBackend"),
+    ("sparsecomp.backends.gpu.cutlass.e4m3", "CutlassFp8Backend"),
+    ("sparsecomp.backends.gpu.cutlass.e4m3", "CutlassFp8TensorBackend"),
+    ("sparsecomp.backends.gpu.gluon_wgmma", "GluonWgmmaBackend"),
+    ("sparsecomp.backends.gpu.triton_block", "TritonBlockBackend"),
     ("sparsecomp.backends.cpu", "CpuBackend"),
     ("sparsecomp.backends.dense", "DenseBackend"),
     ("sparsecomp.backends.reference", "ReferenceBackend"),
 )
-
-
-QUANTIZED_TENSORS = 3  # of a kernel: values, metadata, scales
-
-Weight = PackedWeight | Tensor  # a dense one is [out, in]
-
-
-# (x [..., in], bias, dense_above) -> y [..., out], or None if the dispatcher has to see the call; see sparsecomp.eager
-EagerProduct = Callable[[Tensor, Tensor | None, int | None], Tensor | None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One linear product y[batch, out] = x[batch, in] W^T, as backends are asked about it.
-
-    ``dtype`` is that of x and y. The weight is stored in it, or, with ``quantized``, in int8 with row scales.
-    """
-
-    pattern: Pattern
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: str
-    batch: int
-    quantized: bool = False
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """Element type in which the weight is stored."""
-        return torch.int8 if self.quantized else self.dtype
-
-
-@dataclass(frozen=True, eq=False)
-class Kernel:
-    """A weight [out, in] prepared for one backend: the only copy a live layer holds.
-
-    ``dtype`` is that of x and y. Int8 weights have a third tensor, their row scales.
-    ``arguments`` are constants the backend derived from the other fields, so that no call derives them again.
-    ``refused`` names backends that were tried before this one and could not prepare the weight, each with the reason.
-    ``sizes`` are the bytes of each tensor, for a backend that checks them before it reads raw memory.
-    """
-
-    backend: str
-    tensors: tuple[Tensor, ...]
-    pattern: Pattern
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    arguments: tuple[int, ...] = ()
-    refused: tuple[tuple[str, str], ...] = ()
-    sizes: tuple[int, ...] = ()
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the weights are int8 with row scales."""
-        # an fp8 layout has scales too, and stands for a floating weight
-        return len(self.tensors) == QUANTIZED_TENSORS and self.tensors[0].dtype != torch.float8_e4m3fn
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the layout."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-
-class Backend(ABC):
-    """A family of kernels. Stateless; one instance is registered under its name.
-
-    ``by_name_only`` is why nobody gets it without asking for it by name: it computes less exactly than others do.
-    ``of_a_vendor``: the kernels are torch's or the GPU vendor's, who answer for the architectures they run on.
-    """
-
-    name: ClassVar[str]
-    fuses_activations: ClassVar[bool] = False
-    by_name_only: ClassVar[str | None] = None
-    of_a_vendor: ClassVar[bool] = False
-
-    @abstractmethod
-    def missing(self) -> str | None:
-        """None if this machine can run the backend at all, else the reason why not."""
-
-    def refusal(self) -> str | None:
-        """Why kernels that are installed refuse this machine or its settings, so that layers run slower unasked."""
-        return None
-
-    @abstractmethod
-    def supports(self, request: Request) -> str | None:
-        """None if the backend runs this request here, else the reason why not."""
-
-    @abstractmethod
-    def prepare(self, packed: PackedWeight) -> Kernel:
-        """The weight in this backend's layout, on the device of ``packed``."""
-
-    def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
-        """What ``prepare`` makes of ``pack(weight, pattern)``, for a dense weight [out, in] that fits the pattern."""
-        return self.prepare(pack(weight, pattern))
-
-    @abstractmethod
-    def restore(self, kernel: Kernel) -> PackedWeight:
-        """The canonical form back from the layout, exactly."""
-
-    def adopt(
-        self, tensors: tuple[Tensor, ...], pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype
-    ) -> Kernel:
-        """The kernel whose layout these tensors, prepared earlier by this backend, already are."""
-        return Kernel(self.name, tensors, pattern, shape, dtype)
-
-    def dense(self, kernel: Kernel) -> Tensor:
-        """The dense weight [out, in] of the kernel's dtype, as a temporary."""
-        return self.restore(kernel).unpack()
-
-    @abstractmethod
-    def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
-        """y [batch, out] for x [batch, in] of the kernel's dtype and device; ``x`` may have any row stride."""
-
-    def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        """``run``, then an activation of ``sparsecomp.activations``; a backend that can fuse it overrides this."""
-        return activate(self.run(kernel, x, bias), activation)
-
-    def eager(self, kernel: Kernel, activation: str, otherwise: EagerProduct) -> EagerProduct | None:
-        """A cheaper function that does what ``otherwise`` does, which it may call; None if there is none."""
-        return None
 
 
 @lru_cache(maxsize=1)

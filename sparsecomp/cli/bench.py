@@ -17,7 +17,7 @@ from sparsecomp.cli.parser import (
     words,
 )
 from sparsecomp.errors import SparsecompError
-from sparsecomp.files import telling
+from sparsecomp.reporting.writing import telling
 
 AUTO = "auto"
 _EXAMPLE = """\

@@ -12,14 +12,14 @@ from glob import escape
 from typing import TYPE_CHECKING
 
 from sparsecomp.cli.parser import UsageError
-from sparsecomp.display import listed, numbered, wrap
 from sparsecomp.errors import CalibrationError, MethodError, ModelError, PatternError
+from sparsecomp.reporting.terminal import listed, numbered, wrap
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparsecomp.calibration import Calibration
-    from sparsecomp.layers import LayerTable
+    from sparsecomp.models.calibration import Calibration
+    from sparsecomp.models.layers import LayerTable
     from sparsecomp.patterns import Pattern
 
 AUTO = "auto"
@@ -81,7 +81,7 @@ def read_patterns(given: Sequence[str]) -> dict[str, str]:
 
 def without_auto(patterns: Mapping[str, str], model: nn.Module) -> dict[str, Pattern]:
     """The patterns, "auto" being the natural one where the model is; a line on standard error says which."""
-    from sparsecomp.device import detect
+    from sparsecomp.machine.device import detect
     from sparsecomp.patterns import parse
 
     natural: Pattern | None = None
@@ -109,7 +109,7 @@ def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[
     that cannot be packed.
     """
     from sparsecomp.patterns import Unstructured, parse
-    from sparsecomp.prune.model import choose_patterns
+    from sparsecomp.planning.selection import choose_patterns
 
     if recorded is None:
         chosen, _ = choose_patterns(found, plain(given))
@@ -143,7 +143,7 @@ def override_note(chosen: Mapping[str, Pattern], recorded: Mapping[str, str] | N
 
 def times_note() -> str:
     """A sentence on where the times of a plan come from."""
-    from sparsecomp import cache
+    from sparsecomp.machine import cache
 
     place = cache.directory()
     if place is None:
@@ -164,8 +164,7 @@ def exactly(patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
 
 def check_method(method: str | None, calibration: str | None) -> None:
     """UsageError for an unknown method, and for one that needs batches where none are named."""
-    from sparsecomp.prune import methods
-    from sparsecomp.prune.registry import get_method
+    from sparsecomp.methods.registry import get_method, methods
 
     assert methods()  # importing the package registers them
     if method is None:
@@ -210,8 +209,8 @@ def check_finite(found: LayerTable, names: Sequence[str]) -> None:
 
 def check_fit(found: LayerTable, chosen: Mapping[str, Pattern]) -> None:
     """PatternError naming every layer whose weight does not fit its pattern; layers of other dtypes are not asked."""
-    from sparsecomp.pack import pack
-    from sparsecomp.pack.format import DTYPES
+    from sparsecomp.packing import pack
+    from sparsecomp.patterns.numbers import DTYPES
 
     refused: dict[str, str] = {}
     for name, pattern in chosen.items():

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecomp.cli import choices, hub, models, pruned
 from sparsecomp.cli.parser import UsageError, counts
-from sparsecomp.display import listed, wrap
 from sparsecomp.errors import ModelError
+from sparsecomp.reporting.terminal import listed, wrap
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparsecomp.layers import LayerTable
-    from sparsecomp.plan import Plan
+    from sparsecomp.models.layers import LayerTable
+    from sparsecomp.planning.planner import Plan
 
 _EXAMPLE = """\
 example: sparsecomp compile shop.models:build --pattern 2:4 \\
@@ -57,7 +57,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     import sparsecomp as sc
-    from sparsecomp.layers import find_linears, require_layers
+    from sparsecomp.models.layers import find_linears, require_layers
 
     given = choices.read_patterns(arguments.pattern or [])
     choices.check_method(arguments.method, arguments.calibration)

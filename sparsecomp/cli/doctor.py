@@ -86,8 +86,8 @@ def _facts_of_torch(quick: bool) -> dict[str, Any]:
 def _device(kind: str, quick: bool) -> dict[str, Any]:
     import torch
 
-    from sparsecomp.backends.cpu import native
-    from sparsecomp.device import detect
+    from sparsecomp.machine.device import detect
+    from sparsecomp.machine.native import native
 
     device = detect(kind)
     found: dict[str, Any] = {"kind": kind, "description": device.describe(), "instruction_sets": None}
@@ -103,7 +103,7 @@ def _device(kind: str, quick: bool) -> dict[str, Any]:
 
 
 def _text(facts: dict[str, Any]) -> str:
-    from sparsecomp.display import table, wrap
+    from sparsecomp.reporting.terminal import table, wrap
 
     torch = facts["torch"]
     lines = [

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsecomp.cli import hub, models, pruned
-from sparsecomp.display import label, listed, numbered, table, wrap
-from sparsecomp.files import telling
+from sparsecomp.reporting.terminal import label, listed, numbered, table, wrap
+from sparsecomp.reporting.writing import telling
 
 if TYPE_CHECKING:
     from sparsecomp.onnx import ExportReport

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecomp.display import listed
 from sparsecomp.errors import ModelError
+from sparsecomp.reporting.terminal import listed
 
 if TYPE_CHECKING:
     import torch

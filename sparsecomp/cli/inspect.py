@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         verified = verify(path, pattern)
         print(_json(verified, fits=verified.fits) if arguments.json else verified)
         return 0 if verified.fits else 1
-    from sparsecomp.storage import inspect
+    from sparsecomp.files.storage import inspect
 
     if arguments.pattern is not None:
         raise UsageError(

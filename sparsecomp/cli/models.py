@@ -17,12 +17,12 @@ from sparsecomp.cli import hub
 from sparsecomp.cli.hub import Call
 from sparsecomp.cli.parser import output_file, words
 from sparsecomp.errors import CalibrationError, ModelError
-from sparsecomp.files import safetensors
+from sparsecomp.reporting.writing import safetensors
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparsecomp.calibration import Calibration
+    from sparsecomp.models.calibration import Calibration
 
 MODEL_HELP = (
     "a Python factory module:function that takes no argument and returns an nn.Module (the current folder is on the "
@@ -182,7 +182,7 @@ def _a(noun: str) -> str:
 
 def load_calibration(arguments: Namespace, model: nn.Module) -> Calibration | None:
     """The statistics of ``model`` on the batches that --calibration names, or None without one."""
-    from sparsecomp.calibration import calibrate
+    from sparsecomp.models.calibration import calibrate
 
     if arguments.calibration is None:
         return None

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsecomp.display import wrap
 from sparsecomp.errors import FormatError, SparsecompError
-from sparsecomp.files import require_folder, require_new_folder
+from sparsecomp.reporting.terminal import wrap
+from sparsecomp.reporting.writing import require_folder, require_new_folder
 
 
 class UsageError(SparsecompError):

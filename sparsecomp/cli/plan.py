@@ -8,7 +8,7 @@ import json
 from sparsecomp.cli import choices, hub, models
 from sparsecomp.cli.compile import BATCHES
 from sparsecomp.cli.parser import counts
-from sparsecomp.display import wrap
+from sparsecomp.reporting.terminal import wrap
 
 _EXAMPLE = """\
 example: sparsecomp plan shop.models:build --pattern 2:4 --batch 1,32
@@ -35,7 +35,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     import sparsecomp as sc
-    from sparsecomp.layers import find_linears, require_layers
+    from sparsecomp.models.layers import find_linears, require_layers
 
     given = choices.read_patterns(arguments.pattern or [choices.AUTO])
     model = models.load_model(arguments.model, arguments.weights, arguments.auto_class)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sparsecomp.cli import choices, hub, models, pruned
 from sparsecomp.cli.parser import UsageError, number, output_file, output_folder, output_path, whole
 from sparsecomp.errors import CalibrationError, FormatError, ModelError, SparsecompError
-from sparsecomp.files import safetensors, telling, whole_file
+from sparsecomp.reporting.writing import safetensors, telling, whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparsecomp.patterns import Pattern
-    from sparsecomp.prune import PruneReport, Tuning
+    from sparsecomp.pruning import PruneReport, Tuning
 
 _EXAMPLE = """\
 example: sparsecomp prune shop.models:build --pattern 2:4 --method balanced \\
@@ -89,8 +89,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
-    from sparsecomp.layers import find_linears, require_layers
-    from sparsecomp.prune.model import check_masks, choose_patterns
+    from sparsecomp.models.layers import find_linears, require_layers
+    from sparsecomp.planning.selection import choose_patterns
+    from sparsecomp.pruning.model import check_masks
 
     given = choices.read_patterns(arguments.pattern)
     choices.check_method(arguments.method, arguments.calibration)
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> Tuning:
     """Refuse, before any work, options that do not go together; what tuning has beside its steps."""
-    from sparsecomp.prune import Tuning
+    from sparsecomp.pruning import Tuning
 
     if arguments.tune and not arguments.blocks:
         raise UsageError("--tune tunes block after block and needs --blocks; to tune the whole model use --distill")
@@ -158,7 +159,7 @@ def _prune(
     masks: dict[str, Tensor] | None,
 ) -> PruneReport:
     import sparsecomp as sc
-    from sparsecomp.prune import distill, prune_blocks
+    from sparsecomp.pruning import distill, prune_blocks
 
     shared: dict[str, Any] = {
         "only": arguments.only,
@@ -189,7 +190,7 @@ def _prune(
 
 def _batches(arguments: argparse.Namespace, settings: Tuning) -> tuple[list[Any], list[Any]]:
     """The batches to learn from, and those to judge by where something asks for them."""
-    from sparsecomp.prune.tuning import split
+    from sparsecomp.pruning.tuning import split
 
     if arguments.calibration is None:
         return [], []

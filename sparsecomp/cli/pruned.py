@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsecomp.cli import hub
-from sparsecomp.display import counted
 from sparsecomp.errors import FormatError, ModelError
-from sparsecomp.files import safetensors, telling, whole_file
+from sparsecomp.reporting.terminal import counted
+from sparsecomp.reporting.writing import safetensors, telling, whole_file
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,17 +6,15 @@ Each name is imported when it is first used, as only export needs torch.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsecomp.onnx.export import ExportReport, export_onnx
     from sparsecomp.onnx.session import onnx_session
     from sparsecomp.onnx.standin import ExportedLayer, exportable
-    from sparsecomp.onnx.verify import VerifiedWeight, VerifyReport, verify
-    from sparsecomp.onnx.verify import verify as verify_onnx
+    from sparsecomp.onnx.verification import VerifiedWeight, VerifyReport, verify
+    from sparsecomp.onnx.verification import verify as verify_onnx
     from sparsecomp.onnx.walk import Unseen
 
 __all__ = [
@@ -36,26 +34,14 @@ _HOME = {
     "ExportReport": "export",
     "ExportedLayer": "standin",
     "Unseen": "walk",
-    "VerifiedWeight": "verify",
-    "VerifyReport": "verify",
+    "VerifiedWeight": "verification",
+    "VerifyReport": "verification",
     "export_onnx": "export",
     "exportable": "standin",
     "onnx_session": "session",
-    "verify": "verify",
-    "verify_onnx": "verify",
+    "verify": "verification",
+    "verify_onnx": "verification",
 }
-
-
-class _Package(ModuleType):
-    """The module type of this package: the submodule ``verify`` never hides the function."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _HOME and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparsecomp.display import table, wrap
 from sparsecomp.errors import BackendError, FormatError, ModelError
-from sparsecomp.files import require_folder
-from sparsecomp.layers import require_module
+from sparsecomp.models.layers import require_module
 from sparsecomp.onnx import session
 from sparsecomp.onnx.capture import FIXED_AXIS, torch_export, without_caches
 from sparsecomp.onnx.extra import require
 from sparsecomp.onnx.function import DOMAIN, MIN_OPSET, OPERATOR_VERSION, OPERATORS, nm_linear_function
 from sparsecomp.onnx.standin import ExportedLayer, Form, exportable
+from sparsecomp.reporting.terminal import table, wrap
+from sparsecomp.reporting.writing import require_folder
 
 DEFAULT_OPSET = 20
 PROTOBUF_LIMIT = 2**31 - 2**24  # one protobuf message holds less than 2 GiB; the graph itself needs room as well

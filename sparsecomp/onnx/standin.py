@@ -20,7 +20,7 @@ from sparsecomp.activations import activate
 from sparsecomp.errors import ModelError
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx.function import DOMAIN, OPERATOR_VERSION, OPERATORS
-from sparsecomp.pack import PackedWeight
+from sparsecomp.packing import PackedWeight
 from sparsecomp.patterns import row_nm
 
 _ONNX_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}

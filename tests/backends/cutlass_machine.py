@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsecomp.backends import cutlass_build
-from sparsecomp.backends.cutlass_build import toolchain
-from sparsecomp.backends.cutlass_config import configs
+from sparsecomp.backends.gpu.cutlass import build as cutlass_build
+from sparsecomp.backends.gpu.cutlass.build import toolchain
+from sparsecomp.backends.gpu.cutlass.config import configs
 
 ONE = configs("bfloat16", "bfloat16")[:1]
 ALL = configs("float16", "float16")

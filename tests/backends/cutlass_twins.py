@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsecomp.backends import cutlass_library
-from sparsecomp.backends.cutlass import CutlassBackend
-from sparsecomp.backends.cutlass_config import Config
-from sparsecomp.backends.cutlass_library import Place
+from sparsecomp.backends.gpu.cutlass import library as cutlass_library
+from sparsecomp.backends.gpu.cutlass.backend import CutlassBackend
+from sparsecomp.backends.gpu.cutlass.config import Config
+from sparsecomp.backends.gpu.cutlass.library import Place
 
 _ELEMENTS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}
 

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecomp.activations import ACTIVATIONS, activate
-from sparsecomp.backends.registry import Request, backends
+from sparsecomp.backends.registry import backends
 from sparsecomp.errors import BackendError
+from sparsecomp.machine.request import Request
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack.format import PackedWeight
+from sparsecomp.packing.format import PackedWeight
 from sparsecomp.patterns import Block, parse
-from sparsecomp.tune import random_weight
+from sparsecomp.planning.measure import random_weight
 
 CPU = backends()["cpu"]
 pytestmark = pytest.mark.skipif(CPU.missing() is not None, reason=str(CPU.missing()))

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends import cusparselt
-from sparsecomp.backends.cusparselt import CusparseltBackend
-from sparsecomp.backends.registry import Request
+from sparsecomp.backends.gpu import cusparselt
+from sparsecomp.backends.gpu.cusparselt import CusparseltBackend
 from sparsecomp.errors import BackendError
-from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import parse
 
 

@@ -11,15 +11,18 @@ from cutlass_twins import Twins, twin_folder, twins
 from torch.nn import functional
 
 from sparsecomp.activations import ACTIVATIONS, activate
-from sparsecomp.backends import cutlass_build, cutlass_library
-from sparsecomp.backends.cutlass import CutlassBackend, other_gpu
-from sparsecomp.backends.cutlass_config import candidates, configs
-from sparsecomp.backends.cutlass_library import aligned
-from sparsecomp.backends.registry import Request, explain
+from sparsecomp.backends.gpu.cutlass import build as cutlass_build
+from sparsecomp.backends.gpu.cutlass import library as cutlass_library
+from sparsecomp.backends.gpu.cutlass.backend import CutlassBackend, other_gpu
+from sparsecomp.backends.gpu.cutlass.config import candidates, configs
+from sparsecomp.backends.gpu.cutlass.library import aligned
+from sparsecomp.backends.registry import explain
 from sparsecomp.errors import BackendError
+from sparsecomp.machine.request import Request
+from sparsecomp.machine.sources import cuda_folder
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
 
 __all__ = ["twin_folder", "twins"]
@@ -95,7 +98,7 @@ def test_activations_are_fused(twins: Twins, activation: str) -> None:
 
 
 def test_the_header_numbers_the_activations_alike() -> None:
-    header = (cutlass_build.source_folder() / "activation.cuh").read_text()
+    header = (cuda_folder() / "activation.cuh").read_text()
     names = ["".join(part.capitalize() for part in name.split("_")) for name in ACTIVATIONS]
     wanted = ", ".join(f"k{name} = {number}" for number, name in enumerate(names))
     assert f"{{ {wanted} }}" in header
@@ -196,8 +199,8 @@ def test_a_gpu_without_a_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_adapter_loads_nothing() -> None:
     code = (
-        "import sys, sparsecomp.backends.cutlass as c; c.CutlassBackend();"
-        "from sparsecomp.backends import cutlass_build as b, cutlass_library as l;"
+        "import sys, sparsecomp.backends.gpu.cutlass.backend as c; c.CutlassBackend();"
+        "from sparsecomp.backends.gpu.cutlass import build as b, library as l;"
         "sys.exit('triton' in sys.modules or b.toolchain.cache_info().misses or l.load.cache_info().misses)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

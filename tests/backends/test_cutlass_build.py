@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from cutlass_machine import ALL, ONE, Machine
 
-from sparsecomp.backends import cutlass_build
-from sparsecomp.backends.cutlass_build import Toolchain, libraries, main, source_folder, toolchain, why_not
+from sparsecomp.backends.gpu.cutlass import build as cutlass_build
+from sparsecomp.backends.gpu.cutlass.build import Toolchain, libraries, main, toolchain, why_not
 from sparsecomp.errors import BackendError
+from sparsecomp.machine.sources import cuda_folder
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_library_is_compiled_once_and_kept(machine: Machine) -> None:
     assert len(machine.commands()) == 1
     command = machine.commands()[0].split()
     assert {"-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a", "-DSC_TILE_OUT=128"} <= set(command)
-    assert f"-I{machine.cutlass}/include" in command and str(source_folder() / "wgmma_sp.cu") in command
+    assert f"-I{machine.cutlass}/include" in command and str(cuda_folder() / "wgmma_sp.cu") in command
 
 
 def test_every_configuration_has_a_library_of_its_own(machine: Machine) -> None:

@@ -7,12 +7,13 @@ import torch
 from cutlass_twins import Twins, twin_folder, twins
 
 from sparsecomp import SparseLinear
-from sparsecomp.backends import cutlass_build
-from sparsecomp.backends.cutlass_e4m3 import FP8, CutlassFp8Backend, CutlassFp8TensorBackend, rounded
-from sparsecomp.backends.registry import Request, explain
+from sparsecomp.backends.gpu.cutlass import build as cutlass_build
+from sparsecomp.backends.gpu.cutlass.e4m3 import FP8, CutlassFp8Backend, CutlassFp8TensorBackend, rounded
+from sparsecomp.backends.registry import explain
 from sparsecomp.errors import BackendError
-from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
 
 __all__ = ["twin_folder", "twins"]
@@ -122,7 +123,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sparsecomp.backends.cutlass_e4m3", "sparsecomp.backends.cutlass"):
+    for module in ("sparsecomp.backends.gpu.cutlass.e4m3", "sparsecomp.backends.gpu.cutlass.backend"):
         monkeypatch.setattr(f"{module}.missing_cuda", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -8,10 +8,10 @@ from cutlass_twins import Twins, twin_folder, twins
 from torch.nn import functional
 
 from sparsecomp.activations import ACTIVATIONS, activate
-from sparsecomp.backends.cutlass_fp8 import FP8, fp8_linear, fp8_why_not, prepare_fp8, scaled
+from sparsecomp.backends.gpu.cutlass.fp8 import FP8, fp8_linear, fp8_why_not, prepare_fp8, scaled
 from sparsecomp.errors import BackendError, ModelError
-from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.quantize import quantize
 
 __all__ = ["twin_folder", "twins"]
 

@@ -13,8 +13,9 @@ import pytest
 from cutlass_machine import ALL, ONE, Machine
 
 import sparsecomp
-from sparsecomp.backends import cutlass_build, cutlass_library
-from sparsecomp.backends.cutlass_build import Toolchain, file_name, libraries, main, toolchain, why_not
+from sparsecomp.backends.gpu.cutlass import build as cutlass_build
+from sparsecomp.backends.gpu.cutlass import library as cutlass_library
+from sparsecomp.backends.gpu.cutlass.build import Toolchain, file_name, libraries, main, toolchain, why_not
 from sparsecomp.errors import BackendError
 
 ROOT = Path(__file__).parents[2]

@@ -12,12 +12,13 @@ import torch
 
 from sparsecomp import SparseLinear
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.backends import cuda
-from sparsecomp.backends.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
-from sparsecomp.backends.registry import Request, choose, explain
+from sparsecomp.backends.gpu import cuda
+from sparsecomp.backends.gpu.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.registry import choose, explain
 from sparsecomp.errors import BackendError, PatternError
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -152,7 +153,7 @@ def test_a_gpu_that_is_new_enough_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_adapter_does_not_import_triton() -> None:
-    code = "import sys, sparsecomp.backends.gluon as g; g.GluonBackend(); sys.exit('triton' in sys.modules)"
+    code = "import sys, sparsecomp.backends.gpu.gluon as g; g.GluonBackend(); sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -244,7 +245,7 @@ def test_a_layer_of_fp32_in_tf32() -> None:
 def test_on_a_gpu_the_layout_is_made_by_a_kernel(
     pattern: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsecomp.backends import gluon
+    from sparsecomp.backends.gpu import gluon
 
     backend = GluonTf32Backend() if dtype == torch.float32 else GluonBackend()
     weight = _weight(40, 72, dtype)

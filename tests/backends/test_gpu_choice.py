@@ -14,17 +14,22 @@ from typing import Any
 import pytest
 import torch
 
-from sparsecomp import cost, report
-from sparsecomp.backends import cuda, registry
-from sparsecomp.backends.cpu import CpuBackend, native
-from sparsecomp.backends.registry import Kernel, Request, choose, explain, prepared
-from sparsecomp.cost import Bound
-from sparsecomp.device import Device, detect
+from sparsecomp.backends import explain as report
+from sparsecomp.backends import registry
+from sparsecomp.backends.base import Kernel
+from sparsecomp.backends.cpu import CpuBackend
+from sparsecomp.backends.explain import Explanation, explain_kernel
+from sparsecomp.backends.gpu import cuda
+from sparsecomp.backends.registry import choose, explain, prepared
 from sparsecomp.errors import BackendError, PatternError
+from sparsecomp.machine import bound as cost
+from sparsecomp.machine.bound import Bound
+from sparsecomp.machine.device import Device, detect
+from sparsecomp.machine.native import native
+from sparsecomp.machine.request import Request
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack.format import pack
+from sparsecomp.packing.format import pack
 from sparsecomp.patterns import parse
-from sparsecomp.report import Explanation, explain_kernel
 
 HALF = torch.float16
 NM = parse("2:4")

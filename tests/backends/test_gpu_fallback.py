@@ -8,13 +8,15 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from sparsecomp import report
-from sparsecomp.backends import cuda
+from sparsecomp.backends import explain as report
+from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.dense import DenseBackend
-from sparsecomp.backends.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
-from sparsecomp.backends.registry import Kernel, Request, choose, explain
-from sparsecomp.backends.triton import TritonBackend
-from sparsecomp.pack.format import pack
+from sparsecomp.backends.gpu import cuda
+from sparsecomp.backends.gpu.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.gpu.triton import TritonBackend
+from sparsecomp.backends.registry import choose, explain
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import pack
 from sparsecomp.patterns import parse
 
 OURS = ("triton", "gluon")
@@ -57,8 +59,8 @@ def test_a_gpu_without_triton_multiplies_dense(capability: tuple[int, int], monk
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setenv("PATH", "")  # nor a compiler for cutlass
     # what needs no Triton
-    for backend in ("cutlass.CutlassBackend", "semi_structured.SemiStructuredBackend"):
-        monkeypatch.setattr(f"sparsecomp.backends.{backend}.missing", lambda self: "has no library here")
+    for backend in ("cutlass.backend.CutlassBackend", "semi_structured.SemiStructuredBackend"):
+        monkeypatch.setattr(f"sparsecomp.backends.gpu.{backend}.missing", lambda self: "has no library here")
     assert choose(_request()) == "dense"
     reasons = dict(explain(_request()))
     for name in OURS:
@@ -79,8 +81,8 @@ def test_a_layer_explains_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = tuple(tensor.as_subclass(_OnGpu) for tensor in kernel.tensors)  # type: ignore[no-untyped-call]
     _machine(monkeypatch, (7, 5))
     _triton(monkeypatch, "3.7.1")
-    monkeypatch.setattr(report.cost, "known_bound", lambda *arguments, **others: None)
-    monkeypatch.setattr(report.tune, "lookup", lambda *arguments, **others: None)
+    monkeypatch.setattr(report, "known_bound", lambda *arguments, **others: None)
+    monkeypatch.setattr(report, "lookup", lambda *arguments, **others: None)
     monkeypatch.setattr(report, "detect", lambda device: SimpleNamespace(kind="cuda"))
     moved = Kernel("dense", tensors, kernel.pattern, kernel.shape, kernel.dtype)
     text = str(report.explain_kernel(moved, 8, None, None))

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends import cuda, cusparselt, gluon, triton
-from sparsecomp.backends.gluon_wgmma import GluonWgmmaBackend
-from sparsecomp.backends.registry import Backend, backends
-from sparsecomp.backends.triton import TritonBackend
+from sparsecomp.backends.base import Backend
+from sparsecomp.backends.gpu import cuda, cusparselt, gluon, triton
+from sparsecomp.backends.gpu.gluon_wgmma import GluonWgmmaBackend
+from sparsecomp.backends.gpu.triton import TritonBackend
+from sparsecomp.backends.registry import backends
 from sparsecomp.errors import BackendError, PatternError
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
 
 HALF, BRAIN = torch.float16, torch.bfloat16

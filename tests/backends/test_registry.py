@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from sparsecomp.backends import registry
-from sparsecomp.backends.cpu import native
-from sparsecomp.backends.registry import Request, backends, choose, explain, prepared
+from sparsecomp.backends.registry import backends, choose, explain, prepared
 from sparsecomp.errors import BackendError, PatternError
-from sparsecomp.pack.format import pack
+from sparsecomp.machine.native import native
+from sparsecomp.machine.request import Request
+from sparsecomp.methods.weight import prune_weight
+from sparsecomp.packing.format import pack
 from sparsecomp.patterns import parse
-from sparsecomp.prune import prune_weight
 
 
 def request_of(pattern: str = "2:4", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Request:

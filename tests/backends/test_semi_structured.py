@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends.registry import Request
-from sparsecomp.backends.semi_structured import SemiStructuredBackend
+from sparsecomp.backends.gpu.semi_structured import SemiStructuredBackend
 from sparsecomp.errors import BackendError
-from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.pack.interop import to_torch_semi_structured
-from sparsecomp.pack.layouts import from_sm80_metadata
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.interop import to_torch_semi_structured
+from sparsecomp.packing.layouts.sm80 import from_sm80_metadata
 from sparsecomp.patterns import parse
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -93,7 +93,7 @@ def test_supports_says_why_not(request_: Request, reason: str) -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
 def test_only_ampere_and_ada_are_taken(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsecomp.backends.semi_structured.missing_cuda", lambda: None)
+    monkeypatch.setattr("sparsecomp.backends.gpu.semi_structured.missing_cuda", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecomp.backends.registry import Backend, Request, backends
-from sparsecomp.pack.format import pack
+from sparsecomp.backends.base import Backend
+from sparsecomp.backends.registry import backends
+from sparsecomp.machine.request import Request
+from sparsecomp.methods.weight import prune_weight
+from sparsecomp.packing.format import pack
 from sparsecomp.patterns import parse
-from sparsecomp.prune import prune_weight
 
 NM_PATTERNS = ["1:2", "2:4", "3:4", "4:8", "2:8", "8:16", "5:16", "16:16", "2:4@v4", "4:2:8"]
 PATTERNS = [*NM_PATTERNS, "block4x8:0.4", "block3x3:0.5"]

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from sparsecomp.backends import cuda
-from sparsecomp.backends.registry import Request
-from sparsecomp.backends.triton import TritonBackend
+from sparsecomp.backends.gpu import cuda
+from sparsecomp.backends.gpu.triton import TritonBackend
 from sparsecomp.errors import BackendError
-from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse, row_nm
 
 PATTERNS = ("1:2", "2:2", "2:4", "1:4", "3:4", "4:8", "5:8", "8:16", "5:16", "16:16", "2:4@v4", "4:8@v3")
@@ -169,5 +169,7 @@ def test_triton_absent_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_adapter_does_not_import_triton() -> None:
-    code = "import sys, sparsecomp.backends.triton as t; t.TritonBackend().missing; sys.exit('triton' in sys.modules)"
+    code = (
+        "import sys, sparsecomp.backends.gpu.triton as t; t.TritonBackend().missing; sys.exit('triton' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 
-from sparsecomp.backends.registry import Request, explain
-from sparsecomp.backends.triton_block import TritonBlockBackend
+from sparsecomp.backends.gpu.triton_block import TritonBlockBackend
+from sparsecomp.backends.registry import explain
 from sparsecomp.errors import BackendError
-from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import Block, parse
 
 
@@ -76,6 +77,7 @@ def test_other_devices_are_named() -> None:
 
 def test_the_adapter_does_not_import_triton() -> None:
     code = (
-        "import sys, sparsecomp.backends.triton_block as t; t.TritonBlockBackend(); sys.exit('triton' in sys.modules)"
+        "import sys, sparsecomp.backends.gpu.triton_block as t; "
+        "t.TritonBlockBackend(); sys.exit('triton' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

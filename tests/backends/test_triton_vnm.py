@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
-from sparsecomp.backends import cuda, triton, triton_vnm
-from sparsecomp.backends.registry import Request, backends, choose
-from sparsecomp.backends.triton_vnm import TritonVnmBackend
+from sparsecomp.backends.gpu import cuda, triton, triton_vnm
+from sparsecomp.backends.gpu.triton_vnm import TritonVnmBackend
+from sparsecomp.backends.registry import backends, choose
 from sparsecomp.errors import BackendError
-from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.machine.request import Request
+from sparsecomp.methods.weight import prune_weight
+from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import parse
-from sparsecomp.prune import prune_weight
 
 
 def _packed(pattern: str, out: int, columns: int, dtype: torch.dtype) -> PackedWeight:
@@ -96,5 +97,7 @@ def test_only_what_it_takes_is_taken_from_triton(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_adapter_does_not_import_triton() -> None:
-    code = "import sys, sparsecomp.backends.triton_vnm as t; t.TritonVnmBackend(); sys.exit('triton' in sys.modules)"
+    code = (
+        "import sys, sparsecomp.backends.gpu.triton_vnm as t; t.TritonVnmBackend(); sys.exit('triton' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

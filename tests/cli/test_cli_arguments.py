@@ -115,7 +115,7 @@ def test_cheap_checks_come_before_the_plan(
     def measuring(*_: object, **__: object) -> None:
         raise AssertionError("the plan was measured")
 
-    monkeypatch.setattr("sparsecomp.tune.measure", measuring)
+    monkeypatch.setattr("sparsecomp.planning.measure.measure", measuring)
     assert main([*arguments, "-o", "x.safetensors"]) == 1
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and "AssertionError" not in error, error
@@ -265,7 +265,7 @@ def test_a_refused_instruction_set_is_said_by_layers_and_by_doctor() -> None:
     environment = {**os.environ, "SPARSECOMP_ISA": "avx1024"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     said, backend = json.loads(done.stdout)
-    from sparsecomp.backends.cpu import extension
+    from sparsecomp.machine.native import extension
 
     if isinstance(extension(), str):
         pytest.skip("needs the compiled extension")

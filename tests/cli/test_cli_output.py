@@ -52,12 +52,12 @@ def test_where_times_come_from_is_said(
 def test_a_plan_without_sparse_layers_says_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sparsecomp.tune import DENSE, SPARSE, Measurement
+    from sparsecomp.machine.timings import DENSE, SPARSE, Measurement
 
     def measured(request: object, **_: object) -> Measurement:
         return Measurement("cpu", {DENSE: 1e-6, SPARSE: 2e-6}, {}, False)
 
-    monkeypatch.setattr("sparsecomp.tune.measure", measured)
+    monkeypatch.setattr("sparsecomp.planning.measure.measure", measured)
     assert main(["plan", "shop:headed", "--pattern", "2:4", "--batch", "1"]) == 0
     out = said(capsys.readouterr().out)
     assert "in all: none of 5 layers goes sparse batch 1:" in out and "0.0%" not in out
@@ -85,12 +85,12 @@ def test_export_shows_equal_layers_once_and_says_when_none_is_sparse(capsys: pyt
 def test_a_narrow_plan_says_the_mean_once_and_only_where_the_table_has_none(
     batch: str, told: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sparsecomp.tune import DENSE, SPARSE, Measurement
+    from sparsecomp.machine.timings import DENSE, SPARSE, Measurement
 
     def measured(request: object, **_: object) -> Measurement:
         return Measurement("cpu", {DENSE: 3e-6, SPARSE: 2e-6}, {}, False)
 
-    monkeypatch.setattr("sparsecomp.tune.measure", measured)
+    monkeypatch.setattr("sparsecomp.planning.measure.measure", measured)
     assert main(["plan", "shop:headed", "--pattern", "2:4", "--batch", batch]) == 0
     out = said(capsys.readouterr().out)
     assert out.count("1.50x in the mean") == out.count("speedup over the batches") == told
@@ -115,7 +115,7 @@ def test_bench_leaves_out_cold_weights_that_would_take_thousands_of_copies(capsy
 def test_every_layer_of_a_row_of_several_kinds_is_named_once(
     width: str, batch: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sparsecomp.tune import DENSE, SPARSE, Measurement
+    from sparsecomp.machine.timings import DENSE, SPARSE, Measurement
 
     def measured(request: object, **_: object) -> Measurement:
         return Measurement("cpu", {DENSE: 3e-6, SPARSE: 2e-6}, {}, False)
@@ -125,7 +125,7 @@ def test_every_layer_of_a_row_of_several_kinds_is_named_once(
         "    parts = {name: nn.Linear(32, 16, device='cpu') for name in ('query', 'key', 'value', 'output')}\n"
         "    return nn.Sequential(nn.ModuleDict(parts))\n"
     )
-    monkeypatch.setattr("sparsecomp.tune.measure", measured)
+    monkeypatch.setattr("sparsecomp.planning.measure.measure", measured)
     monkeypatch.delitem(sys.modules, "kinds", raising=False)
     monkeypatch.setenv("COLUMNS", width)
     assert main(["plan", "kinds:build", "--pattern", "2:4", "--batch", batch]) == 0

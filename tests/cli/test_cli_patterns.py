@@ -13,11 +13,11 @@ import sparsecomp as sc
 from sparsecomp.cli import choices
 from sparsecomp.cli.main import main
 from sparsecomp.cli.models import _items, call_factory
-from sparsecomp.device import detect
+from sparsecomp.machine.device import detect
 
 
 def packed(path: str) -> dict[str, str]:
-    from sparsecomp.storage import inspect
+    from sparsecomp.files.storage import inspect
 
     return {layer.name: layer.pattern for layer in inspect(path).layers}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sparsecomp as sc
 from sparsecomp.cli.main import main
-from sparsecomp.prune import PruneReport
+from sparsecomp.pruning import PruneReport
 
 _FACTORIES = """\
 import torch

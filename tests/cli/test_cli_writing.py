@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import sparsecomp as sc
-from sparsecomp import files
 from sparsecomp.cli.main import main
 from sparsecomp.errors import FormatError
+from sparsecomp.reporting import writing as files
 
 PRUNE = ["prune", "shop:build", "--pattern", "2:4"]
 PACK = ["compile", "shop:build", "--pattern", "2:4", "--method", "magnitude", "--everywhere"]

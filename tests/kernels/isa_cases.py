@@ -12,7 +12,7 @@ from native_weight import EPSILON, Layout, check_linear, random_weight
 from torch.nn import functional
 
 from sparsecomp import _native
-from sparsecomp.pack.format import pack
+from sparsecomp.packing.format import pack
 
 PATTERNS = [
     *("1:2", "2:2", "1:4", "2:4", "3:4", "4:4", "2:8", "4:8", "5:8", "6:8", "7:8", "8:8"),

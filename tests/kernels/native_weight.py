@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp import _native
-from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import NM, parse
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.activations import activate
-from sparsecomp.backends.registry import Backend
+from sparsecomp.backends.base import Backend
 from sparsecomp.patterns import VNM, VNM_KEPT_COLUMNS, Block, parse, row_nm
 
 UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}

@@ -44,7 +44,7 @@ def _interpreted(what: str, weights: list[tuple[Tensor, str]]) -> list[Any]:
 
 def _main(what: str, given: str, made: str) -> None:
     repair_interpreter()
-    from sparsecomp.pack.format import pack
+    from sparsecomp.packing.format import pack
     from sparsecomp.patterns import row_nm
 
     results = []

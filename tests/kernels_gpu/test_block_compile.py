@@ -18,11 +18,11 @@ from ptxsim import Report, SimulationError
 from triton_compiler import compile_block_kernel, machine_code
 
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.backends import triton_block
-from sparsecomp.backends.triton_block import SIDES, TritonBlockBackend
+from sparsecomp.backends.gpu import triton_block
+from sparsecomp.backends.gpu.triton_block import SIDES, TritonBlockBackend
 from sparsecomp.kernels.block_sparse import choose_tile
 from sparsecomp.kernels.triton_compat import WARPGROUPS, narrow_tiles
-from sparsecomp.pack.format import pack
+from sparsecomp.packing.format import pack
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -8,11 +8,12 @@ from gpu_cases import assert_close_to_float64, random_case
 from torch import nn
 
 import sparsecomp as sc
-from sparsecomp.backends.cutlass_e4m3 import CutlassFp8Backend, CutlassFp8TensorBackend
-from sparsecomp.backends.registry import Request, sparse_backends
-from sparsecomp.backends.semi_structured import SemiStructuredBackend
+from sparsecomp.backends.gpu.cutlass.e4m3 import CutlassFp8Backend, CutlassFp8TensorBackend
+from sparsecomp.backends.gpu.semi_structured import SemiStructuredBackend
+from sparsecomp.backends.registry import sparse_backends
 from sparsecomp.errors import ModelError
-from sparsecomp.pack.format import pack
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import pack
 from sparsecomp.patterns import parse
 
 pytestmark = pytest.mark.gpu

@@ -19,11 +19,11 @@ from ptxsim import Report, SimulationError
 from triton_compiler import MachineCode, compile_kernel, machine_code
 
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.backends.triton import TritonBackend
+from sparsecomp.backends.gpu.triton import TritonBackend
 from sparsecomp.kernels.nm_decompress import GROUP_BLOCK, Tile, choose_tile
 from sparsecomp.kernels.triton_compat import WARPGROUPS
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import NM, row_nm
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -10,7 +10,7 @@ import torch
 from gpu_cases import random_weight
 
 import sparsecomp as sc
-from sparsecomp.interchange import as_tensor
+from sparsecomp.nn.arrays import as_tensor
 
 pytestmark = pytest.mark.gpu
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecomp.backends.cutlass_build import Toolchain, compile_library, prebuilt, toolchain
-from sparsecomp.backends.cutlass_config import Config, configs
-from sparsecomp.backends.cutlass_library import ABI, Arguments
+from sparsecomp.backends.gpu.cutlass.build import Toolchain, compile_library, prebuilt, toolchain
+from sparsecomp.backends.gpu.cutlass.config import Config, configs
+from sparsecomp.backends.gpu.cutlass.library import ABI, Arguments
 
 triton = pytest.importorskip("triton", reason="triton, whose wheel carries cuobjdump, is not installed")
 

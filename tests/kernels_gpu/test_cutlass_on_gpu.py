@@ -10,13 +10,13 @@ from gpu_cases import assert_close_to_float64, random_case
 from torch.nn import functional
 
 from sparsecomp.activations import ACTIVATIONS, activate
-from sparsecomp.backends import cutlass_library
-from sparsecomp.backends.cutlass import CutlassBackend
-from sparsecomp.backends.cutlass_config import Choice, Config, configs
-from sparsecomp.backends.cutlass_fp8 import fp8_linear, fp8_why_not, prepare_fp8, scaled
-from sparsecomp.backends.cutlass_library import Scales
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.wgmma import to_wgmma
+from sparsecomp.backends.gpu.cutlass import library as cutlass_library
+from sparsecomp.backends.gpu.cutlass.backend import CutlassBackend
+from sparsecomp.backends.gpu.cutlass.config import Choice, Config, configs
+from sparsecomp.backends.gpu.cutlass.fp8 import fp8_linear, fp8_why_not, prepare_fp8, scaled
+from sparsecomp.backends.gpu.cutlass.library import Scales
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.layouts.wgmma import to_wgmma
 
 pytestmark = pytest.mark.gpu
 

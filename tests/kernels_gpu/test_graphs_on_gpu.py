@@ -17,16 +17,16 @@ from gpu_cases import (
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
-from sparsecomp.backends.gluon_wgmma import FLAG, GluonWgmmaBackend
-from sparsecomp.backends.registry import Backend
-from sparsecomp.backends.triton import TritonBackend
-from sparsecomp.backends.triton_block import TritonBlockBackend
-from sparsecomp.backends.triton_vnm import TritonVnmBackend
+from sparsecomp.backends.base import Backend
+from sparsecomp.backends.gpu.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.gpu.gluon_wgmma import FLAG, GluonWgmmaBackend
+from sparsecomp.backends.gpu.triton import TritonBackend
+from sparsecomp.backends.gpu.triton_block import TritonBlockBackend
+from sparsecomp.backends.gpu.triton_vnm import TritonVnmBackend
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, SPLIT_CONFIGS, Config
-from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.pack.fragments import to_fragments
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.layouts.fragments import to_fragments
+from sparsecomp.packing.quantize import quantize
 
 pytestmark = pytest.mark.gpu
 

@@ -17,9 +17,9 @@ from gluon_simulator import Simulator
 from sparsecomp.kernels import launching, sparse_mma, sparse_wgmma
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, SPLIT_CONFIGS, Config
 from sparsecomp.kernels.sparse_wgmma_config import CONFIGS as WGMMA_CONFIGS
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.fragments import to_fragments
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.layouts.fragments import to_fragments
+from sparsecomp.packing.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

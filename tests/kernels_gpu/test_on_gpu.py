@@ -19,17 +19,19 @@ from torch.nn import functional
 
 from sparsecomp import SparseLinear
 from sparsecomp.activations import activate
-from sparsecomp.backends.cusparselt import CusparseltBackend
-from sparsecomp.backends.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
-from sparsecomp.backends.gluon_wgmma import FLAG
-from sparsecomp.backends.registry import Backend, Request, backends
-from sparsecomp.backends.triton import TritonBackend
-from sparsecomp.backends.triton_block import TritonBlockBackend
-from sparsecomp.backends.triton_vnm import TritonVnmBackend
+from sparsecomp.backends.base import Backend
+from sparsecomp.backends.gpu.cusparselt import CusparseltBackend
+from sparsecomp.backends.gpu.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.gpu.gluon_wgmma import FLAG
+from sparsecomp.backends.gpu.triton import TritonBackend
+from sparsecomp.backends.gpu.triton_block import TritonBlockBackend
+from sparsecomp.backends.gpu.triton_vnm import TritonVnmBackend
+from sparsecomp.backends.registry import backends
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, SPLIT_CONFIGS, Config, configs
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.fragments import to_fragments
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.layouts.fragments import to_fragments
+from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse, row_nm
 
 pytestmark = pytest.mark.gpu

@@ -17,8 +17,8 @@ from ptxsim import SimulationError
 from triton_compiler import machine_code
 
 from sparsecomp.kernels import pack_fragments
-from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.pack.fragments import to_fragments
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.layouts.fragments import to_fragments
 from sparsecomp.patterns import row_nm
 
 pytestmark = pytest.mark.usefixtures("own_cache")

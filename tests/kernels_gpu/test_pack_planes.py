@@ -16,10 +16,10 @@ from packing_interpreter import interpret_planes
 from ptxsim import SimulationError
 from triton_compiler import machine_code
 
-from sparsecomp.backends.triton import TritonBackend
+from sparsecomp.backends.gpu.triton import TritonBackend
 from sparsecomp.kernels import pack_planes
 from sparsecomp.kernels.nm_decompress import plane_bits
-from sparsecomp.pack.format import PackedWeight, pack
+from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import NM, parse, row_nm
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -14,8 +14,8 @@ from ptxsim import SimulationError
 
 from sparsecomp.kernels import launching, sparse_mma
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, Config
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.fragments import to_fragments
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.layouts.fragments import to_fragments
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

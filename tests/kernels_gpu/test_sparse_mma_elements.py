@@ -17,9 +17,9 @@ from sparsecomp.activations import activate
 from sparsecomp.kernels import launching, sparse_mma
 from sparsecomp.kernels.quantize_rows import quantize_rows, quantize_rows_slowly
 from sparsecomp.kernels.sparse_mma_config import CONFIGS, Config, configs
-from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.pack.fragments import to_fragments
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.layouts.fragments import to_fragments
+from sparsecomp.packing.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

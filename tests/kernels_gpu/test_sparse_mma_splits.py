@@ -28,9 +28,9 @@ from sparsecomp.kernels import launching, sparse_mma
 from sparsecomp.kernels.add_splits import add_splits, add_splits_kernel
 from sparsecomp.kernels.quantize_rows import quantize_rows_kernel, quantize_rows_slowly
 from sparsecomp.kernels.sparse_mma_config import SPLIT_CONFIGS, Config, candidates
-from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.pack.fragments import to_fragments
-from sparsecomp.pack.quantize import quantize
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.layouts.fragments import to_fragments
+from sparsecomp.packing.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

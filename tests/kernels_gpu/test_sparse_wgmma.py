@@ -21,16 +21,16 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton_compiler import machine_code
 
 from sparsecomp.activations import activate
-from sparsecomp.backends import gluon_wgmma
-from sparsecomp.backends.gluon_wgmma import FLAG, GluonWgmmaBackend
-from sparsecomp.backends.registry import Request
+from sparsecomp.backends.gpu import gluon_wgmma
+from sparsecomp.backends.gpu.gluon_wgmma import FLAG, GluonWgmmaBackend
 from sparsecomp.errors import BackendError
 from sparsecomp.kernels import sparse_wgmma
 from sparsecomp.kernels.sparse_mma import ACTIVATIONS
 from sparsecomp.kernels.sparse_wgmma import constants
 from sparsecomp.kernels.sparse_wgmma_config import CONFIGS, DEPTH, WgmmaConfig
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.fragments import to_fragments
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.layouts.fragments import to_fragments
 from sparsecomp.patterns import parse
 
 pytestmark = pytest.mark.usefixtures("own_cache")

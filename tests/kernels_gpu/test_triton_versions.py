@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from triton_versions import EXPECTED, VERSIONS, Evidence
 
-from sparsecomp.backends.cuda import MINIMUM_TRITON
+from sparsecomp.backends.gpu.cuda import MINIMUM_TRITON
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 

@@ -17,11 +17,11 @@ from ptxsim import Report, SimulationError
 from triton_compiler import compile_kernel, compile_vnm_kernel, machine_code
 
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.backends import triton_vnm
-from sparsecomp.backends.triton_vnm import TritonVnmBackend
+from sparsecomp.backends.gpu import triton_vnm
+from sparsecomp.backends.gpu.triton_vnm import TritonVnmBackend
 from sparsecomp.kernels.triton_compat import WARPGROUPS, narrow_tiles
 from sparsecomp.kernels.vnm_gather import GROUP_BLOCK, choose_tile
-from sparsecomp.pack.format import pack
+from sparsecomp.packing.format import pack
 from sparsecomp.patterns import VNM, parse
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from gpu_cases import assert_close_to_float64, random_case
 
-from sparsecomp.backends.gluon_wgmma import FLAG, GluonWgmmaBackend
+from sparsecomp.backends.gpu.gluon_wgmma import FLAG, GluonWgmmaBackend
 from sparsecomp.kernels.sparse_wgmma_config import CONFIGS, WgmmaConfig
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.fragments import to_fragments
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.layouts.fragments import to_fragments
 
 pytestmark = pytest.mark.gpu
 

@@ -94,8 +94,8 @@ def _prepared(packed: Any) -> Any:
 def _main(given: str, made: str) -> None:
     repair_interpreter()
     from sparsecomp.backends.registry import backends
-    from sparsecomp.pack.format import pack
-    from sparsecomp.pack.quantize import quantize
+    from sparsecomp.packing.format import pack
+    from sparsecomp.packing.quantize import quantize
 
     results = []
     for weight, pattern, x, bias, quantized, activation in torch.load(given):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparsecomp.nn import SparseLinear
-from sparsecomp.pack import pack
+from sparsecomp.packing import pack
 from sparsecomp.patterns import Block, parse, row_nm
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from sparsecomp.errors import PatternError
-from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.pack.fragments import ROW_BYTES, ROWS, fragments_why_not, from_fragments, to_fragments
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.layouts.fragments import ROW_BYTES, ROWS, fragments_why_not, from_fragments, to_fragments
 from sparsecomp.patterns import parse
 
 

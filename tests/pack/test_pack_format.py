@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecomp.errors import FormatError, PatternError
-from sparsecomp.pack import PackedWeight, pack
-from sparsecomp.pack.bits import pack_positions, packed_bytes, unpack_positions
+from sparsecomp.packing import PackedWeight, pack
+from sparsecomp.packing.bits import pack_positions, packed_bytes, unpack_positions
 from sparsecomp.patterns import NM, VNM, Block, parse
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)

@@ -10,9 +10,9 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from sparsecomp.errors import FormatError, PatternError
-from sparsecomp.pack import pack, quantize
-from sparsecomp.pack.interop import from_bitmask, from_torch_semi_structured, to_bitmask, to_torch_semi_structured
-from sparsecomp.pack.layouts import from_sm80_metadata, to_sm80_metadata
+from sparsecomp.packing import pack, quantize
+from sparsecomp.packing.interop import from_bitmask, from_torch_semi_structured, to_bitmask, to_torch_semi_structured
+from sparsecomp.packing.layouts.sm80 import from_sm80_metadata, to_sm80_metadata
 
 TYPES = [torch.float16, torch.bfloat16, torch.int8]
 SHAPES = [(32, 64), (64, 128), (96, 192), (160, 64)]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import sparsecomp as sc
 from sparsecomp.errors import FormatError, PatternError
-from sparsecomp.pack import PackedWeight
-from sparsecomp.prune import prune_weight
+from sparsecomp.methods.weight import prune_weight
+from sparsecomp.packing import PackedWeight
 
 
 def packed(pattern: str, out: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> PackedWeight:

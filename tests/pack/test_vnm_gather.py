@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sparsecomp.errors import PatternError
-from sparsecomp.pack.format import PackedWeight, pack
-from sparsecomp.pack.quantize import quantize
-from sparsecomp.pack.vnm import from_gathered, to_gathered
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.layouts.vnm import from_gathered, to_gathered
+from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import VNM, parse
 
 SHAPES = [(0, 16), (1, 1), (7, 33), (64, 128), (100, 50), (33, 1)]

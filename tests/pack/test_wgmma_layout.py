@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from wgmma_cases import RECORD, SHAPES, digest, weight
 
 from sparsecomp.errors import PatternError
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.wgmma import from_wgmma, padded, tiled, to_wgmma, wgmma_why_not
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.layouts.wgmma import from_wgmma, padded, tiled, to_wgmma, wgmma_why_not
 from sparsecomp.patterns import parse
 
 GOLDEN = json.loads((Path(__file__).parent / RECORD).read_text())["cases"]

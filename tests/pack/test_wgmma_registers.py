@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from sparsecomp.pack.format import pack
-from sparsecomp.pack.fragments import to_fragments
+from sparsecomp.packing.format import pack
+from sparsecomp.packing.layouts.fragments import to_fragments
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 A_THREADS: Layout = ((4, 8, 4), (256, 1, 16))

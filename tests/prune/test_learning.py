@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsecomp.errors import ModelError
-from sparsecomp.prune import Tuning, distill, prune, prune_blocks
+from sparsecomp.pruning import Tuning, distill, prune, prune_blocks
 
 SETTINGS = Tuning(steps=12, learning_rate=1e-3)
 

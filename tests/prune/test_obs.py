@@ -4,12 +4,12 @@ import pytest
 import torch
 from problems import layer_of
 
+from sparsecomp.methods.objective import objective
+from sparsecomp.methods.obs import obs_sweep, sparsegpt_sweep, swept
+from sparsecomp.methods.refit import refit
+from sparsecomp.methods.weight import prune_weight
 from sparsecomp.patterns import parse
-from sparsecomp.prune import prune_weight
-from sparsecomp.prune.objective import objective
-from sparsecomp.prune.obs import obs_sweep, sparsegpt_sweep, swept
-from sparsecomp.prune.project import check_mask, project
-from sparsecomp.prune.refit import refit
+from sparsecomp.patterns.project import check_mask, project
 
 PATTERNS = ["2:4", "1:4", "4:8", "8:16", "2:4@v4", "8:2:8", "2:4@t", "block4x4:0.5", "unstructured:0.5"]
 
@@ -42,7 +42,7 @@ def one_pass(layer, pattern, choose):
 
 
 def exact(weights, inverse, pattern):
-    from sparsecomp.prune.removal import removal
+    from sparsecomp.methods.removal import removal
 
     return removal(pattern, inverse[None])(0, weights.float())[1]
 

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from small_models import small, small_batches
 from torch import nn
 
-from sparsecomp.calibration import calibrate
-from sparsecomp.layers import find_linears
-from sparsecomp.patterns import NM
-from sparsecomp.prune import model as pruning
-from sparsecomp.prune import prune, prune_blocks
-from sparsecomp.prune.graph import Hidden, find_hidden
-from sparsecomp.prune.permute import _Swaps, search
+from sparsecomp.methods.order import _Swaps, search
+from sparsecomp.models.calibration import calibrate
+from sparsecomp.models.graph import Hidden, find_hidden
+from sparsecomp.models.layers import find_linears
+from sparsecomp.patterns import NM, parse
+from sparsecomp.pruning import prune, prune_blocks
 
 
 def kept(scores: torch.Tensor, n: int, m: int) -> float:
@@ -61,7 +60,7 @@ def test_the_order_keeps_more_and_no_segment_mixes(pattern, columns, segments):
     weight, gram = torch.randn(9, columns), torch.randn(columns, 200)
     weight[:, : columns // 4] *= 4
     gram = gram @ gram.T
-    chosen = pruning.parse(pattern)
+    chosen = parse(pattern)
     assert isinstance(chosen, NM)
     order = search(weight, gram, chosen, segments)
     start = 0
@@ -76,7 +75,7 @@ def test_the_order_keeps_more_and_no_segment_mixes(pattern, columns, segments):
 
 @pytest.mark.parametrize("pattern", ["4:4", "unstructured:0.5", "block2x2:0.5"])
 def test_patterns_that_gain_nothing_keep_their_order(pattern):
-    assert torch.equal(search(torch.randn(8, 8), torch.eye(8), pruning.parse(pattern), (8,)), torch.arange(8))
+    assert torch.equal(search(torch.randn(8, 8), torch.eye(8), parse(pattern), (8,)), torch.arange(8))
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sparsecomp.errors import PatternError
 from sparsecomp.patterns import GROUP_SIZES, NM, VNM, Block, Unstructured, parse
-from sparsecomp.prune.project import check_mask, project
+from sparsecomp.patterns.project import check_mask, project
 
 EVERY_NM = [(n, m) for m in GROUP_SIZES for n in range(1, m + 1)]
 SIDES = st.integers(0, 37)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecomp.calibration import calibrate
 from sparsecomp.errors import CalibrationError, MethodError, ModelError, PatternError
+from sparsecomp.methods.weight import prune_weight
+from sparsecomp.models.calibration import calibrate
 from sparsecomp.patterns import NM
-from sparsecomp.prune import LayerReport, PruneReport, prune, prune_weight
+from sparsecomp.pruning import LayerReport, PruneReport, prune
 
 
 def make():

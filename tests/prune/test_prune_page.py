@@ -13,12 +13,12 @@ from block_models import encoder, token_batches
 from pages import Page
 from torch import nn
 
-from sparsecomp.calibration import calibrate
+from sparsecomp.models.calibration import calibrate
 from sparsecomp.patterns import parse
-from sparsecomp.prune import LayerReport, PruneReport, Stage, Tuning, TuningReport, prune, prune_blocks
-from sparsecomp.prune.page import page
-from sparsecomp.prune.page.markup import Axes, ticks
-from sparsecomp.prune.provenance import ModelFacts, Provenance
+from sparsecomp.pruning import LayerReport, PruneReport, Stage, Tuning, TuningReport, prune, prune_blocks
+from sparsecomp.pruning.page import page
+from sparsecomp.pruning.provenance import ModelFacts, Provenance
+from sparsecomp.reporting.markup import Axes, ticks
 
 
 def layer(name: str = "a", pattern: str = "2:4", **facts: object) -> LayerReport:

@@ -15,9 +15,9 @@ from torch import nn
 
 import sparsecomp
 from sparsecomp.patterns import parse
-from sparsecomp.prune import LayerReport, PruneReport, TuningReport, prune
-from sparsecomp.prune.figures import count_text, ratio_text, seconds_text, share_text
-from sparsecomp.prune.provenance import ModelFacts, describe
+from sparsecomp.pruning import LayerReport, PruneReport, TuningReport, prune
+from sparsecomp.pruning.provenance import ModelFacts, describe
+from sparsecomp.reporting.figures import count_text, ratio_text, seconds_text, share_text
 
 
 class Shop(nn.Module):

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecomp.errors import CalibrationError, MethodError, PatternError
-from sparsecomp.pack import pack
-from sparsecomp.prune import methods, prune_weight
-from sparsecomp.prune.error import relative_error
+from sparsecomp.methods.error import relative_error
+from sparsecomp.methods.registry import methods
+from sparsecomp.methods.weight import prune_weight
+from sparsecomp.packing import pack
 
 PATTERNS = ["2:4", "1:4", "8:16", "2:4@v3", "4:2:8", "block3x5:0.4", "unstructured:0.3"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sparsecomp as sc
-from sparsecomp.prune.report import PruneReport
+from sparsecomp.pruning.report import PruneReport
 
 
 def pruned() -> tuple[nn.Sequential, PruneReport]:

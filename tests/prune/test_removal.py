@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsecomp.methods.removal import removal
 from sparsecomp.patterns import parse
-from sparsecomp.prune.project import check_mask
-from sparsecomp.prune.removal import removal
-from sparsecomp.prune.subsets import subsets_of
+from sparsecomp.patterns.project import check_mask
+from sparsecomp.patterns.subsets import subsets_of
 
 
 def group_problem(out, size, seed):

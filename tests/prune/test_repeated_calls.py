@@ -10,10 +10,10 @@ import torch
 from small_models import ids, reals, small, small_batches
 from torch import Tensor, nn
 
-from sparsecomp.calibration import calibrate
 from sparsecomp.errors import MethodError, ModelError
-from sparsecomp.prune import Tuning, distill, prune, prune_blocks
-from sparsecomp.prune.blocks import find_chains
+from sparsecomp.models.blocks import find_chains
+from sparsecomp.models.calibration import calibrate
+from sparsecomp.pruning import Tuning, distill, prune, prune_blocks
 
 CHAINS = {
     "llama": ["model.layers"],

@@ -5,10 +5,10 @@ import torch
 from problems import layer_of
 
 from sparsecomp.errors import CalibrationError
+from sparsecomp.methods.objective import objective
+from sparsecomp.methods.weight import prune_weight
 from sparsecomp.patterns import parse
-from sparsecomp.prune import prune_weight
-from sparsecomp.prune.objective import objective
-from sparsecomp.prune.project import check_mask
+from sparsecomp.patterns.project import check_mask
 
 SEARCHES = ["sparsegpt", "obs", "fast", "admm", "balanced"]
 HARD = ["no input", "dead channels", "one token", "few tokens", "outlier channels", "twins", "tiny", "huge"]

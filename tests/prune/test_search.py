@@ -8,16 +8,17 @@ import pytest
 import torch
 from problems import layer_of
 
+from sparsecomp.methods.admm import Schedule, admm
+from sparsecomp.methods.descent import descend
+from sparsecomp.methods.error import relative_error
+from sparsecomp.methods.objective import objective
+from sparsecomp.methods.obs import swept
+from sparsecomp.methods.presets import DAMPINGS
+from sparsecomp.methods.refit import refit
+from sparsecomp.methods.registry import methods
+from sparsecomp.methods.weight import prune_weight
 from sparsecomp.patterns import NM, parse
-from sparsecomp.prune import methods, prune_weight
-from sparsecomp.prune.admm import Schedule, admm
-from sparsecomp.prune.descent import descend
-from sparsecomp.prune.error import relative_error
-from sparsecomp.prune.objective import objective
-from sparsecomp.prune.obs import swept
-from sparsecomp.prune.presets import DAMPINGS
-from sparsecomp.prune.project import check_mask, project
-from sparsecomp.prune.refit import refit
+from sparsecomp.patterns.project import check_mask, project
 
 GROUPED = ["2:4", "1:4", "4:8", "8:16", "2:16", "2:4@v4", "8:16@v3", "8:2:8", "2:4@t"]
 PATTERNS = [*GROUPED, "block4x4:0.5", "unstructured:0.5"]
@@ -182,7 +183,7 @@ def test_all_of_them_are_registered():
 
 
 def test_what_did_not_settle_is_said_and_the_best_is_kept(monkeypatch):
-    presets = sys.modules["sparsecomp.prune.presets"]
+    presets = sys.modules["sparsecomp.methods.presets"]
     weight, gram = layer_of(24, 64)
     monkeypatch.setattr(presets, "admm", partial(admm, schedule=Schedule(steps=2)))
     monkeypatch.setattr(presets, "refit", lambda layer, weight, mask, steps=1, **_: refit(layer, weight, mask, steps))
@@ -194,7 +195,7 @@ def test_what_did_not_settle_is_said_and_the_best_is_kept(monkeypatch):
 
 
 def test_rows_that_admm_made_worse_keep_their_start():
-    presets = sys.modules["sparsecomp.prune.presets"]
+    presets = sys.modules["sparsecomp.methods.presets"]
     layer = objective(*layer_of(8, 16))
     good, mask = swept(layer, parse("2:4"))
     bad, other = good.clone(), mask.clone()

@@ -9,11 +9,12 @@ import torch
 from block_models import encoder, token_batches
 from torch import nn
 
-from sparsecomp.calibration import calibrate
 from sparsecomp.errors import CalibrationError, MethodError, ModelError
-from sparsecomp.prune import Tuning, prune, prune_blocks, sequential
-from sparsecomp.prune.blocks import find_chains
-from sparsecomp.prune.error import relative_error
+from sparsecomp.methods.error import relative_error
+from sparsecomp.models.blocks import find_chains
+from sparsecomp.models.calibration import calibrate
+from sparsecomp.pruning import Tuning, prune, prune_blocks
+from sparsecomp.pruning import blockwise as sequential
 
 QUICK = Tuning(steps=12, learning_rate=3e-3)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sparsecomp.errors import CalibrationError, MethodError
 from sparsecomp.patterns import parse
-from sparsecomp.prune.learning import Call
-from sparsecomp.prune.project import project
-from sparsecomp.prune.tuning import Target, Tuning, TuningReport, split, tune, variance
+from sparsecomp.patterns.project import project
+from sparsecomp.pruning.learning import Call
+from sparsecomp.pruning.tuning import Target, Tuning, TuningReport, split, tune, variance
 
 
 def masked_linear(

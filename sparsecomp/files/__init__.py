@@ -1,0 +1,1 @@
+"""A model with sparse layers <-> one file. Must not know kernels or backends."""

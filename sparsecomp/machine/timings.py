@@ -1,0 +1,116 @@
+"""Times of products on this machine: as values, looked up, and kept for other processes. Measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsecomp.machine import cache
+from sparsecomp.machine.device import Device, detect
+from sparsecomp.machine.native import native
+from sparsecomp.machine.request import Request
+from sparsecomp.machine.sources import digest, file_digest, gpu_folders
+
+SPARSE, DENSE, UNPACKED = "sparse", "dense", "unpacked"
+
+_STEADY = 0.25  # spread up to which a measurement is kept for other processes; a busy machine shows more
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Medians of one request on this machine.
+
+    ``seconds`` by candidate: "sparse" (the layer's kernel, named by ``kernel``), "dense" (nn.Linear), "unpacked" (the
+    weight unpacked at every call, then a dense product). ``spread`` is the interquartile range over the median.
+    ``cold`` tells whether the weights were rotated over more memory than the last-level cache holds.
+    """
+
+    kernel: str
+    seconds: Mapping[str, float]
+    spread: Mapping[str, float]
+    cold: bool
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over sparse time."""
+        return self.seconds[DENSE] / self.seconds[SPARSE]
+
+
+_known: dict[str, Measurement] = {}
+
+
+def lookup(request: Request, device: Device | None = None, backend: str | None = None) -> Measurement | None:
+    """What is already known of a request on this machine, without measuring."""
+    device = device or detect(request.device)
+    key = _key(request, device, backend)
+    if key not in _known:
+        found = _from_json(cache.read("tune").get(key))
+        if found is None:
+            return None
+        _known[key] = found
+    return _known[key]
+
+
+def keep(measurement: Measurement, request: Request, device: Device, backend: str | None = None) -> None:
+    """Remember a measurement, where it is steady also for other processes."""
+    key = _key(request, device, backend)
+    if max(measurement.spread.values()) <= _STEADY:
+        cache.store("tune", key, _as_json(measurement))
+    _known[key] = measurement
+
+
+@lru_cache(maxsize=1)
+def _versions() -> str:
+    try:
+        own = version("sparsecomp")
+    except PackageNotFoundError:
+        own = "source"
+    module = native()
+    kernels = "none" if isinstance(module, str) else file_digest(Path(str(module.__file__)))
+    return f"{own} kernels {kernels} torch {torch.__version__}"
+
+
+@lru_cache(maxsize=1)
+def _gpu_versions() -> str:
+    """What the kernels of a GPU are made of besides: Triton, which compiles them, and their sources."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return f"triton {triton} sources {digest(gpu_folders())}"
+
+
+def _key(request: Request, device: Device, backend: str | None) -> str:
+    out, columns = request.shape
+    dtype = f"{request.dtype} of int8 weights" if request.quantized else request.dtype
+    what = f"{request.pattern} {out}x{columns} {dtype} batch {request.batch} threads {device.threads}"
+    versions = _versions() if device.kind == "cpu" else f"{_versions()} {_gpu_versions()}"
+    return f"{device.fingerprint} {versions} {what}" + (f" by {backend}" if backend else "")
+
+
+def _as_json(measurement: Measurement) -> dict[str, Any]:
+    return {
+        "kernel": measurement.kernel,
+        "seconds": dict(measurement.seconds),
+        "spread": dict(measurement.spread),
+        "cold": measurement.cold,
+    }
+
+
+def _from_json(entry: Any) -> Measurement | None:
+    """The measurement of a cache entry, or None for one that was not written by ``_as_json``."""
+    if not isinstance(entry, dict):
+        return None
+    kernel, seconds, spread, cold = (entry.get(name) for name in ("kernel", "seconds", "spread", "cold"))
+    if not isinstance(kernel, str) or not isinstance(seconds, dict) or not isinstance(spread, dict):
+        return None
+    times = [seconds.get(SPARSE), seconds.get(DENSE), *seconds.values()]
+    if not all(isinstance(value, float) and value > 0 for value in times):
+        return None
+    return Measurement(kernel, seconds, spread, bool(cold))

@@ -1,0 +1,1 @@
+"""Weight [out, in] and Gram [in, in] -> PrunedWeight. Knows nothing of models, packing and kernels."""

@@ -1,0 +1,337 @@
+"""Which layers of a model can be sparse, and swapping one layer for another.
+
+Takes any ``nn.Module`` and gives ``LinearRef`` values and reasons. Knows nothing of patterns, masks or kernels.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsecomp.errors import ModelError
+from sparsecomp.models.matrices import bare_matrices
+from sparsecomp.modules.bypaths import bypaths
+from sparsecomp.modules.carry import why_not_carried
+from sparsecomp.patterns.numbers import LAYER_DTYPES, part_names
+
+_OTHER_MATMULS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+_OF_THE_FILE = frozenset(part_names(quantized=True))
+
+
+@dataclass(frozen=True, eq=False)
+class LinearRef:
+    """One linear layer of a model, whichever way it stores its weight.
+
+    ``kind`` is "linear" for nn.Linear (weight [out, in]), "conv1d" for the Conv1D of Hugging Face (weight [in, out]).
+    ``aliases`` are further names under which the model reaches the same module.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Literal["linear", "conv1d"]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The stored weight, in the orientation of the module."""
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias [out], or None."""
+        bias = self.module.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        return bias
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        first, second = self.parameter.shape
+        return (first, second) if self.kind == "linear" else (second, first)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the weight."""
+        return self.parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.parameter.device
+
+    def get_weight(self) -> Tensor:
+        """The weight [out, in], detached; it shares memory with the layer and is for reading only."""
+        weight = self.parameter.detach()
+        return weight if self.kind == "linear" else weight.t()
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Write ``weight`` [out, in] into the layer in place; the Parameter, its dtype and requires_grad stay.
+
+        Raises ModelError for another shape.
+        """
+        if tuple(weight.shape) != self.shape:
+            raise ModelError(
+                f"{self.name}: got a weight of shape {tuple(weight.shape)}; the layer takes [out, in] = {self.shape}"
+            )
+        # a Parameter made under inference_mode can be written under it only
+        with torch.inference_mode(self.parameter.is_inference()), torch.no_grad():
+            self.parameter.copy_(weight if self.kind == "linear" else weight.t())
+
+    def as_linear(self) -> nn.Linear:
+        """This layer as nn.Linear: the module itself, or for Conv1D a new module on the same memory."""
+        if isinstance(self.module, nn.Linear):
+            return self.module
+        out, columns = self.shape
+        linear = nn.Linear(columns, out, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.get_weight(), requires_grad=self.parameter.requires_grad)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.module.training)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTable(Mapping[str, LinearRef]):
+    """Layers that can be sparse, by name in the order of the model, and the reason for each that cannot."""
+
+    found: Mapping[str, LinearRef]
+    skipped: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> LinearRef:
+        """The layer of that name."""
+        return self.found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the model."""
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        """How many layers were found."""
+        return len(self.found)
+
+
+Globs = str | Sequence[str] | None
+
+
+def require_module(model: object) -> None:
+    """Raises ModelError for a model that is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}; allowed is an nn.Module, so pass the model itself")
+
+
+def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> LayerTable:
+    """The linear layers of ``model`` that can be pruned in place and replaced.
+
+    ``only`` and ``skip`` are globs (fnmatch) on dotted names such as "encoder.*.query"; ``skip`` wins. A module that is
+    reachable under several names is found once, under the first. Everything that multiplies by a weight and is
+    not found is in ``skipped`` with the reason, also what ``only`` and ``skip`` left out.
+
+    Raises ModelError for a model that is no nn.Module and a glob that matches no layer, naming the nearest names.
+    """
+    require_module(model)
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+    owners = _weight_owners(modules.values(), names)
+    elsewhere = bypaths(modules.values(), names)
+    inside_attention = {
+        id(child): names[id(module)][0]
+        for module in modules.values()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.children()
+    }
+
+    total = sum(each.numel() for each in model.parameters() if not isinstance(each, nn.UninitializedParameter))
+    candidates: dict[str, tuple[LinearRef | None, str]] = {}
+    seen: set[int] = set()
+    for key, module in modules.items():
+        name, aliases = names[key][0], tuple(names[key][1:])
+        if isinstance(module, nn.MultiheadAttention):
+            reason = "its in_proj is used inside a fused kernel of nn.MultiheadAttention, not through a linear layer"
+            candidates[f"{name}.in_proj_weight" if name else "in_proj_weight"] = (None, reason)
+        elif key in inside_attention and isinstance(module, nn.Linear):
+            where = inside_attention[key] or "the model"
+            candidates[name] = (None, f"nn.MultiheadAttention ({where}) reads its weight and never calls it")
+        elif (kind := _kind(module)) is not None:
+            why_not = _why_not(name, module, owners, elsewhere)
+            candidates[name] = (LinearRef(name, module, kind, aliases), "") if why_not is None else (None, why_not)
+            for alias in aliases:
+                candidates[alias] = (None, f'the same layer as "{name}"')
+        elif (why_not := _why_not_linear(module)) is not None:
+            candidates[name] = (None, why_not)
+        for bare, reason in bare_matrices(name, module, total, seen).items():
+            candidates.setdefault(bare, (None, reason))
+    return _filter(candidates, _globs(only), _globs(skip))
+
+
+def require_layers(table: LayerTable) -> LayerTable:
+    """The table itself; raises ModelError, with the reasons, when it holds no layer."""
+    if table.found:
+        return table
+    reasons = [f"{name or 'the model'}: {reason}" for name, reason in list(table.skipped.items())[:3]]
+    why = "; ".join(reasons) if reasons else "it has no nn.Linear or Conv1D"
+    raise ModelError(
+        f"the model has no layer that can be sparse ({why}); allowed are nn.Linear and Hugging Face Conv1D"
+    )
+
+
+def check_globs(globs: Iterable[str], names: Collection[str], what: str) -> None:
+    """Raises ModelError for the first glob that matches none of ``names``, naming the nearest."""
+    for glob in globs:
+        if any(fnmatchcase(name, glob) for name in names):
+            continue
+        if any(name.startswith(f"{glob}.") for name in names):
+            hint = f'did you mean "{glob}.*"?'
+        else:
+            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
+            hint = "the nearest are " + ", ".join(f'"{name}"' for name in near) if near else _some(names)
+        raise ModelError(f'{what} "{glob}" matches no layer; {hint}')
+
+
+def replace_layer(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the layer ``name``, under every name that reaches the old one.
+
+    Inside an nn.TransformerEncoderLayer the fused path, which reads the weights of its children, is turned
+    off for that layer, and nested tensors for the nn.TransformerEncoder around it: the layer then calls its children.
+
+    Raises ModelError for a name that is not there, for the model itself, and inside nn.MultiheadAttention.
+    """
+    known = dict(model.named_modules(remove_duplicate=False))
+    if name == "":
+        raise ModelError(
+            "the model itself is the layer and cannot be swapped in place; use SparseLinear.from_linear on it"
+        )
+    if name not in known:
+        check_globs([name], [known_name for known_name in known if known_name], "layer")
+        raise ModelError(f'layer "{name}" is a glob; give the exact name of one layer')
+    old = known[name]
+    places = [(parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is old]
+    if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in places):
+        raise ModelError(f"{name}: nn.MultiheadAttention reads its weight and never calls it; leave this layer dense")
+    module.train(old.training)
+    fused = []
+    for parent, key in places:
+        parent._modules[key] = module
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0
+            fused.append(parent)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(child in fused for child in encoder.modules()):
+            encoder.use_nested_tensor = False
+
+
+def _filter(
+    candidates: Mapping[str, tuple[LinearRef | None, str]], only: list[str] | None, skip: list[str] | None
+) -> LayerTable:
+    check_globs(only or (), candidates.keys(), "only")
+    check_globs(skip or (), candidates.keys(), "skip")
+    found: dict[str, LinearRef] = {}
+    skipped: dict[str, str] = {}
+    for name, (layer, reason) in candidates.items():
+        if layer is None:
+            skipped[name] = reason
+            continue
+        reached = (name, *layer.aliases)
+        excluding = next((glob for glob in skip or () if any(fnmatchcase(each, glob) for each in reached)), None)
+        if excluding is not None:
+            skipped[name] = f'excluded by skip "{excluding}"'
+        elif only is not None and not any(fnmatchcase(each, glob) for glob in only for each in reached):
+            skipped[name] = "not selected by only"
+        else:
+            found[name] = layer
+    return LayerTable(found, skipped)
+
+
+def _globs(globs: Globs) -> list[str] | None:
+    if globs is None:
+        return None
+    return [globs] if isinstance(globs, str) else list(globs)
+
+
+def _some(names: Collection[str]) -> str:
+    if not names:
+        return "the model has no linear layers"
+    return "there are " + ", ".join(f'"{name}"' for name in list(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _conv1d_class(module: nn.Module) -> type[nn.Module] | None:
+    for base in type(module).__mro__:
+        if base.__name__ == "Conv1D" and base.__module__.partition(".")[0] == "transformers":
+            return base
+    return None
+
+
+def _kind(module: nn.Module) -> Literal["linear", "conv1d"] | None:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    return "conv1d" if _conv1d_class(module) is not None else None
+
+
+def _why_not(
+    name: str, module: nn.Module, owners: Mapping[object, list[str]], elsewhere: Mapping[int, str]
+) -> str | None:
+    if getattr(type(module), "_sparsecomp_packed", False):
+        return "already sparse"
+    base = nn.Linear if isinstance(module, nn.Linear) else _conv1d_class(module)
+    assert base is not None
+    parameter = module._parameters.get("weight")
+    if isinstance(parameter, nn.UninitializedParameter):
+        return "its weight has no shape yet; run the model on one batch first"
+    if (reason := why_not_carried(module, base)) is not None:
+        return reason
+    assert parameter is not None
+    if type(parameter) is not nn.Parameter:
+        return f"its weight is a {type(parameter).__name__}, not a plain Parameter (quantised or distributed)"
+    if parameter.dtype not in LAYER_DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LAYER_DTYPES)
+        return f"its weight is {str(parameter.dtype).removeprefix('torch.')}; allowed are {allowed}"
+    if parameter.device.type == "meta":
+        return "its weight is on the meta device and has no values; load the model first"
+    sharing = owners[_storage(parameter)]
+    if len(sharing) > 1:
+        own = f"{name}.weight" if name else "weight"
+        return "its weight is shared with " + ", ".join(f'"{other}"' for other in sharing if other != own)
+    saved = {**module._parameters, **module._buffers}.keys() - module._non_persistent_buffers_set
+    if clash := sorted(saved & _OF_THE_FILE):
+        kind = "buffer" if clash[0] in module._buffers else "Parameter"
+        return f'it has a {kind} "{clash[0]}" of its own, a name that the file uses'
+    if id(module) in elsewhere:
+        where = elsewhere[id(module)]
+        return f"the model also reaches it past its modules, through {where}; a packed layer would not be called there"
+    return None
+
+
+def _why_not_linear(module: nn.Module) -> str | None:
+    kind = type(module).__name__
+    if getattr(type(module), "_sparsecomp_packed", False):
+        return "already sparse"
+    if isinstance(module, _OTHER_MATMULS):
+        return f"{kind} layers stay dense"
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return f"{type(module).__module__}.{kind} is not an nn.Linear (quantised or custom)"
+    return None
+
+
+def _storage(parameter: nn.Parameter) -> object:
+    """Equal for two Parameters that start at the same memory, tied as one object or as two views."""
+    if type(parameter) is not nn.Parameter or parameter.device.type == "meta" or parameter.numel() == 0:
+        return id(parameter)
+    return parameter.device, parameter.data_ptr()
+
+
+def _weight_owners(modules: Iterable[nn.Module], names: Mapping[int, list[str]]) -> dict[object, list[str]]:
+    owners: dict[object, list[str]] = {}
+    for module in modules:
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                prefix = names[id(module)][0]
+                owners.setdefault(_storage(parameter), []).append(f"{prefix}.{key}" if prefix else key)
+    return owners

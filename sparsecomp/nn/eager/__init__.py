@@ -1,0 +1,1 @@
+"""Eager calls past torch's dispatcher."""

@@ -1,0 +1,371 @@
+"""The canonical packed format: a weight that fits its pattern -> values + metadata, and back exactly.
+
+docs/format.md is the specification this file implements. Knows nothing of kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsecomp.errors import FormatError, PatternError
+from sparsecomp.packing.bits import pack_positions, packed_bytes, unpack_positions
+from sparsecomp.patterns import NM, VNM, VNM_KEPT_COLUMNS, Block, Pattern, Unstructured, parse, row_nm
+from sparsecomp.patterns.numbers import DTYPES, LARGEST_INT8, LAYER_DTYPES, part_names
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight [out, in] in canonical form.
+
+    N:M and V:N:M: ``values`` [out, groups*N] and ``metadata`` uint8 [ceil(out/mask_rows), bytes].
+    Block: ``values`` [kept, rows, cols] in row-major block order and ``metadata`` uint8
+    [block rows, ceil(block columns / 8)], a bitmap of the kept blocks, least significant bit first.
+
+    Quantised N:M weights have int8 ``values`` and ``scales`` fp32 [out], one for each row, and stand for
+    ``values * scales`` in ``dense_dtype``; both are None otherwise.
+    """
+
+    values: Tensor
+    metadata: Tensor
+    pattern: Pattern
+    shape: tuple[int, int]
+    scales: Tensor | None = None
+    dense_dtype: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the weight this stands for; that of ``values`` unless it is quantised."""
+        return self.dense_dtype or self.values.dtype
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors by name, as files and state_dict hold them."""
+        return {name: getattr(self, name) for name in part_names(self.scales is not None)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the dense weight [out, in] of the same dtype."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PackedWeight:
+        """The same weight elsewhere or in another of the supported dtypes (rounded as ``Tensor.to`` rounds).
+
+        A quantised weight keeps its integers and scales; only what it stands for changes its dtype.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise PatternError(f"dtype {dtype} cannot be packed; use one of {_dtype_names()}")
+        moved = replace(self, values=self.values.to(device=device), metadata=self.metadata.to(device=device))
+        if self.scales is not None:
+            moved = replace(moved, scales=self.scales.to(device=device))
+        if dtype is None or dtype == self.dtype:
+            return moved
+        if self.scales is not None:
+            if dtype not in LAYER_DTYPES:
+                raise PatternError(f"a quantised weight stands for a floating dtype, not for {dtype}")
+            return replace(moved, dense_dtype=dtype)
+        values = moved.values.to(dtype)
+        if not bool(torch.isfinite(values).all()):
+            raise PatternError(f"the weights overflow {values.dtype}; keep {self.dtype} or use torch.bfloat16")
+        if bool(((values == 0) & (moved.values != 0)).any()):
+            # a weight rounded to zero frees its slot, and free slots have a place of their own
+            return pack(moved.unpack().to(dtype), self.pattern)
+        return replace(moved, values=values)
+
+    def unpack(self) -> Tensor:
+        """The dense weight [out, in]: the exact inverse of ``pack`` (-0.0 having become +0.0).
+
+        Of a quantised weight: integers times scales, a product that fp32 rounds once, then in ``dtype``.
+        """
+        if self.scales is not None:
+            return dequantize(self.integers().unpack(), self.scales, self.dtype)
+        if isinstance(self.pattern, Block):
+            return _unpack_block(self, self.pattern)
+        positions = self.positions()
+        out, columns = self.shape
+        nm = _stored_nm(self.pattern)
+        dense = torch.zeros(out, nm.groups(columns), nm.m, dtype=self.dtype, device=self.device)
+        dense.scatter_(2, positions.to(torch.int64), self.values.view(out, nm.groups(columns), nm.n))
+        return dense.flatten(1)[:, :columns].contiguous()
+
+    def integers(self) -> PackedWeight:
+        """The stored values as a weight of their own, without scales."""
+        return replace(self, scales=None, dense_dtype=None)
+
+    def positions(self) -> Tensor:
+        """In-group positions, uint8 [out, groups, N], ascending in each group. N:M and V:N:M only."""
+        nm = _stored_nm(self.pattern)
+        out, columns = self.shape
+        positions = unpack_positions(self.metadata, nm.slots(columns), nm.index_bits)
+        positions = positions.view(self.metadata.shape[0], nm.groups(columns), nm.n)
+        return positions.repeat_interleave(nm.mask_rows, dim=0)[:out]
+
+    def validate(self) -> PackedWeight:
+        """This weight, once every invariant of the format has been checked.
+
+        Raises FormatError for shapes, dtypes, positions or values that no packer writes.
+        """
+        out, columns = self.shape
+        if self.values.dtype not in DTYPES or self.metadata.dtype != torch.uint8:
+            raise FormatError(
+                f"packed tensors are {self.values.dtype} values and {self.metadata.dtype} metadata; "
+                f"values must be one of {_dtype_names()} and metadata torch.uint8"
+            )
+        if self.scales is not None or self.dense_dtype is not None:
+            _validate_scales(self)
+        if isinstance(self.pattern, Block):
+            _validate_block(self, self.pattern)
+        else:
+            nm = _stored_nm(self.pattern, FormatError)
+            slots = nm.slots(columns)
+            want = ((out, slots), (-(-out // nm.mask_rows), packed_bytes(slots, nm.index_bits)))
+            got = (tuple(self.values.shape), tuple(self.metadata.shape))
+            if got != want:
+                raise FormatError(
+                    f"packed tensors have shapes {got[0]} and {got[1]}; a {self.pattern} weight of shape "
+                    f"{self.shape} has values {want[0]} and metadata {want[1]}"
+                )
+            positions = self.positions()
+            if not bool((positions[..., 1:] > positions[..., :-1]).all()):
+                raise FormatError("metadata holds positions that do not ascend within a group; the file is damaged")
+        if not bool(torch.isfinite(self.values).all()):
+            raise FormatError("values hold NaN or Inf; the file is damaged or was not written by this package")
+        self._check_canonical()
+        return self
+
+    def _check_canonical(self) -> None:
+        """Tails, fill rule, -0.0, unused bits and shared columns: exactly one packed form belongs to a weight."""
+        try:
+            again = pack(self.integers().unpack(), self.pattern)
+        except PatternError as error:
+            raise FormatError(f"the packed tensors hold no {self.pattern} weight ({error})") from error
+        same = torch.equal(_bits(again.values), _bits(self.values)) and torch.equal(again.metadata, self.metadata)
+        if not same:
+            raise FormatError(
+                f"the packed tensors are not the canonical form of a {self.pattern} weight; pack the dense weight again"
+            )
+
+
+def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
+    """Pack a dense weight [out, in] (fp32, fp16, bf16 or int8) that fits ``pattern``.
+
+    ``in`` that is no multiple of the group is padded with zeros inside the packed form only.
+    Raises PatternError for a weight that breaks the pattern, naming the first offending group; nothing is dropped.
+    """
+    pattern = parse(pattern)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise PatternError(f"pack takes a weight of shape [out, in], got {got}; reshape it to two dimensions")
+    if weight.dtype not in DTYPES:
+        raise PatternError(f"pack takes dtypes {_dtype_names()}, got {weight.dtype}; convert the weight first")
+    if weight.layout is not torch.strided or weight.is_meta:
+        got = "a meta tensor without content" if weight.is_meta else f"the layout {weight.layout}"
+        raise PatternError(f"pack takes a dense tensor with content, got {got}; load it or call .to_dense() first")
+    if isinstance(pattern, Unstructured):
+        raise PatternError(
+            f'"{pattern}" is a mask-only pattern and has no packed form; '
+            "keep the layer dense or choose an N:M or block pattern"
+        )
+    weight = weight.detach()
+    _check_finite(weight)
+    if isinstance(pattern, Block):
+        return _pack_block(weight, pattern)
+    if isinstance(pattern, VNM):
+        _check_shared_columns(weight, pattern)
+    if isinstance(pattern, NM) and pattern.transposable:
+        _check_transpose(weight, pattern)
+    return _pack_nm(weight, _stored_nm(pattern), pattern)
+
+
+def dequantize(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``integers`` [out, columns] times ``scales`` [out], rounded to fp32 (exact in float64), then to ``dtype``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (integers.to(wide) * scales[:, None].to(wide)).to(dtype)
+
+
+def _pack_nm(weight: Tensor, nm: NM, pattern: Pattern) -> PackedWeight:
+    out, columns = weight.shape
+    groups = nm.groups(columns)
+    missing = groups * nm.m - columns
+    padded = (functional.pad(weight, (0, missing)) if missing else weight).reshape(out, groups, nm.m)
+    used = _pad_rows(padded != 0, nm.mask_rows)
+    if nm.mask_rows > 1:
+        used = used.view(used.shape[0] // nm.mask_rows, nm.mask_rows, groups, nm.m).any(dim=1)
+    codes = _group_codes(used)
+    counts, table = _position_table(nm.n, nm.m)
+    count = counts.to(weight.device)[codes]
+    over = count > nm.n
+    if bool(over.any()):
+        tile, group = over.nonzero()[0].tolist()
+        row = tile * nm.mask_rows
+        rows = f"row {row}" if nm.mask_rows == 1 else f"rows {row} to {min(row + nm.mask_rows, out) - 1} together"
+        raise PatternError(
+            f"weight breaks {pattern} in {rows}, group {group} (columns {group * nm.m} to "
+            f"{min((group + 1) * nm.m, columns) - 1}): {int(count[tile, group])} nonzeros, at most {nm.n} allowed; "
+            f"prune it first, for example with method='magnitude'"
+        )
+    positions = table.to(weight.device).index_select(0, codes.flatten()).view(*codes.shape, nm.n)
+    metadata = pack_positions(positions.flatten(1), nm.index_bits)
+    if nm.mask_rows > 1:
+        positions = positions.repeat_interleave(nm.mask_rows, dim=0)[:out]
+    values = padded.gather(2, positions.to(torch.int64)).flatten(1)
+    return PackedWeight(_positive_zero(values), metadata, pattern, (out, columns))
+
+
+def _check_finite(weight: Tensor) -> None:
+    if not weight.dtype.is_floating_point or weight.numel() == 0:
+        return
+    # one pass and no temporary; NaN wins both reductions, and torch.stack would fail on fp16 under autocast
+    if all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight)):
+        return
+    row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+    raise PatternError(
+        f"weight[{row}, {column}] is {weight[row, column].item()}; "
+        "packed weights must be finite, repair the weight first"
+    )
+
+
+def _positive_zero(values: Tensor) -> Tensor:
+    return values + 0  # IEEE 754: -0.0 + 0 is +0.0, every other value is unchanged
+
+
+def _group_codes(used: Tensor) -> Tensor:
+    """Bool [rows, groups, M] -> int32 [rows, groups]: bit j says that position j is in use."""
+    codes = torch.zeros(used.shape[:2], dtype=torch.int32, device=used.device)
+    for j in range(used.shape[2]):
+        codes |= used[..., j].to(torch.int32) << j
+    return codes
+
+
+@cache
+def _position_table(n: int, m: int) -> tuple[Tensor, Tensor]:
+    """For every group code: its count of used positions, and the N positions stored, uint8 [2**M, N].
+
+    Free slots are filled at the lowest unused positions, so that positions ascend strictly.
+    """
+    bits = torch.arange(m, device="cpu")
+    used = (torch.arange(2**m, device="cpu").unsqueeze(1) >> bits) & 1
+    # unused positions sort behind the used ones, in ascending order; the first N are the ones stored
+    order = torch.where(used == 1, bits, bits + m).sort(dim=1).values[:, :n] % m
+    return used.sum(dim=1).to(torch.uint8), order.sort(dim=1).values.to(torch.uint8)
+
+
+def _check_transpose(weight: Tensor, pattern: NM) -> None:
+    out, columns = weight.shape
+    count = _pad_rows(weight != 0, pattern.m).view(-1, pattern.m, columns).sum(dim=1)
+    over = count > pattern.n
+    if bool(over.any()):
+        group, column = over.nonzero()[0].tolist()
+        first, last = group * pattern.m, min((group + 1) * pattern.m, out) - 1
+        raise PatternError(
+            f"weight breaks {pattern} in column {column}, rows {first} to {last}: "
+            f"{int(count[group, column])} nonzeros, at most {pattern.n} allowed; "
+            f"prune it first, for example with method='magnitude'"
+        )
+
+
+def _check_shared_columns(weight: Tensor, pattern: VNM) -> None:
+    out, columns = weight.shape
+    groups = -(-columns // pattern.m)
+    used = _pad_rows(functional.pad(weight != 0, (0, groups * pattern.m - columns)), pattern.v)
+    count = used.view(used.shape[0] // pattern.v, pattern.v, groups, pattern.m).any(dim=1).sum(dim=2)
+    over = count > VNM_KEPT_COLUMNS
+    if bool(over.any()):
+        tile, group = over.nonzero()[0].tolist()
+        raise PatternError(
+            f"weight breaks {pattern} in rows {tile * pattern.v} to {min((tile + 1) * pattern.v, out) - 1}, "
+            f"group {group}: {int(count[tile, group])} columns in use, at most {VNM_KEPT_COLUMNS} allowed; "
+            f"prune it to {pattern} first"
+        )
+
+
+def _pad_rows(tensor: Tensor, multiple: int) -> Tensor:
+    missing = -tensor.shape[0] % multiple
+    return tensor if missing == 0 else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+
+def _pack_block(weight: Tensor, pattern: Block) -> PackedWeight:
+    out, columns = weight.shape
+    down, across = pattern.grid(out, columns)
+    padded = functional.pad(weight, (0, across * pattern.cols - columns, 0, down * pattern.rows - out))
+    blocks = padded.view(down, pattern.rows, across, pattern.cols).transpose(1, 2)
+    kept = (blocks != 0).flatten(2).any(dim=2)
+    count, allowed = int(kept.sum()), pattern.kept_blocks(out, columns)
+    if count > allowed:
+        raise PatternError(
+            f"weight breaks {pattern}: {count} of {down * across} blocks hold nonzeros, "
+            f"at most {allowed} allowed; prune it first"
+        )
+    metadata = pack_positions(kept.to(torch.uint8), 1)
+    return PackedWeight(_positive_zero(blocks[kept]), metadata, pattern, (out, columns))
+
+
+def _kept_blocks(packed: PackedWeight, pattern: Block) -> Tensor:
+    _, across = pattern.grid(*packed.shape)
+    return unpack_positions(packed.metadata, across, 1).to(torch.bool)
+
+
+def _unpack_block(packed: PackedWeight, pattern: Block) -> Tensor:
+    out, columns = packed.shape
+    down, across = pattern.grid(out, columns)
+    blocks = torch.zeros(down, across, pattern.rows, pattern.cols, dtype=packed.dtype, device=packed.device)
+    blocks[_kept_blocks(packed, pattern)] = packed.values
+    dense = blocks.transpose(1, 2).reshape(down * pattern.rows, across * pattern.cols)
+    return dense[:out, :columns].contiguous()
+
+
+def _validate_block(packed: PackedWeight, pattern: Block) -> None:
+    down, across = pattern.grid(*packed.shape)
+    want = (down, packed_bytes(across, 1))
+    if tuple(packed.metadata.shape) != want:
+        raise FormatError(f"block metadata has shape {tuple(packed.metadata.shape)}; this weight needs {want}")
+    kept = int(_kept_blocks(packed, pattern).sum())
+    want_values = (kept, pattern.rows, pattern.cols)
+    if tuple(packed.values.shape) != want_values or kept > pattern.kept_blocks(*packed.shape):
+        raise FormatError(f"block values have shape {tuple(packed.values.shape)}; the bitmap names {want_values}")
+
+
+def _validate_scales(packed: PackedWeight) -> None:
+    scales, out = packed.scales, packed.shape[0]
+    if scales is None or packed.dense_dtype not in LAYER_DTYPES or packed.values.dtype != torch.int8:
+        raise FormatError("row scales belong to int8 values that stand for a floating dtype; quantise the weight again")
+    if scales.dtype != torch.float32 or tuple(scales.shape) != (out,):
+        raise FormatError(
+            f"scales have shape {tuple(scales.shape)} and dtype {scales.dtype}; "
+            f"this weight needs ({out},) of torch.float32"
+        )
+    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        raise FormatError("scales hold a number that is not positive and finite; the file is damaged")
+    if bool((packed.values < -LARGEST_INT8).any()):
+        raise FormatError(f"quantised values hold -128; they are symmetric, {-LARGEST_INT8} to {LARGEST_INT8}")
+    _stored_nm(packed.pattern, FormatError)
+
+
+def _stored_nm(pattern: Pattern, error: Callable[[str], Exception] = PatternError) -> NM:
+    nm = row_nm(pattern)
+    if nm is None:
+        raise error(f'"{pattern}" is not stored as N:M groups; it has no in-group positions')
+    return nm
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor
+
+
+def _dtype_names() -> str:
+    return ", ".join(str(dtype) for dtype in DTYPES)

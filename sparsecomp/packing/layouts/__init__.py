@@ -1,0 +1,1 @@
+"""Canonical packed weights <-> the orders in which sparse tensor cores read them. Pure functions on tensors."""

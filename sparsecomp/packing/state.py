@@ -1,0 +1,49 @@
+"""The packed weight in a state_dict: read back and checked against the layer that asks for it.
+
+Takes tensors and the notes that torch keeps beside them. Knows nothing of kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecomp.errors import ModelError
+from sparsecomp.packing.format import PackedWeight
+from sparsecomp.patterns import Pattern
+
+STATE_VERSION = 1
+
+
+def packed_of_state(
+    parts: Sequence[Tensor],
+    notes: Mapping[str, Any],
+    pattern: Pattern,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    activation: str,
+) -> PackedWeight:
+    """The weight of the tensors named by ``part_names``, in their own dtype; ``dtype`` is what int8 ones stand for.
+
+    Raises ModelError for a state of another kind of layer, FormatError for tensors that no packer writes.
+    """
+    if notes.get("version", STATE_VERSION) > STATE_VERSION:
+        raise ModelError(f"the state has version {notes['version']}; this package reads up to {STATE_VERSION}")
+    if (stored := notes.get("pattern", str(pattern))) != str(pattern):
+        raise ModelError(f"the state holds a {stored} weight; this layer was made for {pattern}")
+    if (applied := notes.get("activation", activation)) != activation:
+        raise ModelError(
+            f'the state is of a layer with activation "{applied}", this one has "{activation}"; '
+            f"set layer.activation to the one that is meant"
+        )
+    values, metadata, *scales = parts
+    if (values.dtype == torch.int8) != bool(scales):
+        raise ModelError(
+            f"the state holds {values.dtype} weights, this layer was made with quantized={bool(scales)}; "
+            f"make it the other way, or from the packed weight with SparseLinear.from_packed"
+        )
+    stands_for = (scales[0], dtype) if scales else ()
+    return PackedWeight(values, metadata, pattern, shape, *stands_for).validate()

@@ -1,0 +1,1 @@
+"""Which layers of a model go sparse on this machine, and what became of them. Changes no weight."""

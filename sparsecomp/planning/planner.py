@@ -1,0 +1,286 @@
+"""Which layers of a model go sparse, in which pattern, and why: measured on this machine, no weight touched.
+
+Takes a model and candidate patterns, gives a Plan. Prunes nothing in the model, packs nothing, swaps nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecomp.backends import registry
+from sparsecomp.backends.explain import forced, why_no_kernel
+from sparsecomp.errors import BackendError, ModelError, PatternError
+from sparsecomp.machine import bound as cost
+from sparsecomp.machine.bound import Bound
+from sparsecomp.machine.device import Device, detect
+from sparsecomp.machine.request import Request
+from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement, lookup
+from sparsecomp.models.batches import eager
+from sparsecomp.models.calibration import Calibration
+from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
+from sparsecomp.patterns import Pattern, Unstructured, parse
+from sparsecomp.patterns.numbers import FLOAT_DTYPES
+from sparsecomp.planning import measure as tune
+from sparsecomp.planning.plan import LayerPlan, Plan
+from sparsecomp.planning.summary import taken_seconds
+from sparsecomp.reporting.terminal import progress
+
+# one pattern, candidates of which the fastest is taken, or what each layer gets by its name or a glob on names
+Patterns = str | Pattern | Sequence[str | Pattern] | Mapping[str, str | Pattern]
+
+__all__ = ["LayerPlan", "Patterns", "Plan", "plan"]
+
+# a ratio this close to 1 is within what two measurements of the same code differ by
+NOISE = 0.97
+# a layer that is slower than this, dense being 1, stays dense
+TOLERATED = 0.98
+# ratios around TOLERATED that noise alone may have put on their side of it are measured again, for longer
+_DOUBTFUL = (0.96, 1.0)
+_LONGER = 0.16
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One pattern tried on one shape, with the fastest backend."""
+
+    pattern: Pattern
+    backend: str
+    dense: Mapping[int, float]
+    sparse: Mapping[int, float]
+    bound: Mapping[int, Bound]
+    dense_above: int | None
+    mean: float
+    refusal: str | None
+    others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+
+def plan(
+    model: nn.Module,
+    pattern: Patterns = "2:4",
+    *,
+    device: str = "auto",
+    batch: int | Sequence[int] = (1, 128),
+    only: Globs = None,
+    skip: Globs = None,
+    calibration: Calibration | None = None,
+    max_error: float | None = None,
+    min_speedup: float = 1.0,
+    measure: bool = True,
+) -> Plan:
+    """Decide layer by layer what this machine can turn into speed. No weight is touched.
+
+    ``pattern`` is one pattern, "auto" (the machine's natural group at density 1/2), or several candidates of which the
+    fastest whose error stays within ``max_error`` is taken. A mapping from names and globs on names to patterns is read
+    as ``prune`` reads it: a layer's own name wins, then the first glob that matches, and layers that none matches stay
+    dense and are named in ``skipped``. The error is that of plain pruning: Wanda's on the Gram
+    matrices of ``calibration`` if given, else magnitude's on the weight. ``batch`` counts rows (tokens) of x.
+    ``device`` is "auto" (where the model is), "cpu" or "cuda". Layers whose weight the model read during calibration,
+    beside calling the layer, stay dense: packed they would keep a dense copy, and those reads would gain nothing.
+
+    Dense is torch's own product of the dense weight, not another engine's: where ONNX Runtime or OpenVINO run the dense
+    model faster than torch does, they may beat a layer that is planned sparse as well; ``sparsecomp bench`` tells.
+    A layer goes sparse if at no batch it is slower than 0.98 of dense, and if the geometric mean of its speedups
+    exceeds ``min_speedup``; otherwise it stays dense, and the plan holds both times. Nothing is promised of batches
+    that are not named. Where several backends run it, as on a GPU, each is measured, and the layer gets the fastest;
+    those that round activations are left out. With ``measure=False`` the bound stands in for the measured speedup, and
+    the reason says so.
+
+    Raises PatternError for a pattern that cannot be packed, ModelError for a model without linear layers and for
+    batches that are no sizes, BackendError for a device that is not there.
+    """
+    batches = _batches(batch)
+    found = require_layers(find_linears(eager(model), only, skip))
+    where = detect(str(next(iter(found.values())).device) if device == "auto" else device)
+    named, skipped = _by_layer(found, pattern, where)
+    tried: dict[tuple[Pattern, tuple[int, int], torch.dtype], _Trial | str] = {}
+    layers = []
+    for name, patterns in progress(list(named.items()), "measuring layers"):
+        ref = found[name]
+        if calibration is not None and name in calibration.read:
+            layers.append(LayerPlan(name, ref.shape, None, _READ, None, {}, {}, {}))
+            continue
+        trials: list[_Trial] = []
+        refusals: list[str] = []
+        for candidate in patterns:
+            key = (candidate, ref.shape, ref.dtype)
+            if key not in tried:
+                tried[key] = _try(candidate, ref, where, batches, min_speedup, measure)
+            trial = tried[key]
+            if isinstance(trial, str):
+                refusals.append(trial)
+            else:
+                trials.append(trial)
+        gram = calibration[name].gram if calibration is not None and name in calibration else None
+        layers.append(_decide(name, ref, trials, refusals, gram, max_error, measure))
+    weights = sum(each.numel() for each in model.parameters() if not isinstance(each, nn.UninitializedParameter))
+    return Plan(where, batches, tuple(layers), skipped, weights)
+
+
+_READ = "the model reads its weight beside calling it; packed, it would hold a dense copy for that as well"
+
+
+def _by_layer(found: LayerTable, pattern: Patterns, device: Device) -> tuple[dict[str, list[Pattern]], dict[str, str]]:
+    """The candidates of each layer, and the reason for each layer that has none."""
+    if not isinstance(pattern, Mapping):
+        return dict.fromkeys(found, _candidates(pattern, device)), dict(found.skipped)
+    from sparsecomp.planning.selection import choose_patterns
+
+    known = {glob: device.natural_pattern() if each == "auto" else each for glob, each in pattern.items()}
+    for each in known.values():
+        _candidates(each, device)
+    chosen, skipped = choose_patterns(found, known)
+    if not chosen:
+        raise PatternError("the patterns by layer give no layer one; name at least one layer or glob in them")
+    return {name: [each] for name, each in chosen.items()}, skipped
+
+
+def _batches(batch: int | Sequence[int]) -> tuple[int, ...]:
+    batches = tuple(batch) if isinstance(batch, Iterable) else (batch,)
+    if not batches or not all(isinstance(size, int) and size >= 1 for size in batches):
+        raise ModelError(f"batch={batch!r} names no batch sizes; use one or more numbers of rows, each at least 1")
+    return tuple(sorted(set(batches)))
+
+
+def _candidates(pattern: str | Pattern | Sequence[str | Pattern], device: Device) -> list[Pattern]:
+    single = isinstance(pattern, str) or not isinstance(pattern, Sequence)
+    names: Sequence[str | Pattern] = [pattern] if single else pattern  # type: ignore[list-item,assignment]
+    patterns = [device.natural_pattern() if name == "auto" else parse(name) for name in names]
+    if not patterns:
+        raise PatternError('no pattern was given; use one such as "2:4", a list of them, or "auto"')
+    for each in patterns:
+        if isinstance(each, Unstructured):
+            raise PatternError(f'"{each}" is a mask-only pattern that no kernel runs; choose N:M or block patterns')
+    return patterns
+
+
+def _try(
+    pattern: Pattern, ref: LinearRef, device: Device, batches: tuple[int, ...], min_speedup: float, measure: bool
+) -> _Trial | str:
+    """One pattern on one shape: its times and whether it is fast enough, or why it cannot run at all."""
+    requests = {size: Request(pattern, ref.shape, ref.dtype, device.place, size) for size in batches}
+    if 0 in ref.shape:
+        return "the layer has no weights"
+    first = requests[batches[0]]
+    names = registry.sparse_backends(first)
+    if not names:
+        if ref.dtype not in FLOAT_DTYPES:
+            dtype = str(ref.dtype).removeprefix("torch.")
+            return f"{dtype} has no sparse kernel; convert the model to float32 or bfloat16"
+        return f"no sparse kernel for {pattern} here ({why_no_kernel(first)})"
+    if not measure:
+        bounds = cost.known_bounds(requests, device, dict.fromkeys(batches, True))
+        if len(bounds) < len(batches):
+            return "the bound is unknown: measuring the peaks of the device needs more memory than is free"
+        mean = _geometric_mean([each.value for each in bounds.values()])
+        refusal = None if mean > min_speedup else f"even the bound is only {mean:.2f}x"
+        return _Trial(pattern, names[0], {}, {}, bounds, None, mean, refusal)
+    trials: list[_Trial] = []
+    failures: list[str] = []
+    for name in names:
+        try:
+            trials.append(_measured(name, pattern, requests, device, min_speedup))
+        except Exception as error:
+            # what cannot be measured on this machine is no candidate; with one backend the error is the caller's
+            if len(names) == 1 or not registry.of_a_library(error):
+                raise
+            failures.append(f"{name} could not be measured: {registry.first_line(error)}")
+    if not trials:
+        return "; ".join(failures)
+    for failure in failures:
+        warnings.warn(f"{pattern}: {failure}; the layer is planned without it", stacklevel=2)
+    best = max(trials, key=lambda trial: (trial.refusal is None, trial.mean))
+    return replace(best, others={trial.backend: trial.sparse for trial in trials if trial is not best})
+
+
+def _measured(
+    name: str, pattern: Pattern, requests: Mapping[int, Request], device: Device, min_speedup: float
+) -> _Trial:
+    """The times of one backend. Raises BackendError if it cannot prepare a weight, and what its library raises."""
+    new = [size for size, request in requests.items() if lookup(request, device, forced(request, name)) is None]
+    measured = {size: _measure(request, name) for size, request in requests.items()}
+    above = _dense_above(measured)
+    for size in new:
+        ratio = measured[size].seconds[DENSE] / taken_seconds(measured[size], size, above)
+        if _DOUBTFUL[0] <= ratio < _DOUBTFUL[1]:
+            measured[size] = _measure(requests[size], name, again=True, budget=_LONGER)
+    above = _dense_above(measured)
+    bounds = cost.known_bounds(requests, device, {size: not value.cold for size, value in measured.items()})
+    dense = {size: value.seconds[DENSE] for size, value in measured.items()}
+    sparse = {size: taken_seconds(value, size, above) for size, value in measured.items()}
+    ratios = {size: dense[size] / sparse[size] for size in measured}
+    mean = _geometric_mean(list(ratios.values()))
+    worst = min(ratios, key=lambda size: ratios[size])
+    refusal = None
+    if ratios[worst] < TOLERATED:
+        refusal = f"dense is faster at batch {worst}: {pattern} reaches {ratios[worst]:.2f}x"
+    elif mean <= min_speedup:
+        refusal = f"{pattern} reaches {mean:.2f}x in the mean, not above {min_speedup:g}x"
+    return _Trial(pattern, name, dense, sparse, bounds, above, mean, refusal)
+
+
+def _measure(request: Request, name: str, **longer: Any) -> Measurement:
+    measured = tune.measure(request, backend=forced(request, name), **longer)
+    if measured.kernel != name:
+        raise BackendError(f"the {name} backend could not prepare a weight, {measured.kernel} took its place")
+    return measured
+
+
+def _dense_above(measured: Mapping[int, Measurement]) -> int | None:
+    """The smallest batch from which unpacking and a dense product was faster at every measured batch, or None."""
+    above = None
+    for size in sorted(measured, reverse=True):
+        seconds = measured[size].seconds
+        if UNPACKED not in seconds or seconds[UNPACKED] > NOISE * seconds[SPARSE]:
+            break
+        above = size
+    return above
+
+
+def _decide(
+    name: str,
+    ref: LinearRef,
+    trials: list[_Trial],
+    refusals: list[str],
+    gram: Tensor | None,
+    max_error: float | None,
+    measured: bool,
+) -> LayerPlan:
+    fast = sorted((trial for trial in trials if trial.refusal is None), key=lambda trial: -trial.mean)
+    reasons = [*refusals, *(trial.refusal for trial in trials if trial.refusal is not None)]
+    for trial in fast:
+        error = None if max_error is None else _error(ref, trial.pattern, gram)
+        if max_error is not None and error is not None and error > max_error:
+            reasons.append(f"{trial.pattern} has an error of {error:.3f}, above {max_error:g}")
+            continue
+        how = "in the mean" if measured else "at most, by its bound; not measured"
+        return _layer_plan(name, ref, trial, trial.pattern, f"{trial.mean:.2f}x {how}", error)
+    reason = "; ".join(dict.fromkeys(reasons))
+    if not trials:
+        return LayerPlan(name, ref.shape, None, reason, None, {}, {}, {})
+    best = max(trials, key=lambda trial: trial.mean)
+    return _layer_plan(name, ref, best, None, reason, None)
+
+
+def _layer_plan(
+    name: str, ref: LinearRef, trial: _Trial, pattern: Pattern | None, reason: str, error: float | None
+) -> LayerPlan:
+    above = trial.dense_above if pattern is not None else None
+    times = trial.dense, trial.sparse, trial.bound
+    return LayerPlan(name, ref.shape, pattern, reason, trial.pattern, *times, above, error, trial.backend, trial.others)
+
+
+def _error(ref: LinearRef, pattern: Pattern, gram: Tensor | None) -> float:
+    from sparsecomp.methods.weight import prune_weight
+
+    return prune_weight(ref.get_weight(), pattern, "magnitude" if gram is None else "wanda", gram).error
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(value) for value in values) / len(values))

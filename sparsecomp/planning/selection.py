@@ -1,0 +1,79 @@
+"""Which pattern each layer of a model gets: one for all, by globs on names, or as a plan decided.
+
+Takes layers and what a user asked for, gives patterns by name and reasons. Measures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from sparsecomp.errors import ModelError, PatternError
+from sparsecomp.models.layers import LayerTable, check_globs
+from sparsecomp.patterns import Pattern, parse
+from sparsecomp.planning.plan import Plan
+
+
+def choose_patterns(
+    found: LayerTable, pattern: str | Pattern | Mapping[str, str | Pattern] | Plan
+) -> tuple[dict[str, Pattern], dict[str, str]]:
+    """The pattern of each layer to be pruned, and the reason for each that is not.
+
+    Raises ModelError for a glob that matches no layer or decides none, and a plan of another model.
+    """
+    skipped = dict(found.skipped)
+    if isinstance(pattern, str | Pattern):
+        return dict.fromkeys(found, parse(pattern)), skipped
+    if not isinstance(pattern, Mapping):
+        return _planned(found, pattern, skipped)
+    check_globs(pattern, [*found, *found.skipped], "pattern for")
+    parsed = {glob: parse(each) for glob, each in pattern.items()}
+    deciding = _deciding(found, parsed)
+    skipped.update({name: "no pattern was given for it" for name in found if name not in deciding})
+    return {name: parsed[glob] for name, glob in deciding.items()}, skipped
+
+
+def _deciding(found: LayerTable, patterns: Mapping[str, Pattern]) -> dict[str, str]:
+    """Which name or glob decides for each layer; ModelError for a glob that a broader one before it leaves nothing."""
+    reach: dict[str, set[str]] = {glob: set() for glob in patterns}
+    deciding: dict[str, str] = {}
+    for name, layer in found.items():
+        reached = (name, *layer.aliases)
+        matching = [glob for glob in patterns if any(fnmatchcase(each, glob) for each in reached)]
+        for glob in matching:
+            reach[glob].add(name)
+        if matching:
+            deciding[name] = next((glob for glob in matching if glob in reached), matching[0])
+    decided = set(deciding.values())
+    for glob in [each for each in patterns if each not in decided]:
+        for name in sorted(reach[glob]):
+            first = deciding[name]
+            # "*" after others is for what they leave, be it nothing; "*.up" after "*" can only be a mistake
+            narrower = reach[glob] < reach[first] or fnmatchcase(glob, first)
+            if narrower and patterns[glob] != patterns[first]:
+                raise ModelError(
+                    f'pattern for "{glob}" decides for no layer: "{first}" comes before it and gives "{name}" the '
+                    f'pattern {patterns[first]}; put "{glob}" before "{first}", or leave it out'
+                )
+    return deciding
+
+
+def _planned(found: LayerTable, plan: Plan, skipped: dict[str, str]) -> tuple[dict[str, Pattern], dict[str, str]]:
+    if not isinstance(plan, Plan):
+        raise PatternError(
+            f'pattern is a {type(plan).__name__}; allowed are a name such as "2:4", a Pattern, a mapping from globs to '
+            "them, and a Plan"
+        )
+    patterns: dict[str, Pattern] = {}
+    for name, layer in plan.sparse.items():
+        if name in skipped:
+            continue
+        if name not in found or found[name].shape != layer.shape:
+            raise ModelError(
+                f'the plan has a layer "{name}" of shape {layer.shape}, which this model lacks; plan this model'
+            )
+        assert layer.pattern is not None
+        patterns[name] = layer.pattern
+    dense = {name: f"the plan leaves it dense: {reason}" for name, reason in plan.stayed_dense.items()}
+    skipped.update({name: dense.get(name, "the plan does not have it") for name in found if name not in patterns})
+    return patterns, skipped

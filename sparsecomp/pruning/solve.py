@@ -1,0 +1,219 @@
+"""Solve the layers of a model or of one block, each on its own, before any weight is written.
+
+Takes layers, patterns and statistics, gives ``Solved`` values; writing them is another step.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparsecomp.errors import SparsecompError
+from sparsecomp.methods.error import relative_error
+from sparsecomp.methods.order import search
+from sparsecomp.methods.registry import get_method
+from sparsecomp.methods.weight import PrunedWeight, prune_weight
+from sparsecomp.models.calibration import ENOUGH_ROWS, LayerStatistics
+from sparsecomp.models.graph import Hidden
+from sparsecomp.models.layers import LinearRef
+from sparsecomp.modules.snapshot import put
+from sparsecomp.patterns import Pattern
+from sparsecomp.pruning.checkpoint import Checkpoint, digest
+from sparsecomp.pruning.report import LayerReport
+from sparsecomp.reporting.terminal import progress
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One layer to solve: ``gram`` and ``held_out`` [in, in] or None, ``mask`` the user's or None.
+
+    ``rows`` are the input rows that ``gram`` is the sum of.
+    """
+
+    layer: LinearRef
+    pattern: Pattern
+    method: str
+    gram: Tensor | None = None
+    held_out: Tensor | None = None
+    mask: Tensor | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A layer's new weight and mask [out, in], in the order of rows and columns it is to have.
+
+    ``rows`` and ``columns`` say which old row or column each new one was; None where they stay as they were.
+    """
+
+    layer: LinearRef
+    weight: Tensor
+    mask: Tensor
+    report: LayerReport
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def write(self) -> None:
+        """Put the weight into the layer, and its bias into the order of the rows."""
+        with torch.inference_mode(self.layer.parameter.is_inference()):
+            self.layer.set_weight(self.weight)
+        bias = self.layer.bias
+        if self.rows is not None and bias is not None:
+            put(bias, bias.detach()[self.rows.to(bias.device)])
+
+
+def make_jobs(
+    layers: Mapping[str, LinearRef],
+    patterns: Mapping[str, Pattern],
+    method: str,
+    grams: Mapping[str, LayerStatistics],
+    held_out: Mapping[str, LayerStatistics],
+    masks: Mapping[str, Tensor],
+) -> dict[str, Job]:
+    """One job a layer that has a pattern."""
+    return {
+        name: Job(
+            layers[name],
+            pattern,
+            method,
+            grams[name].gram if name in grams else None,
+            held_out[name].gram if name in held_out else None,
+            masks.get(name),
+            grams[name].tokens if name in grams else None,
+        )
+        for name, pattern in patterns.items()
+    }
+
+
+def solve(
+    jobs: Mapping[str, Job],
+    hidden: Sequence[Hidden],
+    checkpoint: Checkpoint,
+    description: str,
+    show_progress: bool = True,
+) -> dict[str, Solved]:
+    """Solve every job; nothing is written. ``hidden`` are the permutations to try, each kept only where it helps.
+
+    Raises what ``prune_weight`` raises, with the layer's name.
+    """
+    consumers = {each.consumer: each for each in hidden}
+    solved: dict[str, Solved] = {}
+    orders: dict[str, Tensor] = {}
+    items = list(jobs.items())
+    for name, job in progress(items, description, len(items)) if show_progress else items:
+        with naming(name):
+            solved[name] = _solve_one(name, job, consumers.get(name), checkpoint)
+        order = solved[name].columns
+        if order is not None:
+            orders.update(dict.fromkeys(consumers[name].producers, order))
+    for name, order in orders.items():
+        each = solved[name]
+        rows = order.to(each.weight.device)
+        solved[name] = replace(each, weight=each.weight[rows], mask=each.mask[rows], rows=rows)
+    return solved
+
+
+def warn_of_thin(reports: Iterable[LayerReport]) -> None:
+    """One UserWarning if layers were fitted to so few rows that their errors say little of other data."""
+    every = list(reports)
+    thin = {each.name: (each.rows or 0, each.shape[1]) for each in every if each.few_rows}
+    _warn_of_thin(thin, len(every), "so that their errors look better than they are")
+
+
+def warn_of_thin_statistics(method: str, calibration: Mapping[str, LayerStatistics], names: Iterable[str]) -> None:
+    """The same warning before layers ``names`` are pruned by ``method``, which tells of no errors."""
+    if not get_method(method).needs_gram:
+        return
+    found = {name: calibration[name] for name in names if name in calibration}
+    thin = {name: (each.tokens, len(each.gram)) for name, each in found.items() if each.rows_per_input < ENOUGH_ROWS}
+    _warn_of_thin(thin, len(found), "so that their weights are fitted to these rows and not to other data")
+
+
+def _warn_of_thin(thin: Mapping[str, tuple[int, int]], every: int, what: str) -> None:
+    """``thin`` are rows and inputs by the name of the layer."""
+    if thin:
+        worst, (rows, inputs) = min(thin.items(), key=lambda each: each[1][0] / max(each[1][1], 1))
+        warnings.warn(
+            f"{len(thin)} of {every} pruned layers have fewer than {ENOUGH_ROWS} calibration rows for each "
+            f'input ("{worst}" has {rows} for {inputs}), {what}; calibrate with more batches',
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the layer's name before the message of an error."""
+    try:
+        yield
+    except SparsecompError as error:
+        raise type(error)(f"{name or 'the model'}: {error}") from error
+
+
+def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoint) -> Solved:
+    segments = None if hidden is None else hidden.segments
+    weight = job.layer.get_weight()
+    key = ""
+    if checkpoint.folder is not None:
+        key = digest(weight, str(job.pattern), job.method, job.gram, job.held_out, job.mask, segments, job.rows)
+        found = checkpoint.load(name, key)
+        if found is not None:
+            tensors, facts = found
+            tensors = {key: each.to(weight.device) for key, each in tensors.items()}
+            report = LayerReport.from_dict(facts)
+            return Solved(job.layer, tensors["weight"], tensors["mask"], report, columns=tensors.get("order"))
+    begin = time.perf_counter()
+    pruned, held, order = _best_order(weight, job, segments)
+    seconds = time.perf_counter() - begin
+    report = LayerReport(
+        name,
+        job.layer.shape,
+        pruned.pattern,
+        job.method,
+        pruned.density,
+        pruned.error,
+        pruned.measured_on,
+        seconds,
+        held,
+        order is not None,
+        pruned.notes,
+        job.rows,
+    )
+    tensors = {"weight": pruned.weight, "mask": pruned.mask}
+    checkpoint.save(name, key, tensors if order is None else tensors | {"order": order}, report.to_dict())
+    return Solved(job.layer, pruned.weight, pruned.mask, report, columns=order)
+
+
+def _best_order(
+    weight: Tensor, job: Job, segments: Sequence[int] | None
+) -> tuple[PrunedWeight, float | None, Tensor | None]:
+    """The solved weight, its held-out error, and the order of columns if a permuted layer was solved better."""
+    plain, error = _prune(weight, job, None)
+    if segments is None or job.gram is None:
+        return plain, error, None
+    order = search(weight, job.gram, job.pattern, segments)
+    if torch.equal(order, torch.arange(len(order), device=order.device)):
+        return plain, error, None
+    permuted, permuted_error = _prune(weight, job, order)
+    before = (plain.error if error is None else error, plain.error)
+    after = (permuted.error if permuted_error is None else permuted_error, permuted.error)
+    # kept only if neither the calibration nor the held-out error grows
+    if after[0] < before[0] and after[1] <= before[1]:
+        return permuted, permuted_error, order
+    return plain, error, None
+
+
+def _prune(weight: Tensor, job: Job, order: Tensor | None) -> tuple[PrunedWeight, float | None]:
+    gram, held_out = job.gram, job.held_out
+    if order is not None:
+        order = order.to(weight.device)
+        weight = weight[:, order]
+        gram, held_out = (None if each is None else each[order][:, order] for each in (gram, held_out))
+    pruned = prune_weight(weight, job.pattern, job.method, gram, job.mask, held_out)
+    return pruned, None if held_out is None else relative_error(weight, pruned.weight, held_out)

@@ -1,0 +1,1 @@
+"""Text, tables, figures and markup that reports are made of, and files written whole. Knows no report."""
