@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "common/unroll.hpp"
 #include "nm/permute.hpp"
 
 namespace sparsecomp {
@@ -29,9 +30,10 @@ class Prefetcher {
     }
   }
 
-  // The block of tile `t` that lies ahead; Bytes of values, or as many as the geometry says if 0.
+  // The block of tile `t` that lies ahead; Bytes of values, or as many as the geometry says if 0. Always inlined: GCC
+  // takes a function that does nothing but prefetch for one without effect, and leaves out the calls.
   template <int Bytes>
-  void tile(int t) const {
+  SPARSECOMP_INLINE void tile(int t) const {
     const uint8_t* block = values_ + t * args_.value_stride;
     const int64_t bytes = Bytes ? Bytes : value_bytes_;
     for (int64_t byte = 0; byte < bytes; byte += 64)
