@@ -5,11 +5,13 @@ The public names and nothing else. Each is imported when it is first used, so th
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from sparsecomp import errors
+from sparsecomp.moved import OldNames
 
 if TYPE_CHECKING:
     from sparsecomp.compiler import compile
@@ -81,6 +83,8 @@ _HOME = {
     "save": "files.storage",
     "verify_onnx": "onnx",
 }
+
+sys.meta_path.append(OldNames())
 
 
 def __getattr__(name: str) -> object:

@@ -11,6 +11,7 @@ from modules import imports, inside, modules
 # from the ground up; a room may import the rooms before it
 ROOMS = (
     "errors",
+    "moved",
     "activations",
     "patterns",
     "reporting",

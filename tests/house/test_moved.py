@@ -1,0 +1,42 @@
+"""Models that version 0.1.0 pickled whole name classes by their old places."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from sparsecomp.moved import MOVED
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("sparsecomp.pack.format", "PackedWeight"),
+        ("sparsecomp.patterns", "NM"),
+        ("sparsecomp.patterns", "VNM"),
+        ("sparsecomp.patterns", "Block"),
+        ("sparsecomp.cost", "Bound"),
+        ("sparsecomp.decision", "LayerPlan"),
+        ("sparsecomp.decision", "Plan"),
+        ("sparsecomp.device", "Device"),
+        ("sparsecomp.nn", "SparseLinear"),
+    ],
+)
+def test_a_class_is_found_at_its_old_place(module: str, name: str) -> None:
+    code = f"import pickle; found = pickle.loads(b'c{module}\\n{name}\\n.'); print(found.__module__, found.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    home, found = done.stdout.split()
+    assert found == name and home.startswith("sparsecomp.")
+
+
+def test_other_old_names_are_not_there() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        import_module("sparsecomp.tune")
+    with pytest.raises(AttributeError, match="no_such"):
+        pickle.loads(b"csparsecomp.cost\nno_such\n.")
+    assert all(new.startswith("sparsecomp.") and import_module(new) for new in MOVED.values())
