@@ -1,0 +1,140 @@
+"""Numbers of weights: names and back, what is refused, sizes in bits, and the tensors a weight has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparsecomp as sc
+from sparsecomp.errors import PatternError
+from sparsecomp.patterns import NM, Block, parse
+from sparsecomp.patterns.numbers import (
+    COMPUTED,
+    FLOAT,
+    INT8,
+    PART_NAMES,
+    Numbers,
+    parse_numbers,
+    parse_weights,
+    weights_name,
+)
+
+INTEGERS = st.builds(
+    Numbers,
+    st.sampled_from((4, 8)),
+    st.none() | st.integers(1, 64).map(lambda times: 16 * times),
+    st.booleans(),
+    st.sampled_from((None, 8)),
+)
+
+
+@pytest.mark.parametrize(("name", "value"), [("float", FLOAT), ("int8", INT8), (" int8 ", INT8)])
+def test_numbers_have_names(name: str, value: Numbers) -> None:
+    assert parse_numbers(name) == value
+    assert parse_numbers(str(value)) == value
+    assert parse_numbers(value) is value
+
+
+@pytest.mark.parametrize(
+    ("numbers", "name"),
+    [
+        (Numbers(4), "int4"),
+        (Numbers(4, 128), "int4@g128"),
+        (Numbers(4, 128, zero_point=True), "int4@g128@z"),
+        (Numbers(8, activation_bits=8), "int8@a8"),
+    ],
+)
+def test_numbers_that_nothing_computes_are_refused_by_name_and_by_value(numbers: Numbers, name: str) -> None:
+    assert str(numbers) == name
+    for given_ in (name, numbers):
+        with pytest.raises(PatternError, match=f'no kernel computes numbers "{name}" yet.*"float" and "int8"'):
+            parse_numbers(given_)
+
+
+@given(INTEGERS)
+def test_every_name_says_all_of_its_numbers(numbers: Numbers) -> None:
+    """A name that is understood and not computed is named in the refusal as it was given."""
+    if numbers in COMPUTED:
+        assert parse_numbers(str(numbers)) == numbers
+    else:
+        with pytest.raises(PatternError, match=f'no kernel computes numbers "{numbers}" yet'):
+            parse_numbers(str(numbers))
+
+
+@given(INTEGERS, INTEGERS)
+def test_different_numbers_have_different_names(one: Numbers, other: Numbers) -> None:
+    assert (str(one) == str(other)) == (one == other)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "int", "int5", "int8@g12", "int8@g0", "int8@z@g16", "int8@a4", "float@g16", "fp8", "uint8", "int-8"]
+)
+def test_names_outside_the_grammar_are_refused(name: str) -> None:
+    with pytest.raises(PatternError, match='allowed are "float" and "intB"'):
+        parse_numbers(name)
+
+
+def test_what_is_no_name_is_refused() -> None:
+    with pytest.raises(PatternError, match="not int"):
+        parse_numbers(8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "facts", [{"group": 128}, {"zero_point": True}, {"activation_bits": 8}, {"bits": 3}, {"bits": 8, "group": 24}]
+)
+def test_facts_that_contradict_each_other_make_no_numbers(facts: dict[str, int]) -> None:
+    with pytest.raises(PatternError, match="allowed are"):
+        Numbers(**facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "numbers"),
+    [("2:4", NM(2, 4), FLOAT), ("8:16+int8", NM(8, 16), INT8), ("block16x16:0.5", Block(16, 16, 0.5), FLOAT)],
+)
+def test_weights_are_named_by_pattern_and_numbers(name: str, pattern: NM, numbers: Numbers) -> None:
+    assert parse_weights(name) == (pattern, numbers)
+    assert weights_name(pattern, numbers) == name
+    assert parse_weights(pattern) == (pattern, FLOAT)
+    assert parse_weights(f"{pattern}+float") == (pattern, FLOAT)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("2:4+", 'numbers "" are not understood'),
+        ("2:4+int4", 'no kernel computes numbers "int4" yet'),
+        ("2:3+int8", 'pattern "2:3"'),
+        ("2:4+int8+int8", 'numbers "int8[+]int8" are not understood'),
+        ("block16x16:0.5+int8", "row scales need an N:M or V:N:M pattern"),
+        ("unstructured:0.5+int8", "row scales need an N:M or V:N:M pattern"),
+    ],
+)
+def test_weights_outside_the_grammar_are_refused(name: str, said: str) -> None:
+    with pytest.raises(PatternError, match=said):
+        parse_weights(name)
+
+
+def test_sizes_are_counted_in_bits() -> None:
+    half, byte = Numbers(4), INT8
+    assert [half.bytes_of(count, torch.float32) for count in (0, 1, 2, 7)] == [0, 1, 1, 4]
+    assert [byte.bytes_of(count, torch.float32) for count in (0, 7)] == [0, 7]
+    assert FLOAT.bytes_of(7, torch.bfloat16) == 14
+    assert FLOAT.scales_bytes((3, 100)) == 0
+    assert INT8.scales_bytes((3, 100)) == 3 * 4
+    assert Numbers(4, 32).scales_bytes((3, 100)) == 3 * 4 * 4  # the last group of columns is short
+    assert Numbers(4, 32, zero_point=True).scales_bytes((3, 100)) == 3 * (4 * 4 + 2)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "5:8@v4", "64:2:8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_names_and_sizes_are_those_of_packed_weights(pattern: str, dtype: torch.dtype) -> None:
+    floating = sc.pack(torch.zeros(6, 20, dtype=dtype), pattern)
+    for packed, numbers in ((floating, FLOAT), (sc.quantize(floating), INT8)):
+        assert tuple(packed.parts) == numbers.part_names
+        nbytes = 6 * numbers.bytes_of(packed.values.shape[1], dtype) + numbers.scales_bytes(packed.shape)
+        assert packed.nbytes - packed.metadata.nbytes == nbytes
+    assert PART_NAMES == ("values", "metadata", "scales")
+    assert Numbers(4, 32, zero_point=True).part_names == (*PART_NAMES, "zero_points")
+    assert parse_weights(f"{pattern}+int8") == (parse(pattern), INT8)
