@@ -13,11 +13,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from sparsecomp.cli import hub
 from sparsecomp.cli.hub import Call
 from sparsecomp.cli.parser import output_file, words
 from sparsecomp.errors import CalibrationError, ModelError
-from sparsecomp.reporting.writing import safetensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -255,11 +256,10 @@ def _readable(path: Path) -> Path:
         raise ModelError(f'dense weights "{path}" cannot be read: there is no such file')
     if path.is_dir():
         raise ModelError(f'dense weights "{path}" is a folder; name a safetensors file in it, or the folder as MODEL')
-    base = safetensors()
     try:
-        with base.safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (base.SafetensorError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         hint = (
             "save the weights with safetensors.torch.save_file" if path.suffix in _WEIGHT_FILES[2:] else "save it again"
         )
@@ -275,10 +275,11 @@ def _readable(path: Path) -> Path:
 
 
 def _load_dense(model: nn.Module, path: Path) -> None:
-    base, torch_io = safetensors(), safetensors("torch")
+    from safetensors.torch import load_model
+
     try:
-        torch_io.load_model(model, path)
-    except (RuntimeError, OSError, base.SafetensorError) as error:
+        load_model(model, path)
+    except (RuntimeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f'dense weights "{path}" do not fit the model: {reason}') from error
 

@@ -8,10 +8,12 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from sparsecomp.cli import choices, hub, models, pruned
 from sparsecomp.cli.parser import UsageError, number, output_file, output_folder, output_path, whole
 from sparsecomp.errors import CalibrationError, FormatError, ModelError, SparsecompError
-from sparsecomp.reporting.writing import safetensors, telling, whole_file
+from sparsecomp.reporting.writing import telling, whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,6 +91,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
+    from safetensors.torch import save_file
+
     from sparsecomp.models.layers import find_linears, require_layers
     from sparsecomp.planning.selection import choose_patterns
     from sparsecomp.pruning.model import check_masks
@@ -96,7 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
     given = choices.read_patterns(arguments.pattern)
     choices.check_method(arguments.method, arguments.calibration)
     settings = _check(arguments)
-    torch_io = safetensors("torch")
     masks = _load_masks(arguments.masks)
     model = models.load_model(arguments.model, arguments.weights, arguments.auto_class)
     pruned.check_output(arguments.output, model, arguments.model)
@@ -117,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     size = pruned.save(model, arguments.output, patterns, arguments.model)
     if arguments.save_masks:
         with whole_file(Path(arguments.save_masks)) as partial:
-            torch_io.save_file({name: mask.contiguous() for name, mask in report.masks.items()}, partial)
+            save_file({name: mask.contiguous() for name, mask in report.masks.items()}, partial)
     for path in map(Path, arguments.report or []):
         with telling(path):
             report.save(path)
@@ -219,10 +222,11 @@ def _whole_output(result: Any, batch: Any) -> Tensor:
 
 
 def _load_masks(path: str | None) -> dict[str, Tensor] | None:
+    from safetensors.torch import load_file
+
     if path is None:
         return None
-    base, torch_io = safetensors(), safetensors("torch")
     try:
-        return {name: mask != 0 for name, mask in torch_io.load_file(path).items()}
-    except (base.SafetensorError, OSError) as error:
+        return {name: mask != 0 for name, mask in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
         raise FormatError(f'masks "{path}" cannot be read as safetensors: {" ".join(str(error).split())}') from error

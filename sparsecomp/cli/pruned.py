@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError, safe_open
+
 from sparsecomp.cli import hub
 from sparsecomp.errors import FormatError, ModelError
 from sparsecomp.reporting.terminal import counted
-from sparsecomp.reporting.writing import safetensors, telling, whole_file
+from sparsecomp.reporting.writing import telling, whole_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +46,8 @@ def save(model: nn.Module, output: str, patterns: Mapping[str, str], source: str
 
     ``source`` is the name of the model: what lies in its folder, such as a tokenizer, goes along.
     """
+    from safetensors.torch import save_model
+
     if is_folder(output):
         folder = Path(output)
         with telling(folder):
@@ -54,7 +58,7 @@ def save(model: nn.Module, output: str, patterns: Mapping[str, str], source: str
     path = Path(output)
     metadata = {"format": "pt", KEY: json.dumps(dict(patterns))}
     with whole_file(path) as partial:
-        safetensors("torch").save_model(model, str(partial), metadata=metadata)
+        save_model(model, str(partial), metadata=metadata)
     return path.stat().st_size
 
 
@@ -64,7 +68,7 @@ def recorded(model: str, weights: str | None) -> dict[str, str] | None:
     Raises FormatError for a note that cannot be read.
     """
     if weights is not None:
-        with safetensors().safe_open(weights, framework="pt") as file:
+        with safe_open(weights, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
         if text is not None:
             return _patterns(text, weights)
@@ -94,12 +98,11 @@ def require_packed(path: str) -> None:
         )
     if Path(path).suffix.lower() == ".onnx":
         raise FormatError(f'"{path}" is an ONNX file already; name the file it was exported from: {compiled}')
-    base = safetensors()
     try:
-        with base.safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             count = len(list(file.keys()))
-    except (base.SafetensorError, OSError):
+    except (SafetensorError, OSError):
         return  # who reads it says what is wrong
     if "sparsecomp.format" in header:
         return

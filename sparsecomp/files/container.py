@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsecomp.activations import ACTIVATIONS
@@ -21,7 +23,7 @@ from sparsecomp.errors import FormatError, ModelError, PatternError
 from sparsecomp.packing import PackedWeight
 from sparsecomp.patterns import parse
 from sparsecomp.patterns.numbers import DTYPES, part_names
-from sparsecomp.reporting.writing import require_folder, safetensors, whole_file
+from sparsecomp.reporting.writing import require_folder, whole_file
 
 FORMAT_VERSION = "1"
 _PREFIX = "sparsecomp."
@@ -93,26 +95,24 @@ def write(
             raise ModelError(f"metadata {name!r}: {text!r} is not text; convert keys and values to str")
         header[f"{_USER}{name}"] = text
     header[f"{_PREFIX}crc32"] = _checksum(tensors, header)
-    base, torch_io = safetensors(), safetensors("torch")
     try:
         with whole_file(path) as partial:
-            torch_io.save_file(dict(tensors), partial, metadata=header)
+            save_file(dict(tensors), partial, metadata=header)
     except FormatError:
         raise
-    except (KeyError, ValueError, base.SafetensorError) as error:
+    except (KeyError, ValueError, SafetensorError) as error:
         raise ModelError(f"safetensors cannot hold this model ({error}); convert or remove that tensor") from error
 
 
 def read(path: Path) -> Contents:
     """The file, once everything that can be checked without a model has been checked."""
-    base, torch_io = safetensors(), safetensors("torch")
     if not path.is_file():
         raise FormatError(f"{path} is not a file; give the path of a file written by sparsecomp.save")
     try:
-        with base.safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
-        tensors: dict[str, Tensor] = torch_io.load_file(path)
-    except (base.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise FormatError(f"{path} is no whole safetensors file ({error}); copy or save it again") from error
     written_as = header.get(f"{_PREFIX}format")
     if written_as is None:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsecomp.errors import FormatError
 from sparsecomp.machine.sources import package_digest
-from sparsecomp.reporting.writing import safetensors
 
 
 def digest(*parts: object) -> str:
@@ -51,11 +52,10 @@ class Checkpoint:
     """A folder of finished pieces; with ``folder`` None nothing is kept and nothing found."""
 
     def __init__(self, folder: str | Path | None) -> None:
-        """Make the folder. Raises FormatError where something else has its name, ModelError without safetensors."""
+        """Make the folder. Raises FormatError where something else has its name."""
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        self._base, self._torch_io = safetensors(), safetensors("torch")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -70,7 +70,7 @@ class Checkpoint:
         path = self._path(piece)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         stored = {name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()}
-        self._torch_io.save_file(stored, unfinished, {"key": key, "piece": piece, "facts": json.dumps(dict(facts))})
+        save_file(stored, unfinished, {"key": key, "piece": piece, "facts": json.dumps(dict(facts))})
         unfinished.replace(path)
 
     def load(self, piece: str, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -78,12 +78,12 @@ class Checkpoint:
         if self.folder is None or not self._path(piece).is_file():
             return None
         try:
-            with self._base.safe_open(self._path(piece), "pt") as file:
+            with safe_open(self._path(piece), "pt") as file:
                 facts = file.metadata() or {}
                 if facts.get("key") != key:
                     return None
                 return {name: file.get_tensor(name) for name in file.keys()}, json.loads(facts["facts"])  # noqa: SIM118
-        except (self._base.SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(
                 f'checkpoint file "{self._path(piece)}" cannot be read ({error}); delete it and run again'
             ) from error

@@ -1,4 +1,4 @@
-"""What writing a file needs: a folder that can be written, a file that is whole or not there, and safetensors.
+"""What writing a file needs: a folder that can be written, and a file that is whole or not there,
 
 Takes paths, gives errors that name the file as the user did. Knows nothing of models.
 """
@@ -6,16 +6,14 @@ Takes paths, gives errors that name the file as the user did. Knows nothing of m
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from sparsecomp.errors import FormatError, ModelError
+from sparsecomp.errors import FormatError
 
 # what a system says of a place that takes no more or nothing
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
@@ -106,13 +104,3 @@ def _refused(path: Path, reason: str) -> str:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
-
-
-def safetensors(module: str = "") -> Any:
-    """The package safetensors or a module of it. Raises ModelError, saying how to install it, if it is not there."""
-    try:
-        return importlib.import_module(f"safetensors.{module}" if module else "safetensors")
-    except ImportError as error:
-        raise ModelError(
-            f"safetensors cannot be imported ({error}); install it with: pip install safetensors"
-        ) from error

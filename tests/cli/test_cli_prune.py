@@ -114,9 +114,6 @@ def test_wrong_options_cost_no_work(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     for option in ("--report", "--save-masks"):
         assert main([*BASE, "--pattern", "2:4", option, "nowhere/file.json"]) == 2
         assert 'there is no folder "nowhere"' in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    assert main([*BASE, "--pattern", "2:4"]) == 1
-    assert "pip install safetensors" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_printed_does_not_cost_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

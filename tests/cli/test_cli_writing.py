@@ -88,8 +88,8 @@ def test_a_disk_that_fails_is_told_of_with_the_users_name(
     def full(*_: object, **__: object) -> None:
         raise failure
 
-    for name in ("save_file", "save_model"):
-        monkeypatch.setattr(f"safetensors.torch.{name}", full)
+    for name in ("sparsecomp.files.container.save_file", "safetensors.torch.save_model"):
+        monkeypatch.setattr(name, full)
     Path("x.safetensors").write_text("of before")
     assert main([*verb, "-o", "x.safetensors"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
