@@ -10,7 +10,7 @@ from sparsecomp.bench.alps import alps
 from sparsecomp.methods.error import relative_error
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.patterns import parse
-from sparsecomp.patterns.project import check_mask
+from sparsecomp.patterns.check import check_mask
 
 
 @pytest.mark.parametrize("name", ["2:4", "4:8", "unstructured:0.5"])

@@ -12,8 +12,8 @@ from sparsecomp.errors import CalibrationError, MethodError, PatternError
 from sparsecomp.methods.error import relative_error
 from sparsecomp.methods.registry import Problem, get_method
 from sparsecomp.patterns import Pattern, parse
+from sparsecomp.patterns.check import check_mask
 from sparsecomp.patterns.numbers import LAYER_DTYPES
-from sparsecomp.patterns.project import check_mask
 
 # isort: off
 # these register their methods, which are listed in this order

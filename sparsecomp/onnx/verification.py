@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from sparsecomp.errors import FormatError, PatternError
 from sparsecomp.onnx.constants import Unevaluated
 from sparsecomp.onnx.extra import require
 from sparsecomp.onnx.walk import Packed, Unseen, Weight, places
 from sparsecomp.patterns import GROUP_SIZES, NM, parse
+from sparsecomp.patterns.check import breach, group_counts
 from sparsecomp.reporting.terminal import table
 
 
@@ -108,31 +107,17 @@ def verify(path: str | Path, pattern: str = "2:4") -> VerifyReport:
     return VerifyReport(Path(path), str(wanted), tuple(weights), tuple(unseen))
 
 
-def _counts(rows: npt.NDArray[Any], m: int) -> npt.NDArray[np.int64]:
-    """Nonzeros of each group of m along the reduced axis, [rows, groups]."""
-    used = np.pad(rows != 0, ((0, 0), (0, -rows.shape[1] % m)))
-    counts: npt.NDArray[np.int64] = used.reshape(len(rows), -1, m).sum(axis=2)
-    return counts
-
-
 def _judge(weight: Weight, wanted: NM) -> VerifiedWeight:
     rows = weight.rows
-    tightest = tuple(f"{max(1, int(_counts(rows, m).max(initial=0)))}:{m}" for m in GROUP_SIZES)
-    counts = _counts(rows, wanted.m)
-    over = np.argwhere(counts > wanted.n)
-    reason = ""
-    if len(over):
-        row, group = (int(i) for i in over[0])
-        last = min((group + 1) * wanted.m, rows.shape[1]) - 1
-        others = [text for text in tightest if int(text.split(":")[0]) < int(text.split(":")[1])]
-        reason = (
-            f"row {row}, inputs {group * wanted.m} to {last}: {int(counts[row, group])} nonzeros, at most "
-            f"{wanted.n} allowed; {len(over)} of {counts.size} groups break it"
-            + (f"; it fits {' and '.join(others)}" if others else "")
-        )
+    used = rows != 0
+    tightest = tuple(f"{max(1, int(group_counts(used, m).max(initial=0)))}:{m}" for m in GROUP_SIZES)
+    reason = breach(used, wanted, "nonzeros", "inputs") or ""
+    fits = not reason
+    others = [text for text in tightest if int(text.split(":")[0]) < int(text.split(":")[1])]
+    if reason and others:
+        reason += f"; it fits {' and '.join(others)}"
     density = float(np.count_nonzero(rows)) / max(1, rows.size)
-    shape, fits = weight.shape, not len(over)
-    return VerifiedWeight(weight.name, weight.operator, weight.node, shape, density, tightest, fits, reason)
+    return VerifiedWeight(weight.name, weight.operator, weight.node, weight.shape, density, tightest, fits, reason)
 
 
 def _packed(layer: Packed, wanted: NM) -> VerifiedWeight:

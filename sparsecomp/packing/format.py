@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from sparsecomp.errors import FormatError, PatternError
 from sparsecomp.packing.bits import pack_positions, packed_bytes, unpack_positions
-from sparsecomp.patterns import NM, VNM, VNM_KEPT_COLUMNS, Block, Pattern, Unstructured, parse, row_nm
+from sparsecomp.patterns import NM, Block, Pattern, Unstructured, parse, row_nm
+from sparsecomp.patterns.check import check_weight
 from sparsecomp.patterns.numbers import DTYPES, LARGEST_INT8, LAYER_DTYPES, part_names
 
 
@@ -183,12 +184,9 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
         )
     weight = weight.detach()
     _check_finite(weight)
+    check_weight(weight, pattern)
     if isinstance(pattern, Block):
         return _pack_block(weight, pattern)
-    if isinstance(pattern, VNM):
-        _check_shared_columns(weight, pattern)
-    if isinstance(pattern, NM) and pattern.transposable:
-        _check_transpose(weight, pattern)
     return _pack_nm(weight, _stored_nm(pattern), pattern)
 
 
@@ -207,19 +205,7 @@ def _pack_nm(weight: Tensor, nm: NM, pattern: Pattern) -> PackedWeight:
     if nm.mask_rows > 1:
         used = used.view(used.shape[0] // nm.mask_rows, nm.mask_rows, groups, nm.m).any(dim=1)
     codes = _group_codes(used)
-    counts, table = _position_table(nm.n, nm.m)
-    count = counts.to(weight.device)[codes]
-    over = count > nm.n
-    if bool(over.any()):
-        tile, group = over.nonzero()[0].tolist()
-        row = tile * nm.mask_rows
-        rows = f"row {row}" if nm.mask_rows == 1 else f"rows {row} to {min(row + nm.mask_rows, out) - 1} together"
-        raise PatternError(
-            f"weight breaks {pattern} in {rows}, group {group} (columns {group * nm.m} to "
-            f"{min((group + 1) * nm.m, columns) - 1}): {int(count[tile, group])} nonzeros, at most {nm.n} allowed; "
-            f"prune it first, for example with method='magnitude'"
-        )
-    positions = table.to(weight.device).index_select(0, codes.flatten()).view(*codes.shape, nm.n)
+    positions = _position_table(nm.n, nm.m).to(weight.device).index_select(0, codes.flatten()).view(*codes.shape, nm.n)
     metadata = pack_positions(positions.flatten(1), nm.index_bits)
     if nm.mask_rows > 1:
         positions = positions.repeat_interleave(nm.mask_rows, dim=0)[:out]
@@ -253,8 +239,8 @@ def _group_codes(used: Tensor) -> Tensor:
 
 
 @cache
-def _position_table(n: int, m: int) -> tuple[Tensor, Tensor]:
-    """For every group code: its count of used positions, and the N positions stored, uint8 [2**M, N].
+def _position_table(n: int, m: int) -> Tensor:
+    """For every group code of at most N used positions, the N positions stored: uint8 [2**M, N].
 
     Free slots are filled at the lowest unused positions, so that positions ascend strictly.
     """
@@ -262,36 +248,7 @@ def _position_table(n: int, m: int) -> tuple[Tensor, Tensor]:
     used = (torch.arange(2**m, device="cpu").unsqueeze(1) >> bits) & 1
     # unused positions sort behind the used ones, in ascending order; the first N are the ones stored
     order = torch.where(used == 1, bits, bits + m).sort(dim=1).values[:, :n] % m
-    return used.sum(dim=1).to(torch.uint8), order.sort(dim=1).values.to(torch.uint8)
-
-
-def _check_transpose(weight: Tensor, pattern: NM) -> None:
-    out, columns = weight.shape
-    count = _pad_rows(weight != 0, pattern.m).view(-1, pattern.m, columns).sum(dim=1)
-    over = count > pattern.n
-    if bool(over.any()):
-        group, column = over.nonzero()[0].tolist()
-        first, last = group * pattern.m, min((group + 1) * pattern.m, out) - 1
-        raise PatternError(
-            f"weight breaks {pattern} in column {column}, rows {first} to {last}: "
-            f"{int(count[group, column])} nonzeros, at most {pattern.n} allowed; "
-            f"prune it first, for example with method='magnitude'"
-        )
-
-
-def _check_shared_columns(weight: Tensor, pattern: VNM) -> None:
-    out, columns = weight.shape
-    groups = -(-columns // pattern.m)
-    used = _pad_rows(functional.pad(weight != 0, (0, groups * pattern.m - columns)), pattern.v)
-    count = used.view(used.shape[0] // pattern.v, pattern.v, groups, pattern.m).any(dim=1).sum(dim=2)
-    over = count > VNM_KEPT_COLUMNS
-    if bool(over.any()):
-        tile, group = over.nonzero()[0].tolist()
-        raise PatternError(
-            f"weight breaks {pattern} in rows {tile * pattern.v} to {min((tile + 1) * pattern.v, out) - 1}, "
-            f"group {group}: {int(count[tile, group])} columns in use, at most {VNM_KEPT_COLUMNS} allowed; "
-            f"prune it to {pattern} first"
-        )
+    return order.sort(dim=1).values.to(torch.uint8)
 
 
 def _pad_rows(tensor: Tensor, multiple: int) -> Tensor:
@@ -305,12 +262,6 @@ def _pack_block(weight: Tensor, pattern: Block) -> PackedWeight:
     padded = functional.pad(weight, (0, across * pattern.cols - columns, 0, down * pattern.rows - out))
     blocks = padded.view(down, pattern.rows, across, pattern.cols).transpose(1, 2)
     kept = (blocks != 0).flatten(2).any(dim=2)
-    count, allowed = int(kept.sum()), pattern.kept_blocks(out, columns)
-    if count > allowed:
-        raise PatternError(
-            f"weight breaks {pattern}: {count} of {down * across} blocks hold nonzeros, "
-            f"at most {allowed} allowed; prune it first"
-        )
     metadata = pack_positions(kept.to(torch.uint8), 1)
     return PackedWeight(_positive_zero(blocks[kept]), metadata, pattern, (out, columns))
 

@@ -1,4 +1,4 @@
-"""Scores [out, in] + pattern -> the best mask, exactly; and the check that a mask obeys its pattern.
+"""Scores [out, in] + pattern -> the best mask, exactly.
 
 Knows nothing of how scores are made.
 """
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.errors import PatternError
 from sparsecomp.patterns import NM, VNM, VNM_KEPT_COLUMNS, Block, Pattern, Unstructured
 from sparsecomp.patterns.subsets import subsets_of
 
@@ -38,29 +37,6 @@ def project(scores: Tensor, pattern: Pattern) -> Tensor:
             return _block(scores, pattern)
         case Unstructured():
             return _largest(scores, pattern.kept_per_row(scores.shape[1]))
-
-
-def check_mask(mask: Tensor, pattern: Pattern) -> None:
-    """Raises PatternError if ``mask`` (bool [out, in]) keeps more than ``pattern`` allows, naming the first offence."""
-    if mask.numel() == 0:
-        return
-    match pattern:
-        case NM():
-            _check_groups(mask, pattern, pattern.mask_rows, pattern.m, pattern.n, "weights")
-            if pattern.transposable:
-                _check_columns(mask, pattern)
-        case VNM():
-            _check_groups(mask, pattern, pattern.v, pattern.m, VNM_KEPT_COLUMNS, "columns")
-            _check_groups(mask, pattern, 1, pattern.m, pattern.n, "weights")
-        case Block():
-            kept = int((_block_sums(mask.double(), pattern) > 0).sum())
-            allowed = pattern.kept_blocks(*mask.shape)
-            if kept > allowed:
-                raise PatternError(
-                    f"the mask breaks {pattern}: it keeps weights in {kept} blocks, at most {allowed} allowed"
-                )
-        case Unstructured():
-            _check_groups(mask, pattern, 1, mask.shape[1], pattern.kept_per_row(mask.shape[1]), "weights")
 
 
 def _nm(scores: Tensor, pattern: NM) -> Tensor:
@@ -141,32 +117,3 @@ def _block_sums(values: Tensor, pattern: Block) -> Tensor:
     down, across = pattern.grid(*values.shape)
     missing = (0, across * pattern.cols - values.shape[1], 0, down * pattern.rows - values.shape[0])
     return functional.pad(values, missing).view(down, pattern.rows, across, pattern.cols).sum(dim=(1, 3))
-
-
-def _check_columns(mask: Tensor, pattern: NM) -> None:
-    out, columns = mask.shape
-    count = functional.pad(mask, (0, 0, 0, -out % pattern.m)).view(-1, pattern.m, columns).sum(dim=1)
-    over = count > pattern.n
-    if bool(over.any()):
-        group, column = over.nonzero()[0].tolist()
-        first, last = group * pattern.m, min((group + 1) * pattern.m, out) - 1
-        raise PatternError(
-            f"the mask breaks {pattern} in column {column}, rows {first} to {last}: "
-            f"{int(count[group, column])} weights kept, at most {pattern.n} allowed"
-        )
-
-
-def _check_groups(mask: Tensor, pattern: Pattern, rows: int, size: int, allowed: int, what: str) -> None:
-    out, columns = mask.shape
-    used = functional.pad(mask, (0, -columns % size, 0, -out % rows)).view(-1, rows, -(-columns // size), size)
-    count = used.any(dim=1).sum(dim=2)
-    over = count > allowed
-    if not bool(over.any()):
-        return
-    tile, group = over.nonzero()[0].tolist()
-    first, last = tile * rows, min((tile + 1) * rows, out) - 1
-    where = f"row {first}" if rows == 1 else f"rows {first} to {last} together"
-    raise PatternError(
-        f"the mask breaks {pattern} in {where}, columns {group * size} to {min((group + 1) * size, columns) - 1}: "
-        f"{int(count[tile, group])} {what} kept, at most {allowed} allowed"
-    )

@@ -69,10 +69,12 @@ def test_the_first_broken_group_is_named(tmp_path):
     weight[2, 12:14] = 1
     weight[1, 4:8] = [1, 1, 0, 1]
     found = verify(one_node(tmp_path / "m", "Gemm", weight, transB=1)).weights[0]
-    assert found.reason.startswith("row 1, inputs 4 to 7: 3 nonzeros, at most 2 allowed; 1 of 16 groups break it")
+    assert found.reason.startswith(
+        "row 1, group 1 (inputs 4 to 7): 3 nonzeros, at most 2 allowed; 1 of 16 groups break it; it fits "
+    )
     assert "3:4" in found.tightest
     ragged = verify(one_node(tmp_path / "m", "Gemm", weight, transB=1), "1:4").weights[0]
-    assert "row 0, inputs 0 to 3" in ragged.reason
+    assert "row 0, group 0 (inputs 0 to 3)" in ragged.reason
 
 
 def test_weights_behind_other_nodes(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsecomp.errors import CalibrationError, ModelError
 from sparsecomp.patterns import parse
-from sparsecomp.patterns.project import check_mask
+from sparsecomp.patterns.check import check_mask
 from sparsecomp.pruning import Tuning, distill, prune
 
 SETTINGS = Tuning(steps=40, learning_rate=3e-3)

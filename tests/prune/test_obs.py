@@ -9,7 +9,8 @@ from sparsecomp.methods.obs import obs_sweep, sparsegpt_sweep, swept
 from sparsecomp.methods.refit import refit
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.patterns import parse
-from sparsecomp.patterns.project import check_mask, project
+from sparsecomp.patterns.check import check_mask
+from sparsecomp.patterns.project import project
 
 PATTERNS = ["2:4", "1:4", "4:8", "8:16", "2:4@v4", "8:2:8", "2:4@t", "block4x4:0.5", "unstructured:0.5"]
 

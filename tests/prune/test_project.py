@@ -1,3 +1,4 @@
+import re
 from itertools import combinations, product
 
 import pytest
@@ -7,7 +8,8 @@ from hypothesis import strategies as st
 
 from sparsecomp.errors import PatternError
 from sparsecomp.patterns import GROUP_SIZES, NM, VNM, Block, Unstructured, parse
-from sparsecomp.patterns.project import check_mask, project
+from sparsecomp.patterns.check import breach, check_mask, check_weight
+from sparsecomp.patterns.project import project
 
 EVERY_NM = [(n, m) for m in GROUP_SIZES for n in range(1, m + 1)]
 SIDES = st.integers(0, 37)
@@ -137,12 +139,20 @@ def test_sums_do_not_lose_scores_whose_squares_leave_float32():
 @pytest.mark.parametrize(
     ("pattern", "kept", "message"),
     [
-        ("2:4", [(1, 4), (1, 5), (1, 6)], r"breaks 2:4 in row 1, columns 4 to 7: 3 weights kept, at most 2 allowed"),
-        ("1:4", [(2, 8), (2, 9)], "breaks 1:4 in row 2, columns 8 to 9: 2 weights kept, at most 1 allowed"),
-        ("1:2@v3", [(0, 0), (2, 1)], "breaks 1:2@v3 in rows 0 to 2 together, columns 0 to 1: 2 weights kept"),
-        ("3:2:8", [(row, 2 * row + i) for row in range(3) for i in range(2)], "rows 0 to 2 together.*6 columns kept"),
-        ("3:2:8", [(0, 0), (0, 1), (0, 2)], "breaks 3:2:8 in row 0, columns 0 to 7: 3 weights kept"),
-        ("block2x2:0.1", [(0, 0), (2, 9)], "breaks block2x2:0.1: it keeps weights in 2 blocks, at most 1 allowed"),
+        (
+            "2:4",
+            [(1, 4), (1, 5), (1, 6)],
+            r"in row 1, group 1 \(columns 4 to 7\): 3 weights kept, at most 2 allowed; 1 of 9 groups",
+        ),
+        (
+            "1:4",
+            [(2, 8), (2, 9)],
+            r"in row 2, group 2 \(columns 8 to 9\): 2 weights kept, at most 1 allowed",
+        ),
+        ("1:2@v3", [(0, 0), (2, 1)], r"breaks 1:2@v3 in rows 0 to 2 together, group 0 \(columns 0 to 1\): 2 weights"),
+        ("3:2:8", [(row, 2 * row + i) for row in range(3) for i in range(2)], "rows 0 to 2 together.*6 columns in use"),
+        ("3:2:8", [(0, 0), (0, 1), (0, 2)], r"breaks 3:2:8 in row 0, group 0 \(columns 0 to 7\): 3 weights kept"),
+        ("block2x2:0.1", [(0, 0), (2, 9)], "breaks block2x2:0.1 in its 10 blocks: 2 in use, at most 1 allowed"),
         ("unstructured:0.1", [(1, 0), (1, 9)], "breaks unstructured:0.1 in row 1, columns 0 to 9: 2 weights kept"),
     ],
 )
@@ -186,3 +196,47 @@ def test_a_mask_that_is_not_transposable_names_the_column():
     mask[4:7, 2] = True
     with pytest.raises(PatternError, match="in column 2, rows 4 to 7: 3 weights kept, at most 2 allowed"):
         check_mask(mask, parse("2:4@t"))
+
+
+def obeys(mask, pattern):
+    """The definition, group by group."""
+    if isinstance(pattern, Unstructured):
+        return all(row.sum() <= pattern.kept_per_row(mask.shape[1]) for row in mask)
+    if isinstance(pattern, Block):
+        blocks = [b for rows in mask.split(pattern.rows) for b in rows.split(pattern.cols, dim=1)]
+        return sum(bool(b.any()) for b in blocks) <= pattern.kept_blocks(*mask.shape)
+    rows = pattern.v if isinstance(pattern, VNM) else pattern.mask_rows
+    for tile in mask.split(rows):
+        for group in tile.split(pattern.m, dim=1):
+            shared = int(group.any(dim=0).sum())
+            each = int(group.sum(dim=1).max())
+            if (shared > 4 or each > pattern.n) if isinstance(pattern, VNM) else shared > pattern.n:
+                return False
+    if isinstance(pattern, NM) and pattern.transposable:
+        return all(int(tile.sum(dim=0).max()) <= pattern.n for tile in mask.split(pattern.m))
+    return True
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("name", ["2:4", "3:8", "2:4@v2", "2:4@t", "3:2:8", "block2x4:0.5", "unstructured:0.5"])
+def test_the_check_is_the_definition_and_the_same_for_arrays_weights_and_masks(name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    out, columns = (int(torch.randint(1, 14, (), generator=generator)) for _ in range(2))
+    pattern = parse(name)
+    scores = torch.rand(out, columns, generator=generator)
+    # masks that obey, but for some that keep one weight more
+    mask = project(scores, pattern)
+    if seed % 2:
+        mask[int(torch.randint(0, out, (), generator=generator)), seed % columns] = True
+    found = breach(mask, pattern)
+    assert (found is None) == obeys(mask, pattern)
+    assert breach(mask.numpy(), pattern) == found
+    if found is None:
+        check_mask(mask, pattern)
+        check_weight(-scores * mask, pattern)
+        return
+    with pytest.raises(PatternError, match=re.escape(f"the mask breaks {name} in {found}; keep fewer")):
+        check_mask(mask, pattern)
+    told = breach(mask, pattern, "nonzeros")
+    with pytest.raises(PatternError, match=re.escape(f"weight breaks {name} in {told}; prune it first")):
+        check_weight((scores + 1) * mask, pattern)

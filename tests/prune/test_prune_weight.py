@@ -108,7 +108,10 @@ def test_user_masks_in_masks_out(method):
         (torch.ones(3, 8), r"mask is torch\.float32; allowed is a torch\.bool tensor.*try mask != 0"),
         ([[True]], "mask is list"),
         (torch.ones(8, 3, dtype=torch.bool), r"mask has shape \(8, 3\); the weight has \(3, 8\)"),
-        (torch.ones(3, 8, dtype=torch.bool), "the mask breaks 2:4 in row 0, columns 0 to 3: 4 weights kept"),
+        (
+            torch.ones(3, 8, dtype=torch.bool),
+            r"mask breaks 2:4 in row 0, group 0 \(columns 0 to 3\): 4 weights kept",
+        ),
     ],
 )
 def test_masks_that_cannot_be_used(mask, message):

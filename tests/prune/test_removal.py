@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparsecomp.methods.removal import removal
 from sparsecomp.patterns import parse
-from sparsecomp.patterns.project import check_mask
+from sparsecomp.patterns.check import check_mask
 from sparsecomp.patterns.subsets import subsets_of
 
 

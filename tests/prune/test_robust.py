@@ -8,7 +8,7 @@ from sparsecomp.errors import CalibrationError
 from sparsecomp.methods.objective import objective
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.patterns import parse
-from sparsecomp.patterns.project import check_mask
+from sparsecomp.patterns.check import check_mask
 
 SEARCHES = ["sparsegpt", "obs", "fast", "admm", "balanced"]
 HARD = ["no input", "dead channels", "one token", "few tokens", "outlier channels", "twins", "tiny", "huge"]

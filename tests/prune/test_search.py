@@ -18,7 +18,8 @@ from sparsecomp.methods.refit import refit
 from sparsecomp.methods.registry import methods
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.patterns import NM, parse
-from sparsecomp.patterns.project import check_mask, project
+from sparsecomp.patterns.check import check_mask
+from sparsecomp.patterns.project import project
 
 GROUPED = ["2:4", "1:4", "4:8", "8:16", "2:16", "2:4@v4", "8:16@v3", "8:2:8", "2:4@t"]
 PATTERNS = [*GROUPED, "block4x4:0.5", "unstructured:0.5"]
