@@ -59,7 +59,7 @@ tritons: $(READY)
 
 # Another pattern: make demo ARGS='--pattern 8:16'
 demo: $(READY)
-	$(BIN)/python -m sparsecomp.bench.demo $(ARGS)
+	$(BIN)/python -m bench.demo $(ARGS)
 
 test: lint tritons
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder

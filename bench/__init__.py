@@ -1,1 +1,1 @@
-"""Benchmarks and the demo. They use the package; nothing in it but the command line's bench verb knows them."""
+"""What maintainers run, from a checkout: sweeps of every kind, certification, the demo. Nothing installed knows it."""

@@ -6,4 +6,4 @@
 # commit of a copy without history. CUTLASS is taken from CUTLASS_PATH, from .cutlass (make .cutlass), or from its wheel.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${GPU_PYTHON:-python3}" -m bench.gpu_certify --output "${OUT:-gpu-out}" --minutes "${GPU_MINUTES:-9}"
+exec "${GPU_PYTHON:-python3}" -m bench.gpu.certify --output "${OUT:-gpu-out}" --minutes "${GPU_MINUTES:-9}"

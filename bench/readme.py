@@ -1,6 +1,6 @@
 """The part of README that holds figures, written from result files, so that it says what was measured.
 
-``python -m sparsecomp.bench.readme bench/results/FILE.json`` rewrites README.md and docs/limit.svg in place. Files of
+``python -m bench.readme bench/results/FILE.json`` rewrites README.md and docs/limit.svg in place. Files of
 other machines may follow; each adds a paragraph.
 """
 
@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparsecomp.benchmark.plot import limit_plot
+from sparsecomp.benchmark.report import Comparison, comparisons, geometric_mean, load_result
 from sparsecomp.errors import FormatError
-
-from .plot import limit_plot
-from .report import Comparison, comparisons, geometric_mean, load_result
 
 SHAPE, DTYPE, THREADS = (4096, 4096), "fp32", 1
 _NAMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -157,7 +156,7 @@ def _mean(found: list[Comparison], pattern: str) -> str:
 def main() -> int:
     """Rewrite README.md and docs/limit.svg of the current folder."""
     if len(sys.argv) < 2:
-        print("usage: python -m sparsecomp.bench.readme bench/results/FILE.json [OTHER.json ...]", file=sys.stderr)
+        print("usage: python -m bench.readme bench/results/FILE.json [OTHER.json ...]", file=sys.stderr)
         return 2
     results = {Path(name).as_posix(): load_result(Path(name)) for name in sys.argv[1:]}
     readme = Path("README.md")

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparsecomp.bench import engines, harness, report, sweep
-from sparsecomp.bench.product import Product
-from sparsecomp.bench.worker import ask_all, workers
+from sparsecomp.benchmark import engines, report, sweep, timing
+from sparsecomp.benchmark.product import Product
+from sparsecomp.benchmark.worker import ask_all, workers
 from sparsecomp.errors import FormatError, PatternError, SparsecompError
 
 
@@ -29,8 +29,8 @@ def row(engine: str, us: float, pattern: str | None = None, **facts: Any) -> dic
 
 
 def test_median_and_quantiles() -> None:
-    timing = harness._timing([float(value) for value in (*range(101), 1e9)][:101][::-1])
-    assert (timing.median, timing.low, timing.high, timing.samples) == (50.0, 10.0, 90.0, 101)
+    found = timing._timing([float(value) for value in (*range(101), 1e9)][:101][::-1])
+    assert (found.median, found.low, found.high, found.samples) == (50.0, 10.0, 90.0, 101)
 
 
 def test_every_call_is_timed_equally_often() -> None:
@@ -40,12 +40,12 @@ def test_every_call_is_timed_equally_often() -> None:
         counts[name] += 1
         torch.randn(200, 200) @ torch.randn(200, 200)
 
-    samplers = {name: harness.Sampler(partial(call, name)) for name in counts}
-    timings = harness.measure(samplers, seconds=0.02)
-    assert timings["a"].samples == timings["b"].samples >= harness.MIN_REPETITIONS
+    samplers = {name: timing.Sampler(partial(call, name)) for name in counts}
+    timings = timing.measure(samplers, seconds=0.02)
+    assert timings["a"].samples == timings["b"].samples >= timing.MIN_REPETITIONS
     assert counts["a"] > timings["a"].samples
-    for timing in timings.values():
-        assert 0 < timing.low <= timing.median <= timing.high
+    for each in timings.values():
+        assert 0 < each.low <= each.median <= each.high
 
 
 def test_calls_after_a_sleep_are_untimed_for_a_while() -> None:
@@ -55,18 +55,18 @@ def test_calls_after_a_sleep_are_untimed_for_a_while() -> None:
         begun.append(time.perf_counter())
         time.sleep(1e-3)
 
-    sampler = harness.Sampler(call, after_sleep=True)
+    sampler = timing.Sampler(call, after_sleep=True)
     sampler()
     begun.clear()
     start = time.perf_counter()
     assert sampler() >= 1e-3
     # the timed call is the last one
-    assert begun[-1] - start >= harness.AFTER_SLEEP_S
+    assert begun[-1] - start >= timing.AFTER_SLEEP_S
 
 
 def test_threads_and_cores_come_back() -> None:
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
-    with pytest.raises(KeyError), harness.use_threads(1):
+    with pytest.raises(KeyError), timing.use_threads(1):
         assert (torch.get_num_threads(), len(os.sched_getaffinity(0))) == (1, 1)
         raise KeyError
     assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (threads, cores)
@@ -192,8 +192,8 @@ def test_engines_in_their_own_processes_multiply_the_same_numbers() -> None:
             assert all((error > 0.1) == (name == "wrong") for name, error in errors.items())
             with pytest.raises(SparsecompError, match="wrong is wrong at"):
                 sweep._check(errors, "fp32", "24x40")
-        timings = harness.measure({name: partial(each.ask, "sample") for name, each in started.items()}, 0.01)
-        assert all(timing.samples >= harness.MIN_REPETITIONS and timing.low > 0 for timing in timings.values())
+        timings = timing.measure({name: partial(each.ask, "sample") for name, each in started.items()}, 0.01)
+        assert all(each.samples >= timing.MIN_REPETITIONS and each.low > 0 for each in timings.values())
 
 
 def test_an_error_in_a_process_names_the_engine_and_leaves_the_process_usable() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecomp.bench import masks
-from sparsecomp.bench.alps import alps
+from bench.pruning import masks
+from bench.pruning.alps import alps
 from sparsecomp.methods.error import relative_error
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.patterns import parse

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparsecomp as sc
-from sparsecomp.bench import permutation
+from bench.pruning import permutation
 from sparsecomp.models.layers import find_linears
 from sparsecomp.patterns import parse
 from sparsecomp.pruning.checkpoint import Checkpoint

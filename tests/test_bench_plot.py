@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sparsecomp.bench.plot import limit_plot
+from sparsecomp.benchmark.plot import limit_plot
 
 SHAPE = (64, 32)
 

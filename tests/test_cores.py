@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from sparsecomp.bench import cores, harness
-from sparsecomp.bench.cores import Cores
+from sparsecomp.benchmark import cores, timing
+from sparsecomp.benchmark.cores import Cores
 
 APART, CLOCKED_DOWN, TOGETHER, BESIDE_A_NEIGHBOUR = [2.4, 2.3], [2.1, 2.0], [1.3, 1.0], [2.3, 1.2]
 
@@ -71,18 +71,18 @@ def test_one_core_and_cores_that_are_not_there_are_never_waited_for(threads: int
 
 
 def test_rounds_that_do_not_count_are_taken_again() -> None:
-    answers = [True, False, False] + [True] * harness.MIN_REPETITIONS
+    answers = [True, False, False] + [True] * timing.MIN_REPETITIONS
     calls: list[str] = []
 
     def sample(name: str) -> float:
         calls.append(name)
         return len(calls) * 1.0
 
-    timings = harness.measure({"a": lambda: sample("a"), "b": lambda: sample("b")}, 0.0, lambda: answers.pop(0))
-    assert timings["a"].samples == timings["b"].samples == harness.MIN_REPETITIONS
+    timings = timing.measure({"a": lambda: sample("a"), "b": lambda: sample("b")}, 0.0, lambda: answers.pop(0))
+    assert timings["a"].samples == timings["b"].samples == timing.MIN_REPETITIONS
     # one untimed each, a round that counts (3 and 4), two that do not (5 to 8), and six that do
     assert timings["a"].low > 8 and timings["b"].low > 8, "the second smallest of seven"
-    assert len(calls) == 2 * (1 + 2 + harness.MIN_REPETITIONS)
+    assert len(calls) == 2 * (1 + 2 + timing.MIN_REPETITIONS)
 
 
 def test_real_cores_have_rates(monkeypatch: pytest.MonkeyPatch) -> None:

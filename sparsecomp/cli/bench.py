@@ -56,7 +56,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
-    from sparsecomp.bench import goals, plot, report, sweep
+    from sparsecomp.benchmark import goals, plot, report, sweep
 
     cores = len(os.sched_getaffinity(0))
     chosen = {

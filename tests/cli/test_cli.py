@@ -185,7 +185,7 @@ def test_doctor_names_every_backend_and_each_reason_once(capsys: pytest.CaptureF
 
 
 def test_bench_writes_a_result_that_its_report_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from sparsecomp.bench.report import comparisons, load_result
+    from sparsecomp.benchmark.report import comparisons, load_result
 
     arguments = ["bench", "--shapes", "24x40", "--batches", "1,3", "--cold", "0", "--dtypes", "fp32,bf16"]
     assert main([*arguments, "--threads", "1", "--seconds", "0.01", "--output", "r.json", "--plot", "p.svg"]) == 0

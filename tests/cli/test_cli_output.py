@@ -97,7 +97,7 @@ def test_a_narrow_plan_says_the_mean_once_and_only_where_the_table_has_none(
 
 
 def test_bench_leaves_out_cold_weights_that_would_take_thousands_of_copies(capsys: pytest.CaptureFixture[str]) -> None:
-    from sparsecomp.bench import sweep
+    from sparsecomp.benchmark import sweep
 
     options = ["bench", "--shapes", "64x64", "--patterns", "2:4", "--batches", "1", "--dtypes", "fp32"]
     assert main([*options, "--threads", "1", "--seconds", "0.01", "--output", "r.json"]) == 0

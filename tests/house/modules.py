@@ -1,4 +1,4 @@
-"""The installed Python files and what each imports, read from their text."""
+"""The Python files of the package and of bench/ and what each imports, read from their text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (("sparsecomp", "sparsecomp"), ("kernels", "sparsecomp.kernels"), ("bench", "sparsecomp.bench"))
+FOLDERS = (("sparsecomp", "sparsecomp"), ("kernels", "sparsecomp.kernels"), ("bench", "bench"))
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """(dotted name, file) of every Python file that is installed."""
+    """(dotted name, file) of every Python file that is installed or that maintainers run."""
     for folder, package in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts

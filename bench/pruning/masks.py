@@ -1,4 +1,4 @@
-"""The pruning methods layer by layer on all-MiniLM-L6-v2, beside ALPS. ``python -m sparsecomp.bench.masks``.
+"""The pruning methods layer by layer on all-MiniLM-L6-v2, beside ALPS. ``python -m bench.pruning.masks``.
 
 Gives calibration and held-out errors and seconds for every linear layer of the encoder, and how they compare.
 """
@@ -19,6 +19,10 @@ import torch
 from torch import Tensor
 
 import sparsecomp as sc
+from bench import minilm
+from bench.pruning.alps import alps
+from sparsecomp.benchmark.machine import describe
+from sparsecomp.benchmark.sweep import write
 from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.device import detect
 from sparsecomp.methods.error import relative_error
@@ -26,11 +30,6 @@ from sparsecomp.methods.weight import prune_weight
 from sparsecomp.models.layers import find_linears
 from sparsecomp.patterns import Pattern
 from sparsecomp.reporting.terminal import progress, table
-
-from . import minilm
-from .alps import alps
-from .machine import describe
-from .sweep import write
 
 FORMAT = 1
 TOKENS = 30_000

@@ -19,10 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .gpu_goals import verdicts
-from .gpu_stages import Outcome, Stage, by_status, run
+from bench.gpu.goals import verdicts
+from bench.gpu.stages import Outcome, Stage, by_status, run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "gpu-run"
 VENV = ROOT / "build" / "gpu-venv"
 HEADERS = ROOT / ".cutlass"
@@ -110,8 +110,8 @@ def phases(cores: int, capability: str | None) -> list[list[Stage]]:
         return _stage(name, (*tests, *selection), most, 20, (needs,), skip, _judge_tests)
 
     def swept(name: str, most: float, least: float, *options: str) -> Stage:
-        module = "gpu_compiled" if name == "compiled" else "gpu"
-        command = (python, "-m", f"sparsecomp.bench.{module}", "--output", str(WORK / name), "--limit", "{seconds}")
+        module = "compiled" if name == "compiled" else "sweep"
+        command = (python, "-m", f"bench.gpu.{module}", "--output", str(WORK / name), "--limit", "{seconds}")
         # our experiments are measured, too: one that faults is left out of the rest
         flags = {"SPARSECOMP_EXPERIMENTAL": "gluon_wgmma"} if name == "bf16" else {}
         stage = _stage(f"sweep {name}", (*command, *options), most, least, ("build",), judge=_judge_sweep)

@@ -1,6 +1,6 @@
 """The GPU sweep: every engine on every case, all engines of a case in one run, each product checked against fp32.
 
-``python -m sparsecomp.bench.gpu --output DIR`` writes gpu.json and gpu.txt there and prints the latter. A process that
+``python -m bench.gpu.sweep --output DIR`` writes gpu.json and gpu.txt there and prints the latter. A process that
 is watched does the measuring: an engine that brings it down or hangs is named and left out of the rest.
 """
 
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gpu_cases import MODELS, TOKENS, Case, cases, copies
-from .gpu_engine import Call, GpuEngine
-from .gpu_engines import engines
-from .gpu_machine import describe, watch
-from .gpu_packing import packing_rows
-from .gpu_report import Row, summary
-from .gpu_supervise import Journal, supervise
-from .gpu_timing import GpuSampler
-from .harness import Timing, measure
+from bench.gpu.cases import MODELS, TOKENS, Case, cases, copies
+from bench.gpu.engine import Call, GpuEngine
+from bench.gpu.engines import engines
+from bench.gpu.machine import describe, watch
+from bench.gpu.packing import packing_rows
+from bench.gpu.report import Row, summary
+from bench.gpu.sampler import GpuSampler
+from bench.gpu.supervise import Journal, supervise
+from sparsecomp.benchmark.timing import Timing, measure
 
 FORMAT = 1
 DTYPES = {
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     journal = Journal(given.output / "journal.jsonl")
     journal.path.unlink(missing_ok=True)
     during: dict[str, tuple[float, float]] = {}
-    command = [sys.executable, "-m", "sparsecomp.bench.gpu", *(arguments if arguments is not None else sys.argv[1:])]
+    command = [sys.executable, "-m", "bench.gpu.sweep", *(arguments if arguments is not None else sys.argv[1:])]
     with watch(during):
         supervise([*command, "--journal", str(journal.path)], journal, deadline)
     result = gathered(journal, wanted, during)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from bench.demo.result import DENSE, DemoResult, LayerRow, Measured
+from bench.demo.verdict import CLOSE, fastest, next_steps, of_kind, sparse_side, verdict
 from sparsecomp.planning.summary import megabytes
 from sparsecomp.reporting.terminal import table, terminal_width, wrap
-
-from .demo_result import DENSE, DemoResult, LayerRow, Measured
-from .demo_verdict import CLOSE, fastest, next_steps, of_kind, sparse_side, verdict
 
 _WIDEST = 80
 # 90% quantile over 10% quantile from which a reader should not trust a time

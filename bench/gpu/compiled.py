@@ -1,6 +1,6 @@
 """Compiled layers against nn.Linear on a GPU, as a model calls them: ``sparsecomp.compile`` measures and decides.
 
-``python -m sparsecomp.bench.gpu_compiled --output DIR`` writes gpu.json and gpu.txt there. The times are those of eager
+``python -m bench.gpu.compiled --output DIR`` writes gpu.json and gpu.txt there. The times are those of eager
 calls, queued without waiting: what the plan decides on, launches included.
 """
 
@@ -16,15 +16,14 @@ import torch
 from torch import nn
 
 import sparsecomp
+from bench.gpu.cases import MODELS, TOKENS, Case, copies
+from bench.gpu.machine import describe, watch
+from bench.gpu.sampler import GpuSampler
+from bench.gpu.supervise import Journal
+from bench.gpu.sweep import TOLERANCE, distance, gathered, random_operands, row, write
+from sparsecomp.benchmark.timing import measure
 from sparsecomp.errors import SparsecompError
 from sparsecomp.nn import SparseLinear
-
-from .gpu import TOLERANCE, distance, gathered, random_operands, row, write
-from .gpu_cases import MODELS, TOKENS, Case, copies
-from .gpu_machine import describe, watch
-from .gpu_supervise import Journal
-from .gpu_timing import GpuSampler
-from .harness import measure
 
 SHAPES = (*MODELS["Llama-3-8B"], *MODELS["BERT-base"][:1])
 _FINISHING_S = 5.0

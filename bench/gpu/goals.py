@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .gpu_report import DECODE, PREFILL, Comparison, compare, geometric_mean
+from bench.gpu.report import DECODE, PREFILL, Comparison, compare, geometric_mean
 
 LARGE_MEAN, LARGE_PEAK, LARGE_FP8 = 1.35, 1.6, 1.3
 TO_VENDOR, DECODE_MEAN, COMPILED, PACKING_US = 0.98, 1.5, 0.98, 1000.0

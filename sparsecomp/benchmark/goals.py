@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sparsecomp.benchmark.report import Comparison, comparisons, geometric_mean
+from sparsecomp.benchmark.sweep import Settings
 from sparsecomp.reporting.terminal import table
-
-from .report import Comparison, comparisons, geometric_mean
-from .sweep import Settings
 
 Shapes = tuple[tuple[int, int], ...]
 

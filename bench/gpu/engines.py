@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.gpu.cases import Case
+from bench.gpu.engine import Call, GpuEngine
+from bench.gpu.fp8 import fp8_engines, not_compiled
 from sparsecomp.backends import registry
 from sparsecomp.backends.gpu.cutlass import library as cutlass_library
 from sparsecomp.backends.gpu.cutlass.config import configs
@@ -19,10 +22,6 @@ from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import pack
 from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
-
-from .gpu_cases import Case
-from .gpu_engine import Call, GpuEngine
-from .gpu_fp8 import fp8_engines, not_compiled
 
 
 class Cublas(GpuEngine):
@@ -90,7 +89,7 @@ class TritonDense(GpuEngine):
 
     def prepare(self, weight: Tensor, x: Tensor) -> Call:
         """The kernel of ``gpu_dense``."""
-        dense_linear = import_module("sparsecomp.bench.gpu_dense").dense_linear
+        dense_linear = import_module("bench.gpu.dense").dense_linear
         return lambda: dense_linear(x, weight)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .machine import commit, package_version
+from sparsecomp.benchmark.machine import commit, package_version
 
 _PACKAGES = ("torch", "triton", "nvidia-cusparselt-cu13", "nvidia-cublas", "cupy-cuda13x", "sparsecomp")
 _WATCHED = {

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 from xml.sax.saxutils import escape
 
-from .report import Comparison, comparisons
+from sparsecomp.benchmark.report import Comparison, comparisons
 
 _WIDTH, _HEIGHT = 760, 390
 _FONT = 'font-family="sans-serif" font-size="13"'

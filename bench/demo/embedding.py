@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 import sparsecomp as sc
-
-from . import minilm
-from .harness import Sampler, wait_until_idle
+from bench import minilm
+from sparsecomp.benchmark.timing import Sampler, wait_until_idle
 
 # input_ids and attention_mask, int64 [texts, tokens]
 Arrays = Mapping[str, np.ndarray[Any, Any]]

@@ -108,7 +108,7 @@ def _case(row: Row) -> tuple[Any, ...]:
 
 
 def packing_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """A line for each square that ``gpu_packing.packing_rows`` timed."""
+    """A line for each square that ``packing.packing_rows`` timed."""
     return [
         f"packing {row['side']}x{row['side']} bf16: {row['default']:g} us for {row['backend']}, the backend a layer "
         f"gets; {row['planes']:g} us for triton; for gluon {row['dense']:g} us from dense, {row['canonical']:g} us "

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .harness import Timing
-from .minilm import Quality
+from bench.minilm import Quality
+from sparsecomp.benchmark.timing import Timing
 
 DENSE, INT8, SPARSE = "dense fp32", "dense int8", "sparse fp32"
 

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import sparsecomp as sc
+from sparsecomp.benchmark.cores import Cores
+from sparsecomp.benchmark.engines import DTYPES, INT8, Engine, SparseEngine, dense_engines
+from sparsecomp.benchmark.machine import describe
+from sparsecomp.benchmark.product import Product
+from sparsecomp.benchmark.timing import Timing, measure
+from sparsecomp.benchmark.worker import Worker, ask_all, workers
 from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.bound import bound
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
 from sparsecomp.reporting.terminal import progress
-
-from .cores import Cores
-from .engines import DTYPES, INT8, Engine, SparseEngine, dense_engines
-from .harness import Timing, measure
-from .machine import describe
-from .product import Product
-from .worker import Worker, ask_all, workers
 
 FORMAT = 2
 # relative Frobenius distance to float64 above which a figure would be the speed of something else

@@ -13,10 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsecomp.planning.planner import Plan
-
-from .demo_result import DENSE, INT8, SPARSE
-from .embedding import (
+from bench.demo.embedding import (
     Embedding,
     dense_model,
     of_model,
@@ -27,6 +24,8 @@ from .embedding import (
     sparse_model,
     stock_session,
 )
+from bench.demo.result import DENSE, INT8, SPARSE
+from sparsecomp.planning.planner import Plan
 
 TORCH = "torch fp32"
 _OPENVINO = "OpenVINO fp32"

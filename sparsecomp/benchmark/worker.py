@@ -13,10 +13,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sparsecomp.benchmark.timing import use_threads
 from sparsecomp.errors import SparsecompError
 from sparsecomp.onnx.threads import unbound
-
-from .harness import use_threads
 
 # a process that has not ended so long after its pipe closed is killed
 _PATIENCE_S = 2.0

@@ -1,6 +1,6 @@
 """Whether a compiled layer is ever slower than nn.Linear: random sizes, dense left alone where it wins.
 
-``python -m sparsecomp.bench.anyshape [--count 200] [--threads 1] [--output FILE]`` prints the slowest layers and writes
+``python -m bench.cpu.anyshape [--count 200] [--threads 1] [--output FILE]`` prints the slowest layers and writes
 every one of them as JSON. Dense is torch's nn.Linear, which is what ``sc.compile`` replaces or leaves.
 """
 
@@ -21,14 +21,13 @@ import torch
 from torch import nn
 
 import sparsecomp as sc
+from sparsecomp.benchmark.cores import Cores
+from sparsecomp.benchmark.engines import DTYPES
+from sparsecomp.benchmark.machine import describe
+from sparsecomp.benchmark.report import EVEN, geometric_mean
+from sparsecomp.benchmark.timing import Sampler, measure, use_threads, wait_until_idle
 from sparsecomp.machine.device import detect
 from sparsecomp.reporting.terminal import progress, table
-
-from .cores import Cores
-from .engines import DTYPES
-from .harness import Sampler, measure, use_threads, wait_until_idle
-from .machine import describe
-from .report import EVEN, geometric_mean
 
 MOST_FEATURES, MOST_BATCH = 4096, 512
 _SECONDS = 0.25

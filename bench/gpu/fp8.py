@@ -10,14 +10,13 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from bench.gpu.cases import Case
+from bench.gpu.engine import Call, GpuEngine
 from sparsecomp.backends.gpu.cutlass import build as cutlass_build
 from sparsecomp.backends.gpu.cutlass import fp8 as cutlass_fp8
 from sparsecomp.backends.gpu.cutlass import library as cutlass_library
 from sparsecomp.backends.gpu.cutlass.config import Config, configs
 from sparsecomp.packing.format import pack
-
-from .gpu_cases import Case
-from .gpu_engine import Call, GpuEngine
 
 _MULTIPLE = 16
 

@@ -1,7 +1,7 @@
 """How good a whole model is after pruning, stage by stage: all 36 encoder linears of MiniLM, held-out paragraphs.
 
-Takes nothing but installed packages, prints a table and writes JSON and an HTML page. ``python -m
-sparsecomp.bench.quality``.
+Takes nothing but installed packages, prints a table and writes JSON and an HTML page.
+``python -m bench.pruning.quality``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 import sparsecomp as sc
+from bench import minilm
+from sparsecomp.benchmark import machine
 from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.device import detect
 from sparsecomp.pruning import PruneReport, Stage, Tuning, distill, prune_blocks
-
-from . import machine, minilm
 
 HELD_OUT_TEXTS = 400
 BATCH = 16

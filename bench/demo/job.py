@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 
 import sparsecomp as sc
+from bench import minilm
+from bench.demo.engines import Contender, Files, contenders
+from bench.demo.report import render
+from bench.demo.result import DemoResult, LayerRow, Measured, to_dict
+from sparsecomp.benchmark import machine
+from sparsecomp.benchmark.timing import Timing, measure
+from sparsecomp.benchmark.worker import Worker, ask_all, workers
 from sparsecomp.compiler import summary
 from sparsecomp.errors import PatternError, SparsecompError
 from sparsecomp.patterns import parse, row_nm
 from sparsecomp.planning.summary import Summary
 from sparsecomp.pruning.report import PruneReport
-
-from . import machine, minilm
-from .demo_engines import Contender, Files, contenders
-from .demo_report import render
-from .demo_result import DemoResult, LayerRow, Measured, to_dict
-from .harness import Timing, measure
-from .worker import Worker, ask_all, workers
 
 METHOD = "fast"
 # rows (tokens) of one text and of 32 texts of a typical paragraph's length
@@ -259,7 +259,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     (folder / "result.json").write_text(json.dumps(to_dict(result), indent=1, allow_nan=False) + "\n")
     print(text)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

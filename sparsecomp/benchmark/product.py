@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import sparsecomp as sc
-
-from .engines import DTYPES, Engine, Loaded, Operands, Runner
-from .harness import Sampler, wait_until_idle
+from sparsecomp.benchmark.engines import DTYPES, Engine, Loaded, Operands, Runner
+from sparsecomp.benchmark.timing import Sampler, wait_until_idle
 
 
 class Product:

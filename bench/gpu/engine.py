@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .gpu_cases import Case
+from bench.gpu.cases import Case
 
 Call = Callable[[], Tensor]
 

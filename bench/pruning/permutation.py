@@ -1,4 +1,4 @@
-"""What "best" gains over "balanced" on all-MiniLM-L6-v2: ``python -m sparsecomp.bench.permutation``.
+"""What "best" gains over "balanced" on all-MiniLM-L6-v2: ``python -m bench.pruning.permutation``.
 
 "best" chooses the damping and the order of hidden channels on held-out tokens, so errors are also given on tokens of
 other documents, by which nothing was chosen.
@@ -17,6 +17,10 @@ from typing import Any
 import torch
 
 import sparsecomp as sc
+from bench import minilm
+from bench.pruning.masks import TOKENS, texts_of
+from sparsecomp.benchmark.machine import describe
+from sparsecomp.benchmark.sweep import write
 from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.device import detect
 from sparsecomp.methods.error import relative_error
@@ -27,11 +31,6 @@ from sparsecomp.pruning.checkpoint import Checkpoint
 from sparsecomp.pruning.model import permutable
 from sparsecomp.pruning.solve import Solved, make_jobs, solve
 from sparsecomp.reporting.terminal import table
-
-from . import minilm
-from .machine import describe
-from .masks import TOKENS, texts_of
-from .sweep import write
 
 FORMAT = 1
 BASE, CHALLENGER = "balanced", "best"

@@ -1,0 +1,1 @@
+"""Measurements on a CPU beyond those of ``sparsecomp bench``."""

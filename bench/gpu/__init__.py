@@ -1,0 +1,1 @@
+"""Measurements and certification on an NVIDIA GPU; ``bench/gpu.sh`` starts them."""

@@ -1,0 +1,1 @@
+"""What pruning costs a real model in quality, method by method."""
