@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from sparsecomp.benchmark.plot import limit_plot
-from sparsecomp.benchmark.report import Comparison, comparisons, geometric_mean, load_result
+from sparsecomp.benchmark.report import Comparison, comparisons, load_result
 from sparsecomp.errors import FormatError
 
 SHAPE, DTYPE, THREADS = (4096, 4096), "fp32", 1

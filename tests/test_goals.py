@@ -106,4 +106,5 @@ def test_a_compiled_layer_is_compared_with_linear(monkeypatch: pytest.MonkeyPatc
     text = anyshape.render([*found, slow])
     assert "0.50x" in text
     assert "3 layers" in text
+    assert "1 layer: 0 packed; 1 left dense" in anyshape.render([slow | {"sparse": False}])
     assert "1 of them beyond their spread" in text or "2 of them beyond" in text

@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ import sparsecomp as sc
 from sparsecomp.benchmark.cores import Cores
 from sparsecomp.benchmark.engines import DTYPES
 from sparsecomp.benchmark.machine import describe
-from sparsecomp.benchmark.report import EVEN, geometric_mean
+from sparsecomp.benchmark.report import EVEN
 from sparsecomp.benchmark.timing import Sampler, measure, use_threads, wait_until_idle
 from sparsecomp.machine.device import detect
-from sparsecomp.reporting.terminal import progress, table
+from sparsecomp.reporting.terminal import counted, progress, table
 
 MOST_FEATURES, MOST_BATCH = 4096, 512
 _SECONDS = 0.25
@@ -89,11 +90,12 @@ def render(rows: list[dict[str, Any]]) -> str:
     packed = [row for row in rows if row["sparse"]]
     behind = [row for row in rows if row["speedup"] < EVEN]
     certain = [row for row in behind if row["high"] < 1]
+    mean = f", geometric mean of these {geometric_mean(row['speedup'] for row in packed):.2f}x" if packed else ""
     return (
         f"{table(columns, lines, title='The slowest compiled layers, against nn.Linear')}\n\n"
-        f"{len(rows)} layers: {len(packed)} packed, geometric mean of these "
-        f"{geometric_mean(row['speedup'] for row in packed):.2f}x; {len(rows) - len(packed)} left dense. Below {EVEN}: "
-        f"{len(behind)}, {len(certain)} of them beyond their spread, {sum(row['sparse'] for row in behind)} packed."
+        f"{counted(len(rows), 'layer')}: {len(packed)} packed{mean}; {len(rows) - len(packed)} left dense. "
+        f"Below {EVEN}: {len(behind)}, {len(certain)} of them beyond their spread, "
+        f"{sum(row['sparse'] for row in behind)} packed."
     )
 
 

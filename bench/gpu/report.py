@@ -6,6 +6,7 @@ Pure functions, standard library only.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +52,8 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:
-    """None of no values."""
-    return math.exp(sum(math.log(value) for value in values) / len(values)) if values else None
+    """Geometric mean; None of no values."""
+    return statistics.geometric_mean(values) if values else None
 
 
 def summary(result: dict[str, Any]) -> str:

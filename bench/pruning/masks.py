@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -106,11 +106,11 @@ def summary(result: dict[str, Any]) -> str:
             against = by_method.get(other)
             for error in ("error", "held_out"):
                 ratios = [rows[layer][error] / against[layer][error] for layer in rows] if against else []
-                cells.append(f"{_geometric(ratios):.3f}" if ratios else "-")
+                cells.append(f"{geometric_mean(ratios):.3f}" if ratios else "-")
                 if error == "error":
                     cells.append(f"{max(ratios):.3f}" if ratios else "-")
-        mean = _geometric([row["error"] for row in rows.values()])
-        held_out = _geometric([row["held_out"] for row in rows.values()])
+        mean = geometric_mean([row["error"] for row in rows.values()])
+        held_out = geometric_mean([row["held_out"] for row in rows.values()])
         times = [f"{sum(row[clock] for row in rows.values()):.1f}" for clock in ("seconds", "cpu_seconds")]
         lines.append((method, f"{mean:.4f}", f"{held_out:.4f}", *cells, *times))
     columns = ["method", ">error", ">held out"]
@@ -123,10 +123,6 @@ def summary(result: dict[str, Any]) -> str:
         f"calibration and {tokens['held_out']:,} held-out tokens, {threads} thread(s); geometric means over the layers"
     )
     return table([*columns, ">seconds", ">of CPU"], lines, title=title)
-
-
-def _geometric(values: Sequence[float]) -> float:
-    return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

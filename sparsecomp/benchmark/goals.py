@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
-from sparsecomp.benchmark.report import Comparison, comparisons, geometric_mean
+from sparsecomp.benchmark.report import Comparison, comparisons
 from sparsecomp.benchmark.sweep import Settings
 from sparsecomp.reporting.terminal import table
 

@@ -6,10 +6,10 @@ Takes the JSON values of a result; every ratio that is printed anywhere is compu
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from sparsecomp.errors import FormatError
@@ -92,12 +92,6 @@ def _turns(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("out", "in", "batch", "dtype", "threads", "weights"))
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """Geometric mean; 1.0 of nothing."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
 
 def render(result: dict[str, Any]) -> str:

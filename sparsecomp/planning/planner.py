@@ -5,7 +5,7 @@ Takes a model and candidate patterns, gives a Plan. Prunes nothing in the model,
 
 from __future__ import annotations
 
-import math
+import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -178,7 +178,7 @@ def _try(
         bounds = cost.known_bounds(requests, device, dict.fromkeys(batches, True))
         if len(bounds) < len(batches):
             return "the bound is unknown: measuring the peaks of the device needs more memory than is free"
-        mean = _geometric_mean([each.value for each in bounds.values()])
+        mean = statistics.geometric_mean([each.value for each in bounds.values()])
         refusal = None if mean > min_speedup else f"even the bound is only {mean:.2f}x"
         return _Trial(pattern, names[0], {}, {}, bounds, None, mean, refusal)
     trials: list[_Trial] = []
@@ -215,7 +215,7 @@ def _measured(
     dense = {size: value.seconds[DENSE] for size, value in measured.items()}
     sparse = {size: taken_seconds(value, size, above) for size, value in measured.items()}
     ratios = {size: dense[size] / sparse[size] for size in measured}
-    mean = _geometric_mean(list(ratios.values()))
+    mean = statistics.geometric_mean(ratios.values())
     worst = min(ratios, key=lambda size: ratios[size])
     refusal = None
     if ratios[worst] < TOLERATED:
@@ -280,7 +280,3 @@ def _error(ref: LinearRef, pattern: Pattern, gram: Tensor | None) -> float:
     from sparsecomp.methods.weight import prune_weight
 
     return prune_weight(ref.get_weight(), pattern, "magnitude" if gram is None else "wanda", gram).error
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(math.log(value) for value in values) / len(values))

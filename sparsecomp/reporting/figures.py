@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -15,8 +16,8 @@ _FIGURE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 def geometric_mean(errors: Iterable[float]) -> float:
     """Geometric mean of what is above zero; 0.0 of nothing."""
-    logs = [math.log(error) for error in errors if error > 0.0]
-    return math.exp(sum(logs) / len(logs)) if logs else 0.0
+    positive = [error for error in errors if error > 0.0]
+    return statistics.geometric_mean(positive) if positive else 0.0
 
 
 def error_text(error: float) -> str:
