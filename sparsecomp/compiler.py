@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import CalibrationError, ModelError, SparsecompError
 from sparsecomp.models.batches import eager
 from sparsecomp.models.calibration import Calibration
@@ -77,7 +78,7 @@ def compile(
 
         warn_of_thin_statistics(method, calibration, choices)
     layers = {
-        name: _sparse(found, name, *choice, method, calibration)
+        name: _sparse(found, name, choice, method, calibration)
         for name, choice in progress(list(choices.items()), "pruning and packing" if method else "packing")
     }
     swap(model, layers)
@@ -112,41 +113,29 @@ def summary(model: nn.Module, batch: Sequence[int] = (1, 32)) -> Summary:
     return summarise(model, batch, {} if followed is None else {**followed.stayed_dense, **followed.skipped})
 
 
-def _choices(
-    decided: Plan | None, pattern: Plan | Patterns, found: LayerTable
-) -> dict[str, tuple[Pattern, int | None, str | None]]:
-    """Pattern, ``dense_above`` and the fastest backend of each layer to be packed."""
+def _choices(decided: Plan | None, pattern: Plan | Patterns, found: LayerTable) -> dict[str, Choice]:
+    """How each layer to be packed is to run."""
+    from sparsecomp.planning.selection import choices_of, choose_patterns
+
     if decided is None:
         if isinstance(pattern, Mapping):
-            from sparsecomp.planning.selection import choose_patterns
-
             if "auto" in pattern.values():
                 raise ModelError('where="everywhere" takes named patterns; pattern "auto" needs where="faster"')
-            return {name: (each, None, None) for name, each in choose_patterns(found, pattern)[0].items()}
+            return {name: Choice(each) for name, each in choose_patterns(found, pattern)[0].items()}
         if isinstance(pattern, Plan) or (isinstance(pattern, Sequence) and not isinstance(pattern, str)):
             raise ModelError('where="everywhere" packs every layer in one pattern; give one, or use where="faster"')
         if pattern == "auto":
             raise ModelError('where="everywhere" takes a named pattern; pattern "auto" needs where="faster"')
-        return {name: (parse(pattern), None, None) for name in found}
-    choices: dict[str, tuple[Pattern, int | None, str | None]] = {}
-    for name, layer in decided.sparse.items():
-        if name in found.skipped:
-            continue
-        if name not in found or found[name].shape != layer.shape:
-            raise ModelError(
-                f'the plan has a layer "{name}" of shape {layer.shape}, which this model lacks; plan this model'
-            )
-        assert layer.pattern is not None
-        choices[name] = (layer.pattern, layer.dense_above, layer.backend)
-    return choices
+        return dict.fromkeys(found, Choice(parse(pattern)))
+    return choices_of(decided, found)
 
 
 def _check_fit(decided: Plan, found: LayerTable) -> None:
     """PatternError for a layer that was tried, stays dense and would not have fitted."""
     for layer in decided:
-        if layer.pattern is None and layer.tried is not None:
+        if layer.choice is None and layer.tried is not None:
             with _naming(layer.name):
-                pack(found[layer.name].get_weight(), layer.tried)
+                pack(found[layer.name].get_weight(), layer.tried.pattern)
 
 
 @contextmanager
@@ -161,9 +150,7 @@ def _naming(name: str) -> Iterator[None]:
 def _sparse(
     found: LayerTable,
     name: str,
-    pattern: Pattern,
-    dense_above: int | None,
-    backend: str | None,
+    choice: Choice,
     method: str | None,
     calibration: Calibration | None,
 ) -> SparseLinear:
@@ -172,7 +159,6 @@ def _sparse(
     gram = None if calibration is None or method is None else calibration[name].gram
     with _naming(name), torch.no_grad():
         linear = found[name].as_linear()
-        layer = SparseLinear.of_weight_and_bias(linear, pattern, method, gram, preferred=backend)
+        layer = SparseLinear.following(linear, choice, method, gram)
     share_bias(linear, layer)
-    layer.dense_above = dense_above
     return layer

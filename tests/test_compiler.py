@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from sparsecomp import compiler, swap
-from sparsecomp.backends.explain import why_no_kernel
+from sparsecomp.backends.choice import Choice
 from sparsecomp.backends.reference import ReferenceBackend
+from sparsecomp.backends.registry import why_no_kernel
 from sparsecomp.compiler import compile, report, summary
 from sparsecomp.errors import CalibrationError, ModelError, PatternError, SparsecompError
 from sparsecomp.files.storage import load, save
@@ -136,8 +137,8 @@ def test_a_plan_is_followed_layer_by_layer() -> None:
     net = Net()
     made = plan(net, "2:4", measure=False)
     layers = (
-        replace(made["up"], pattern=parse("8:16"), dense_above=64),
-        replace(made["down"], pattern=None, reason="dense is faster"),
+        replace(made["up"], choice=Choice(parse("8:16"), dense_above=64)),
+        replace(made["down"], choice=None, reason="dense is faster"),
     )
     made = replace(made, layers=layers)
     dense = net.down.weight.detach().clone()
@@ -244,7 +245,7 @@ def test_the_backend_of_the_plan_is_taken_and_kept(monkeypatch: pytest.MonkeyPat
         want = net(x)
     decided = plan(net, "2:4", batch=1, measure=False)
     (layer,) = decided
-    fastest = replace(decided, layers=(replace(layer, pattern=parse("2:4"), backend="reference"),))
+    fastest = replace(decided, layers=(replace(layer, choice=Choice(parse("2:4"), "reference")),))
     fast = compile(net, fastest)[0]
     with torch.no_grad():
         torch.testing.assert_close(net(x), want)

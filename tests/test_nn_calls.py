@@ -191,7 +191,7 @@ def test_wrong_arguments_are_named_as_for_any_module() -> None:
 
 
 def test_what_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_eager", "dense_above", "_forward_hooks", "_backward_pre_hooks", "_parameters"):
+    for name in ("_eager", "choice", "_forward_hooks", "_backward_pre_hooks", "_parameters"):
         layer = make()
         delattr(layer, name)
         with pytest.raises(AttributeError, match=name):

@@ -41,9 +41,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seconds], list[Request]]
     asked: list[Request] = []
 
     def use(seconds: Seconds) -> list[Request]:
-        def measure(request: Request, backend: None = None, **longer: object) -> Measurement:
+        def measure(request: Request, backend: str, **longer: object) -> Measurement:
             asked.append(request)
             times = seconds(request)
+            assert backend == "cpu"
             return Measurement("cpu", times, dict.fromkeys(times, 0.0), False)
 
         monkeypatch.setattr(tune, "measure", measure)
@@ -167,17 +168,6 @@ def test_a_backend_that_cannot_be_measured_is_no_candidate(monkeypatch: pytest.M
         plan(model(), "2:4", batch=1, only="0")
 
 
-def test_another_backend_than_the_one_asked_for_is_no_measurement_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    several = Several({"cpu": {1: 0.2e-5}, "reference": {1: 0.5e-5}})
-    _use(several, monkeypatch)
-    took_its_place = Measurement("reference", {DENSE: 1e-5, SPARSE: 0.2e-5}, {}, False)
-    monkeypatch.setattr(
-        tune, "measure", lambda request, backend: several.measure(request, backend) if backend else took_its_place
-    )
-    layer = plan(model(), "2:4", batch=1, only="0")["0"]
-    assert layer.backend == "reference" and layer.sparse == {1: 0.5e-5}
-
-
 def test_the_fastest_pattern_within_the_error_is_taken(timed: Callable[[Seconds], list[Request]]) -> None:
     rates = {"1:4": 4.0, "2:4": 2.0, "3:4": 1.3}
     timed(lambda request: {DENSE: 1e-5, SPARSE: 1e-5 / rates[str(request.pattern)]})
@@ -222,7 +212,8 @@ def test_layers_without_a_kernel_stay_dense_with_the_reason() -> None:
 @needs_kernel
 def test_automatic_pattern_is_the_natural_one() -> None:
     made = plan(model(), "auto", measure=False)
-    assert made["0"].tried == detect("cpu").natural_pattern(0.5)
+    tried = made["0"].tried
+    assert tried is not None and tried.pattern == detect("cpu").natural_pattern(0.5)
 
 
 def test_only_and_skip_select_layers() -> None:

@@ -1,14 +1,18 @@
 """What a file is copied into: tensors that the model has, all or none of them; what is the model's own stays."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from saved_models import Beside, assert_refused, packed
 from torch import nn
 
+from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import FormatError, ModelError
 from sparsecomp.files import storage
 from sparsecomp.files.storage import load, save
 from sparsecomp.nn import SparseLinear
+from sparsecomp.patterns import parse
 
 NAN = float("nan")
 
@@ -135,7 +139,7 @@ def test_a_packed_layer_keeps_its_class_its_attributes_and_its_backend(tmp_path)
     assert type(new) is Scaled
     assert (new.gain, new.note, new.dense_above) == (2.0, "mine", 64)
     assert new.step is old.step
-    assert (new.kernel.backend, new._wanted) == ("reference", "reference")
+    assert new.kernel.backend == "reference" and new.choice.pinned
     x = torch.randn(3, 16)
     torch.testing.assert_close(new(x), 2 * packed(1)(x))
 
@@ -146,7 +150,7 @@ def test_a_preferred_backend_goes_on_being_preferred(tmp_path):
     linear.weight.data = packed(2).weight.clone()
     model = nn.Sequential(SparseLinear.from_linear(linear, "2:4", preferred="reference"))
     load(tmp_path / "m", into=model)
-    assert (model[0]._preferred, model[0]._wanted, model[0].kernel.backend) == ("reference", None, "reference")
+    assert model[0].choice == Choice(parse("2:4"), "reference") and model[0].kernel.backend == "reference"
 
 
 class Head(nn.Module):
@@ -232,7 +236,7 @@ def test_a_layer_whose_names_clash_with_the_file_is_no_place_for_a_sparse_one(tm
 def test_a_pinned_backend_that_does_not_run_the_file_is_named_with_the_layer(tmp_path):
     save(nn.Sequential(packed(1)), tmp_path / "m")
     old = packed(1)
-    old._wanted = "none such"
+    old.choice = replace(old.choice, backend="none such", pinned=True)
     assert_refused(tmp_path / "m", nn.Sequential(old), 'sparse layer "0": .*none such', ModelError)
 
 

@@ -11,18 +11,23 @@ import pytest
 import torch
 
 import sparsecomp
-from sparsecomp.backends.registry import choose
+from sparsecomp.backends.registry import backends, choose
 from sparsecomp.machine import cache, sources, timings
-from sparsecomp.machine.device import detect
+from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
 from sparsecomp.machine.sources import file_digest
-from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, lookup
+from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement, keep, lookup
 from sparsecomp.patterns import Block, parse
 from sparsecomp.patterns.project import project
 from sparsecomp.planning import measure as tune
 from sparsecomp.planning.measure import measure, random_weight
 
 REQUEST = Request(parse("2:4"), (24, 40), torch.float32, "cpu", 3)
+
+
+def known(request: Request, device: Device | None = None) -> Measurement | None:
+    """What is remembered of the backend that is taken without asking."""
+    return lookup(request, choose(request), device)
 
 
 @pytest.fixture(autouse=True)
@@ -48,28 +53,48 @@ def test_every_candidate_is_measured(pattern: str, dtype: torch.dtype) -> None:
 
 
 def test_measurements_are_remembered_by_request_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lookup(REQUEST) is None
+    assert known(REQUEST) is None
     first = measure(REQUEST, budget=0.0)
-    assert lookup(REQUEST) is first and measure(REQUEST) is first
+    assert known(REQUEST) is first and measure(REQUEST) is first
     timings._known.clear()
     cache._memory.clear()
-    assert lookup(REQUEST) == first  # from the file
+    assert known(REQUEST) == first  # from the file
     for other in (
         replace(REQUEST, batch=4),
         replace(REQUEST, pattern=parse("1:4")),
         replace(REQUEST, dtype=torch.bfloat16),
         replace(REQUEST, shape=(40, 24)),
     ):
-        assert lookup(other) is None
-    assert lookup(REQUEST, replace(detect("cpu"), isa="another")) is None
+        assert known(other) is None
+    assert known(REQUEST, replace(detect("cpu"), isa="another")) is None
     monkeypatch.setattr(timings, "_versions", lambda: "later")
-    assert lookup(REQUEST) is None
+    assert known(REQUEST) is None
+
+
+def test_times_are_remembered_by_the_name_of_the_backend(kept: Path) -> None:
+    first = measure(REQUEST, budget=0.0)
+    assert measure(REQUEST, backend=choose(REQUEST)) is first  # named or not, it is the same product
+    assert lookup(REQUEST, "reference") is None
+    other = measure(REQUEST, budget=0.0, backend="reference")
+    assert other.kernel == "reference" and lookup(REQUEST, "reference") is other and known(REQUEST) is first
+    keys = json.loads((kept / "tune.json").read_text())
+    assert sorted(key.rpartition(" by ")[2] for key in keys) == sorted([choose(REQUEST), "reference"])
+
+
+def test_entries_without_the_name_of_a_backend_are_not_read(kept: Path) -> None:
+    """Such as version 0.1.0 wrote, whose backend was the one that was chosen then."""
+    keep(Measurement("dense", {SPARSE: 1e-9, DENSE: 1.0}, {SPARSE: 0.0}, False), REQUEST, detect("cpu"))
+    ((key, entry),) = json.loads((kept / "tune.json").read_text()).items()
+    (kept / "tune.json").write_text(json.dumps({key.rpartition(" by ")[0]: entry}))
+    timings._known.clear()
+    cache._memory.clear()
+    assert all(lookup(REQUEST, name) is None for name in backends())
 
 
 def test_measurements_of_a_busy_machine_are_not_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timings, "_STEADY", -1.0)
     first = measure(REQUEST, budget=0.0)
-    assert lookup(REQUEST) is first  # good enough for this process
+    assert known(REQUEST) is first  # good enough for this process
     assert not (kept / "tune.json").exists()
 
 
@@ -82,23 +107,23 @@ def test_other_kernels_are_other_measurements(tmp_path: Path) -> None:
 def test_on_a_gpu_triton_and_the_sources_belong_to_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu = replace(detect("cpu"), kind="cuda", isa="sm_90")
     request = replace(REQUEST, device="cuda:0")
-    keys = [timings._key(request, gpu, None)]
+    keys = [timings._key(request, gpu, "triton")]
     for folder, text in (("a", "1"), ("b", "2")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "kernel.py").write_text(text)
         spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / folder)])
         monkeypatch.setattr(sources, "find_spec", lambda name, spec=spec: spec)
         timings._gpu_versions.cache_clear()
-        keys.append(timings._key(request, gpu, None))
-    before = timings._key(REQUEST, detect("cpu"), None)
+        keys.append(timings._key(request, gpu, "triton"))
+    before = timings._key(REQUEST, detect("cpu"), "cpu")
     monkeypatch.setattr(timings, "version", lambda package: "99.0")
     timings._gpu_versions.cache_clear()
-    keys.append(timings._key(request, gpu, None))
+    keys.append(timings._key(request, gpu, "triton"))
     assert len(set(keys)) == 4
-    assert timings._key(REQUEST, detect("cpu"), None) == before  # a CPU's times do not age with Triton
+    assert timings._key(REQUEST, detect("cpu"), "cpu") == before  # a CPU's times do not age with Triton
     monkeypatch.undo()
     timings._gpu_versions.cache_clear()
-    assert timings._key(request, gpu, None) == keys[0]
+    assert timings._key(request, gpu, "triton") == keys[0]
 
 
 def test_the_sources_of_the_gpu_kernels_are_found() -> None:
@@ -124,7 +149,7 @@ def test_other_thread_counts_are_other_measurements() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert lookup(REQUEST) is None
+        assert known(REQUEST) is None
     finally:
         torch.set_num_threads(threads)
 
@@ -132,7 +157,7 @@ def test_other_thread_counts_are_other_measurements() -> None:
 def test_measuring_again_replaces_what_was_known() -> None:
     first = measure(REQUEST, budget=0.0)
     assert measure(REQUEST, budget=0.0, again=True) is not first
-    assert lookup(REQUEST) is not first
+    assert known(REQUEST) is not first
 
 
 @pytest.mark.parametrize(
@@ -154,7 +179,7 @@ def test_entries_nobody_wrote_are_ignored(kept: Path, entry: object) -> None:
     (kept / "tune.json").write_text(json.dumps({key: entry}))
     timings._known.clear()
     cache._memory.clear()
-    assert lookup(REQUEST) is None
+    assert known(REQUEST) is None
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "8:16", "2:4@v4", "64:2:8", "block8x4:0.4"])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsecomp.backends import registry
+from sparsecomp.backends.choice import Choice
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import pack
 from sparsecomp.packing.layouts.fragments import to_fragments
@@ -49,7 +50,7 @@ def packing_rows(sides: tuple[int, ...] = SIDES) -> list[dict[str, Any]]:
             raise RuntimeError(f"the packing kernels differ from the torch packer for {side}x{side}")
         backend = registry.choose(Request(packed.pattern, packed.shape, packed.dtype, "cuda", 1))
         ways["planes"] = partial(registry.backends()["triton"].prepare, packed)
-        ways["default"] = partial(registry.prepared, packed, packed.pattern, None)
+        ways["default"] = partial(registry.prepared, packed, Choice(packed.pattern))
         found.append({"side": side, "backend": backend, **{name: _microseconds(call) for name, call in ways.items()}})
     return found
 

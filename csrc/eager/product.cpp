@@ -104,6 +104,7 @@ Verdict examine(const Product& p, PyObject* x, PyObject* bias, PyObject* dense_a
     if (from == -1 && PyErr_Occurred()) return Verdict::kError;
   }
   if (!fits(p, x, x_view)) return Verdict::kDispatch;
+  // as sparsecomp/backends/choice.py says in unpacks()
   return row_count(*x_view) >= from ? Verdict::kOtherwise : Verdict::kRun;
 }
 

@@ -62,10 +62,12 @@ class Backend(ABC):
     """A family of kernels. Stateless; one instance is registered under its name.
 
     ``by_name_only`` is why nobody gets it without asking for it by name: it computes less exactly than others do.
+    ``sparse``: the kernels multiply the packed weight, so that they are worth measuring beside a dense product.
     ``of_a_vendor``: the kernels are torch's or the GPU vendor's, who answer for the architectures they run on.
     """
 
     name: ClassVar[str]
+    sparse: ClassVar[bool] = True
     fuses_activations: ClassVar[bool] = False
     by_name_only: ClassVar[str | None] = None
     of_a_vendor: ClassVar[bool] = False
@@ -81,6 +83,10 @@ class Backend(ABC):
     @abstractmethod
     def supports(self, request: Request) -> str | None:
         """None if the backend runs this request here, else the reason why not."""
+
+    def nearest(self, request: Request) -> bool:
+        """Whether no other backend for that device runs more weights of that kind: its refusal is the one to tell."""
+        return False
 
     @abstractmethod
     def prepare(self, packed: PackedWeight) -> Kernel:

@@ -184,6 +184,10 @@ class CpuBackend(Backend):
         _require_layout(kernel)
         return kernel
 
+    def nearest(self, request: Request) -> bool:
+        """True on the CPU, of which no other sparse backend knows."""
+        return torch.device(request.device).type == "cpu"
+
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The layout of ``packed``, which must be on the CPU."""
         family, arguments = _stored(packed.pattern, packed.shape, packed.values.dtype, packed.values.shape[0])

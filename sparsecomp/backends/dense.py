@@ -18,6 +18,7 @@ class DenseBackend(Backend):
     """torch's own linear on a dense temporary."""
 
     name = "dense"
+    sparse = False
     of_a_vendor = True
 
     def missing(self) -> str | None:

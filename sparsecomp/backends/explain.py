@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from sparsecomp.backends import registry
 from sparsecomp.backends.base import Kernel
+from sparsecomp.backends.choice import Choice, unpacks
 from sparsecomp.backends.gpu.cuda import uncertified
 from sparsecomp.errors import ModelError
 from sparsecomp.machine.bound import Bound, known_bound
 from sparsecomp.machine.device import detect
 from sparsecomp.machine.request import Request
 from sparsecomp.machine.timings import lookup
-from sparsecomp.patterns import Block
 from sparsecomp.reporting.figures import microseconds
 
 BY_NAME = "asked for by name"
@@ -66,18 +64,8 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_kernel(
-    kernel: Kernel,
-    batch: int,
-    dense_above: int | None,
-    wanted: str | None,
-    activation: str = "none",
-    preferred: str | None = None,
-) -> Explanation:
-    """Why ``kernel`` runs a batch of that many rows.
-
-    ``wanted`` is the backend a user pinned, ``preferred`` the one that a plan found the fastest, if any.
-    """
+def explain_kernel(kernel: Kernel, batch: int, choice: Choice, activation: str = "none") -> Explanation:
+    """Why ``kernel`` runs a batch of that many rows in a layer that follows ``choice``."""
     if not isinstance(batch, int) or batch < 0:
         raise ModelError(f"batch={batch!r} is not a number of rows; use 0 or more")
     device = str(kernel.tensors[0].device)
@@ -86,26 +74,28 @@ def explain_kernel(
         return Explanation(request, "none", "the layer is on the meta device and has no values", None, None, ())
     answers = {**dict(registry.explain(request)), **dict(kernel.refused)}
     chosen = kernel.backend
-    if wanted is not None:
+    unpacked = unpacks(choice.dense_above, batch)
+    if choice.pinned:
         reason = BY_NAME
-    elif dense_above is not None and batch >= dense_above:
-        reason = f"from {dense_above} rows on, unpacking the weight and a dense product was measured to be faster"
-    elif chosen == preferred:
+    elif unpacked:
+        reason = (
+            f"from {choice.dense_above} rows on, unpacking the weight and a dense product was measured to be faster"
+        )
+    elif chosen == choice.backend:
         reason = FASTEST
     else:
         reason = "the first backend, in order of preference, that runs this request"
     runs = "runs it too"
-    if wanted is None:
+    if not choice.pinned:
         after = f"comes after {chosen} in the order of preference"
-        runs += f", {'was not the fastest' if chosen == preferred else after}"
+        runs += f", {'was not the fastest' if chosen == choice.backend else after}"
     rejected = tuple((name, why or runs) for name, why in answers.items() if name != chosen)
     where = detect(device)
-    known = lookup(request, where, forced(request, chosen))
+    known = lookup(request, chosen, where)
     limit = known_bound(request, where, warm=known is None or not known.cold)
     epilogue = ""
     if activation != "none":
-        unpacks = dense_above is not None and batch >= dense_above
-        fused = registry.backends()[chosen].fuses_activations and not unpacks
+        fused = registry.backends()[chosen].fuses_activations and not unpacked
         epilogue = f"{activation}, {'inside the kernel' if fused else 'by torch, after the product'}"
     seconds = None if known is None else dict(known.seconds)
     notes: list[str] = []
@@ -114,15 +104,3 @@ def explain_kernel(
     if limit is None:
         notes.append("the bound is unknown: measuring the peaks of the device needs more memory than is free")
     return Explanation(request, chosen, reason, limit, seconds, rejected, epilogue, tuple(notes))
-
-
-def forced(request: Request, backend: str) -> str | None:
-    """That backend where it is another than the one that would be chosen, so that its own times are looked at."""
-    return None if registry.choose(request) == backend else backend
-
-
-def why_no_kernel(request: Request) -> str:
-    """The name and the reason of the backend that comes nearest to running a request which none runs sparse."""
-    on_gpu = "triton_block" if isinstance(request.pattern, Block) else "triton"
-    name = "cpu" if torch.device(request.device).type == "cpu" else on_gpu
-    return f"{name}: {dict(registry.explain(request))[name]}"

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from sparsecomp.backends.base import Backend, Kernel, Weight
+from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import BackendError, ModelError
 from sparsecomp.machine.request import Request
 from sparsecomp.patterns import Pattern
@@ -59,9 +60,13 @@ def sparse_backends(request: Request) -> list[str]:
 
     Those that compute less exactly than the dtype allows are not among them.
     """
-    answers = explain(request)
-    fallback = [name for name, _ in answers].index("dense")
-    return [name for name, reason in answers[:fallback] if reason is None]
+    return [name for name, reason in explain(request) if reason is None and backends()[name].sparse]
+
+
+def why_no_kernel(request: Request) -> str:
+    """The name and the reason of the backend that comes nearest to running a request which none runs sparse."""
+    nearest = next(name for name, backend in backends().items() if backend.nearest(request))
+    return f"{nearest}: {dict(explain(request))[nearest]}"
 
 
 def choose(request: Request) -> str:
@@ -80,19 +85,20 @@ def choose(request: Request) -> str:
     )
 
 
-def prepared(weight: Weight, pattern: Pattern, wanted: str | None, preferred: str | None = None) -> Kernel:
-    """The layout of a weight, packed or dense [out, in] and fitting ``pattern``, for its device and dtype.
+def prepared(weight: Weight, choice: Choice) -> Kernel:
+    """The layout of a weight, packed or dense [out, in] and fitting the pattern chosen, for its device and dtype.
 
-    By the backend ``wanted``, whose errors are the caller's. With none wanted, by ``preferred`` if it runs the weight,
-    else by the first that does; one that cannot prepare it after all is named in a warning, and the next is tried.
-    Raises ModelError if the one wanted is unknown or does not run the weight, BackendError if none could prepare it.
+    By the backend chosen: if it is pinned its errors are the caller's, else the first that runs the weight takes its
+    place where it does not; one that cannot prepare it after all is named in a warning, and the next is tried.
+    Raises ModelError if the one pinned is unknown or does not run the weight, BackendError if none could prepare it.
     """
+    pattern = choice.pattern
     if weight.device.type == "meta":
         return _prepare("dense", weight, pattern)
     quantized = not isinstance(weight, Tensor) and weight.scales is not None
     shape = (weight.shape[0], weight.shape[1])
     request = Request(pattern, shape, weight.dtype, str(weight.device), batch=1, quantized=quantized)
-    if wanted is not None:
+    if choice.pinned and (wanted := choice.backend) is not None:
         if wanted not in backends():
             raise ModelError(f'backend "{wanted}" is not known; use one of {", ".join(backends())}')
         if reason := backends()[wanted].missing() or backends()[wanted].supports(request):
@@ -102,7 +108,7 @@ def prepared(weight: Weight, pattern: Pattern, wanted: str | None, preferred: st
     if weight.device.type == "cpu" and (refusal := backends()["cpu"].refusal()) is not None:
         _warn_refused(refusal)
     refused: list[tuple[str, str]] = []
-    for name in sorted(able, key=lambda name: name != preferred):
+    for name in sorted(able, key=lambda name: name != choice.backend):
         try:
             kernel = _prepare(name, weight, pattern)
         except Exception as error:

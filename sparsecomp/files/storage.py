@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +243,8 @@ def _new_layer(
     if isinstance(old, SparseLinear):
         weight = packed.to(old.device)
         try:
-            wish = old._wanted, old._preferred
-            layer = type(old)._of(weight, packed.pattern, bias, wish, activation)
+            choice = replace(old.choice, pattern=packed.pattern, dense_above=None)
+            layer = type(old).of_choice(weight, choice, bias, activation)
         except SparsecompError as error:  # a backend that was pinned need not run every pattern
             raise type(error)(f'{path}: sparse layer "{name}": {error}') from error
         _keep_own(old, layer)

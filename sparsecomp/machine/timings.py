@@ -45,8 +45,8 @@ class Measurement:
 _known: dict[str, Measurement] = {}
 
 
-def lookup(request: Request, device: Device | None = None, backend: str | None = None) -> Measurement | None:
-    """What is already known of a request on this machine, without measuring."""
+def lookup(request: Request, backend: str, device: Device | None = None) -> Measurement | None:
+    """What is already known of a request by that backend on this machine, without measuring."""
     device = device or detect(request.device)
     key = _key(request, device, backend)
     if key not in _known:
@@ -57,9 +57,9 @@ def lookup(request: Request, device: Device | None = None, backend: str | None =
     return _known[key]
 
 
-def keep(measurement: Measurement, request: Request, device: Device, backend: str | None = None) -> None:
-    """Remember a measurement, where it is steady also for other processes."""
-    key = _key(request, device, backend)
+def keep(measurement: Measurement, request: Request, device: Device) -> None:
+    """Remember a measurement of the backend it names, where it is steady also for other processes."""
+    key = _key(request, device, measurement.kernel)
     if max(measurement.spread.values()) <= _STEADY:
         cache.store("tune", key, _as_json(measurement))
     _known[key] = measurement
@@ -86,12 +86,12 @@ def _gpu_versions() -> str:
     return f"triton {triton} sources {digest(gpu_folders())}"
 
 
-def _key(request: Request, device: Device, backend: str | None) -> str:
+def _key(request: Request, device: Device, backend: str) -> str:
     out, columns = request.shape
     dtype = f"{request.dtype} of int8 weights" if request.quantized else request.dtype
     what = f"{request.pattern} {out}x{columns} {dtype} batch {request.batch} threads {device.threads}"
     versions = _versions() if device.kind == "cpu" else f"{_versions()} {_gpu_versions()}"
-    return f"{device.fingerprint} {versions} {what}" + (f" by {backend}" if backend else "")
+    return f"{device.fingerprint} {versions} {what} by {backend}"
 
 
 def _as_json(measurement: Measurement) -> dict[str, Any]:

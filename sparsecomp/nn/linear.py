@@ -17,6 +17,7 @@ from torch.nn import functional
 from sparsecomp.activations import activate, require_activation
 from sparsecomp.backends import registry
 from sparsecomp.backends.base import Weight
+from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError
 from sparsecomp.modules.carry import carry_over, why_not_carried
 from sparsecomp.modules.readonly import PackedParameter
@@ -32,9 +33,6 @@ from sparsecomp.patterns.numbers import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from sparsecomp.backends.explain import Explanation
-
-
-Wish = tuple[str | None, str | None]  # the backend that is pinned, and the one that is preferred
 
 
 class SparseLinear(PackedModule):
@@ -76,16 +74,16 @@ class SparseLinear(PackedModule):
         place = torch.device(device) if device is not None else torch.get_default_device()
         packed = zero_weight(parse(pattern), (out_features, in_features), place, dtype, quantized)
         parameter = nn.Parameter(torch.zeros(out_features, device=place, dtype=dtype)) if bias else None
-        self._build(packed, packed.pattern, parameter, (backend, None), activation)
+        self._build(packed, Choice.asked(packed.pattern, backend), parameter, activation)
 
-    def _build(self, weight: Weight, pattern: Pattern, bias: nn.Parameter | None, wish: Wish, activation: str) -> None:
+    def _build(self, weight: Weight, choice: Choice, bias: nn.Parameter | None, activation: str) -> None:
         self.out_features, self.in_features = weight.shape
-        self.pattern = pattern
-        self._wanted, self._preferred = wish
+        self.choice = choice
         self._activation = require_activation(activation)
         self._layout: tuple[str, ...] = ()
         self.register_parameter("bias", bias)
         self._hold(self._prepared(weight))
+        self._follow(choice)
 
     @classmethod
     def from_packed(
@@ -100,10 +98,13 @@ class SparseLinear(PackedModule):
 
         ``backend`` pins one backend by name; otherwise the first one that runs the weight on its device is taken.
         """
-        return cls._of(packed, packed.pattern, bias, (backend, None), activation)
+        return cls.of_choice(packed, Choice.asked(packed.pattern, backend), bias, activation)
 
     @classmethod
-    def _of(cls, weight: Weight, pattern: Pattern, bias: Tensor | None, wish: Wish, activation: str) -> SparseLinear:
+    def of_choice(
+        cls, weight: Weight, choice: Choice, bias: Tensor | None = None, activation: str = "none"
+    ) -> SparseLinear:
+        """A layer of a weight [out, in], packed or dense, that fits the pattern of ``choice``, and follows it."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         parameter = None
@@ -113,7 +114,7 @@ class SparseLinear(PackedModule):
             with torch.inference_mode(False):  # a bias made under it could never get a gradient
                 copy = bias.detach().to(weight.device, weight.dtype, copy=True).contiguous()
                 parameter = nn.Parameter(copy, requires_grad=bias.requires_grad or not isinstance(bias, nn.Parameter))
-        layer._build(weight, pattern, parameter, wish, activation)
+        layer._build(weight, choice, parameter, activation)
         return layer
 
     @classmethod
@@ -157,6 +158,20 @@ class SparseLinear(PackedModule):
         preferred: str | None = None,
     ) -> SparseLinear:
         """As ``from_linear``, without what the layer has beside weight and bias; who swaps layers carries that over."""
+        choice = Choice.asked(parse(pattern), backend, preferred)
+        return cls.following(linear, choice, method, gram, activation, quantized)
+
+    @classmethod
+    def following(
+        cls,
+        linear: nn.Linear,
+        choice: Choice,
+        method: str | None = None,
+        gram: Tensor | None = None,
+        activation: str = "none",
+        quantized: bool = False,
+    ) -> SparseLinear:
+        """As ``of_weight_and_bias``, by what was decided: the pattern, the backend and when the product is dense."""
         if not isinstance(linear, nn.Linear):
             raise ModelError(
                 f"from_linear takes an nn.Linear, got {type(linear).__name__}; sparsecomp.compile knows which other "
@@ -171,13 +186,13 @@ class SparseLinear(PackedModule):
         if method is not None:
             from sparsecomp.methods.weight import prune_weight
 
-            weight = prune_weight(weight, pattern, method=method, gram=gram).weight.to(weight.dtype)
+            weight = prune_weight(weight, choice.pattern, method=method, gram=gram).weight.to(weight.dtype)
         # on a GPU a backend may make its layout of the dense weight in one pass
         source: Weight = weight
         if quantized or not weight.is_cuda:
-            source = quantize(pack(weight, pattern)) if quantized else pack(weight, pattern)
-        wish = backend, preferred
-        return cls._of(source, parse(pattern), linear.bias, wish, activation).train(linear.training)
+            packed = pack(weight, choice.pattern)
+            source = quantize(packed) if quantized else packed
+        return cls.of_choice(source, choice, linear.bias, activation).train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """The same layer as nn.Linear, zeros in place, exactly (int8 times scale rounded); the way back for training.
@@ -240,7 +255,7 @@ class SparseLinear(PackedModule):
                 return activate(functional.linear(input, weight, self.bias), self._activation)
             # self.bias costs a failed lookup first; it is asked only where a parametrization took the parameter away
             bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-            y = self._eager(input, bias, self.dense_above)
+            y = self._eager(input, bias, self.choice.dense_above)
             if y is not None:
                 return y
         elif not torch.compiler.is_exporting():
@@ -301,7 +316,7 @@ class SparseLinear(PackedModule):
         """Which kernel runs a batch of that many rows, why, its bound, and what was rejected; printable."""
         from sparsecomp.backends.explain import explain_kernel
 
-        return explain_kernel(self.kernel, batch, self.dense_above, self._wanted, self._activation, self._preferred)
+        return explain_kernel(self.kernel, batch, self.choice, self._activation)
 
     def extra_repr(self) -> str:
         """Sizes, pattern, dtype, kernel, and bytes beside those of the dense weight."""

@@ -6,7 +6,6 @@ Takes the tensors of a Kernel and the facts that describe it. Knows nothing of m
 from __future__ import annotations
 
 import math
-import operator
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.nn import functional
 
 from sparsecomp.activations import activate, activation_gradient, require_activation
 from sparsecomp.backends.base import Kernel
+from sparsecomp.backends.choice import unpacks
 from sparsecomp.backends.registry import backends
 from sparsecomp.errors import ModelError
 from sparsecomp.patterns import parse
@@ -35,25 +35,13 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def require_dense_above(value: object) -> None:
-    """ModelError unless ``value`` is a number of rows (an int of 64 bits) or None."""
-    try:
-        if value is None or abs(operator.index(value)) < 1 << 63:  # type: ignore[arg-type]
-            return
-    except TypeError:
-        pass
-    raise ModelError(
-        f"dense_above must be an int or None, got {value!r}; set the number of rows from which the product is dense"
-    )
-
-
 def apply(kernel: Kernel, x: Tensor, bias: Tensor | None, dense_above: int | None, activation: str = "none") -> Tensor:
     """y [batch, out] = activation(x [batch, in] W^T + bias) in the kernel's dtype.
 
     From ``dense_above`` rows on, the product runs on a dense temporary instead: measured to be faster there.
     """
     backend = backends()[kernel.backend]
-    if dense_above is not None and x.shape[0] >= dense_above:
+    if unpacks(dense_above, x.shape[0]):
         return activate(functional.linear(x, backend.dense(kernel), bias), activation)
     return backend.run_activated(kernel, x, bias, activation)
 

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.compiler import is_compiling
 
 from sparsecomp.backends import registry
 from sparsecomp.backends.base import EagerProduct, Kernel, Weight
+from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError, SparsecompError
 from sparsecomp.modules.readonly import NO_WEIGHT_GRADIENT, PackedParameter, ReadOnly
 from sparsecomp.modules.unpacked import Source
@@ -42,6 +44,12 @@ def _parameter_of(
     packed = PackedWeight(values, metadata, parse(pattern), shape, *stands_for)
     facts = packed.shape, packed.dtype, packed.device
     return PackedParameter.of(Source(*facts, packed.unpack, lambda: (_parameter_of, _parts_of(packed))))
+
+
+def _choice_of_older(state: dict[str, Any]) -> Choice:
+    """The choice in the state of a module that was pickled before it held one, whose attributes are taken out."""
+    pattern, rows = state.pop("pattern"), state.pop("dense_above")
+    return replace(Choice.asked(pattern, state.pop("_wanted"), state.pop("_preferred", None)), dense_above=rows)
 
 
 def _version(tensor: Tensor) -> int:
@@ -78,14 +86,11 @@ class PackedModule(nn.Module):
 
     _version = STATE_VERSION
     _sparsecomp_packed = True  # who looks for layers knows a packed one by it
-    dense_above: int | None
+    choice: Choice
     bias: nn.Parameter | None
-    pattern: Pattern
     in_features: int
     out_features: int
     kernel: Kernel
-    _wanted: str | None
-    _preferred: str | None = None
     _activation: str
     _layout: tuple[str, ...] = ()
     _name: str
@@ -95,6 +100,20 @@ class PackedModule(nn.Module):
     def packed(self) -> PackedWeight:
         """The canonical form of the weight, exactly; treat its tensors as read-only."""
         return registry.backends()[self.kernel.backend].restore(self.kernel)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of the weight."""
+        return self.choice.pattern
+
+    @property
+    def dense_above(self) -> int | None:
+        """Rows from which the weight is unpacked for a dense product, None for never; ModelError for another value."""
+        return self.choice.dense_above
+
+    @dense_above.setter
+    def dense_above(self, rows: int | None) -> None:
+        self.choice = replace(self.choice, dense_above=rows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,9 +143,7 @@ class PackedModule(nn.Module):
         return self._packed_weight if weight is None else weight
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse a new ``weight``, and a ``dense_above`` that counts no rows; ModelError says why."""
-        if name == "dense_above":
-            ops.require_dense_above(value)
+        """Refuse a new ``weight``; ModelError says why."""
         if name == "weight":
             if self.__dict__.get("_is_replica"):  # DataParallel sets what it copied; a replica computes from its layout
                 return
@@ -155,10 +172,9 @@ class PackedModule(nn.Module):
 
     def _prepared(self, weight: Weight) -> Kernel:
         """The layout of ``weight``, packed or dense, for its device and dtype; nothing of the module changes."""
-        pattern = self.pattern if isinstance(weight, Tensor) else weight.pattern
         # tensors made under inference_mode could never be part of a graph afterwards
         with torch.inference_mode(False), torch.no_grad():
-            return registry.prepared(weight, pattern, self._wanted, self._preferred)
+            return registry.prepared(weight, self.choice)
 
     def _hold(self, kernel: Kernel, shared: bool = False) -> None:
         """Make ``kernel`` the module's only weight."""
@@ -168,7 +184,7 @@ class PackedModule(nn.Module):
         for name in self._layout:
             del self._buffers[name]
         self.kernel = kernel
-        self.dense_above = None
+        self.choice = replace(self.choice, dense_above=None)  # it was measured with another weight
         self._layout = tuple(f"layout_{index}" for index in range(len(kernel.tensors)))
         self._name = str(kernel.pattern)
         # torch.fx asks a module, not its class, whether it is of torch.nn and therefore one node of a graph
@@ -177,6 +193,11 @@ class PackedModule(nn.Module):
         for name, tensor in zip(self._layout, kernel.tensors, strict=True):
             self.register_buffer(name, tensor, persistent=False)
         self._stand_for(kernel)
+
+    def _follow(self, choice: Choice) -> None:
+        """Keep what was decided; rows that were measured with another backend than the kernel's say nothing of it."""
+        measured = choice.backend is None or choice.backend == self.kernel.backend
+        self.choice = choice if measured else replace(choice, dense_above=None)
 
     def _stand_for(self, kernel: Kernel) -> None:
         facts = kernel.shape, kernel.dtype, kernel.tensors[0].device
@@ -249,11 +270,12 @@ class PackedModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Prepare the layout anew for this machine."""
         state = dict(state)
-        packed, dense_above = state.pop("packed"), state.pop("dense_above")
+        packed = state.pop("packed")
+        choice = state.pop("choice", None) or _choice_of_older(state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._layout = ()
+        self._layout, self.choice = (), choice
         self._hold(self._prepared(packed))
-        self.dense_above = dense_above
+        self._follow(choice)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         _refuse_other_files()

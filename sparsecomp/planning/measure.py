@@ -41,12 +41,13 @@ def measure(
 ) -> Measurement:
     """The measurement of a request with a bias, from the cache where it is known.
 
-    ``budget`` is in seconds; ``again`` measures even so; ``backend`` names another than the preferred one. Modules are
-    called as a model calls them, so that the cost of a call counts. Raises BackendError where no backend runs the
-    request, ModelError where the named one does not.
+    ``budget`` is in seconds; ``again`` measures even so; ``backend`` names another than the first that runs it. Modules
+    are called as a model calls them, so that the cost of a call counts. Raises BackendError where no backend runs the
+    request, ModelError where the named one does not, and what its library raises where it cannot prepare a weight.
     """
     device = detect(request.device)
-    if not again and (known := lookup(request, device, backend)) is not None:
+    backend = backend or registry.choose(request)
+    if not again and (known := lookup(request, backend, device)) is not None:
         return known
     copies, cold = _copies(request, device)
     weight = random_weight(request.pattern, request.shape, request.dtype).to(request.device)
@@ -72,7 +73,7 @@ def measure(
         {name: _spread(times) for name, times in samples.items()},
         cold,
     )
-    keep(measurement, request, device, backend)
+    keep(measurement, request, device)
     return measurement
 
 

@@ -1,44 +1,107 @@
-"""A plan as a value: what happens to each layer of a model and why, as text and as JSON values.
+"""A plan as a value: what happens to each layer of a model and why, as text, as JSON values and as a file.
 
 Decides nothing and measures nothing; ``sparsecomp.plan`` makes it, ``sparsecomp.compile`` and ``prune`` follow it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from sparsecomp.backends.choice import Choice
+from sparsecomp.errors import FormatError
 from sparsecomp.machine.bound import Bound
 from sparsecomp.machine.device import Device
 from sparsecomp.patterns import Pattern
 from sparsecomp.planning.overview import Row, draw, grouped
+from sparsecomp.reporting.codec import decoded, plain
 from sparsecomp.reporting.figures import microseconds
 from sparsecomp.reporting.terminal import by_reason, counted, terminal_width, wrap
+from sparsecomp.reporting.writing import require_folder, whole_file
+
+PLAN_VERSION = 1
+_ERROR = (
+    "error: relative, of the layer's output, after a plain pruning by magnitude (by Wanda where there was a "
+    "calibration), whatever method prunes it"
+)
+_AGAIN = 'make it again with sparsecomp.plan(...).save(path) or "sparsecomp plan ... --output FILE"'
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one layer. ``pattern`` is None where it stays dense, with the ``reason`` in words.
+    """What happens to one layer. ``choice`` is how it runs sparse, None where it stays dense; ``reason`` says why.
 
-    Times in seconds by batch, dense and with ``tried``, the pattern of the decision; empty where nothing was measured.
-    ``dense_above`` is the batch from which the sparse layer unpacks its weight for a dense product, or None. ``error``
-    is the relative layer error of a plain pruning to ``tried``, where ``max_error`` asked for it. ``backend`` is the
-    fastest of those that run it, None where there is none; ``others`` are the sparse seconds of the rest by batch.
+    Times in seconds by batch, dense and with ``tried``, the choice that was decided about, by the fastest of the
+    backends that run it; empty where nothing was measured, and None where nothing could be tried. ``others`` are the
+    sparse seconds of the other backends by batch. ``error`` is the relative layer error where ``max_error`` asked for
+    it: of a plain pruning to the pattern, by magnitude or, with a calibration, by Wanda, whatever method prunes later.
     """
 
     name: str
     shape: tuple[int, int]
-    pattern: Pattern | None
+    choice: Choice | None
     reason: str
-    tried: Pattern | None
+    tried: Choice | None
     dense: Mapping[int, float]
     sparse: Mapping[int, float]
     bound: Mapping[int, Bound]
-    dense_above: int | None = None
     error: float | None = None
-    backend: str | None = None
     others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The pattern in which the layer goes sparse, None where it stays dense."""
+        return None if self.choice is None else self.choice.pattern
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of the choice, or that which was tried; None where there is none."""
+        chosen = self.choice or self.tried
+        return None if chosen is None else chosen.backend
+
+    @property
+    def dense_above(self) -> int | None:
+        """Rows from which the sparse layer unpacks its weight for a dense product, or None."""
+        return None if self.choice is None else self.choice.dense_above
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also what was pickled before a layer's plan held a choice."""
+        if "choice" not in state:
+            state = dict(state)
+            pattern, tried, backend = state.pop("pattern"), state.pop("tried"), state.pop("backend", None)
+            above = state.pop("dense_above", None)
+            state["choice"] = None if pattern is None else Choice(pattern, backend, above)
+            state["tried"] = None if tried is None else Choice(tried, backend, above)
+        self.__dict__.update(state)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the layer") -> LayerPlan:
+        """The layer that ``to_dict`` told of. Raises FormatError for what it never tells."""
+        keys = {"dense": "dense_seconds", "sparse": "sparse_seconds", "others": "other_backends", "bound": "limits"}
+        found: LayerPlan = decoded(cls, {**values, "choice": None}, where, keys)
+        return found if values.get("pattern") is None else replace(found, choice=decoded(Choice, values, where))
+
+    def to_dict(self) -> dict[str, Any]:
+        """This layer as JSON values. The choice is ``pattern`` (null where it stays dense), ``backend``, ..."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "pattern": None if self.choice is None else str(self.choice.pattern),
+            "backend": self.backend,
+            "reason": self.reason,
+            "dense_seconds": plain(self.dense),
+            "sparse_seconds": plain(self.sparse),
+            "other_backends": plain(self.others),
+            "bound": {str(batch): limit.value for batch, limit in self.bound.items()},
+            "dense_above": self.dense_above,
+            "error": self.error,
+            "pinned": self.choice is not None and self.choice.pinned,
+            "tried": plain(self.tried),
+            "limits": plain(self.bound),
+        }
 
     @property
     def speedup(self) -> Mapping[int, float]:
@@ -85,31 +148,60 @@ class Plan:
         return {layer.name: layer.reason for layer in self.layers if layer.pattern is None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """JSON values, all of the plan: ``from_dict`` gives it back."""
         return {
+            "plan_version": PLAN_VERSION,
             "device": self.device.describe(),
+            "machine": plain(self.device),
             "batches": list(self.batches),
+            "weights": self.weights,
             "skipped": dict(self.skipped),
-            "layers": [
-                {
-                    "name": layer.name,
-                    "shape": list(layer.shape),
-                    "pattern": None if layer.pattern is None else str(layer.pattern),
-                    "backend": layer.backend,
-                    "reason": layer.reason,
-                    "dense_seconds": {str(batch): value for batch, value in layer.dense.items()},
-                    "sparse_seconds": {str(batch): value for batch, value in layer.sparse.items()},
-                    "other_backends": {
-                        name: {str(batch): value for batch, value in seconds.items()}
-                        for name, seconds in layer.others.items()
-                    },
-                    "bound": {str(batch): value.value for batch, value in layer.bound.items()},
-                    "dense_above": layer.dense_above,
-                    "error": layer.error,
-                }
-                for layer in self.layers
-            ],
+            "layers": [layer.to_dict() for layer in self.layers],
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The plan that ``to_dict`` told of, also where other keys were added.
+
+        Raises FormatError for what is no plan, one of another version, and one with entries that no plan has.
+        """
+        version = values.get("plan_version") if isinstance(values, Mapping) else None
+        if version is None:
+            raise FormatError(f"this is no plan, for it has no plan_version; {_AGAIN}")
+        if version != PLAN_VERSION:
+            raise FormatError(f"this plan has version {version!r}, and this package reads {PLAN_VERSION}; {_AGAIN}")
+        layers = values.get("layers")
+        if not isinstance(layers, list) or not all(isinstance(each, Mapping) for each in layers):
+            raise FormatError(f"this plan has no list of layers; {_AGAIN}")
+        try:
+            made = tuple(LayerPlan.from_dict(each, f"layers[{i}]") for i, each in enumerate(layers))
+            found: Plan = decoded(cls, {**values, "layers": []}, keys={"device": "machine"})
+        except FormatError as error:
+            raise FormatError(f"{error}; {_AGAIN}") from error
+        return replace(found, layers=made)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all. Raises FormatError where it cannot be written."""
+        path = Path(path)
+        require_folder(path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """The plan that ``save`` or ``sparsecomp plan --output`` wrote.
+
+        Raises FormatError for a file that cannot be read, and as ``from_dict``.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else f"it is no JSON: {error}"
+            raise FormatError(f'the plan "{path}" cannot be read ({why}); {_AGAIN}') from error
+        try:
+            return cls.from_dict(values)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from error
 
     def totals(self) -> dict[str, Any]:
         """The whole model in figures: the share of its weights that goes sparse, and the times of all layers by batch.
@@ -146,7 +238,8 @@ class Plan:
         width = width or terminal_width()
         rows = [_row(layer) for layer in self.layers]
         drawn = draw(rows if every else grouped(rows), self.batches, self.device.describe(), "runs", width, None)
-        return "\n".join([drawn, *by_reason("skipped", self.skipped, width, every), *self._sums(width)])
+        errors = [wrap(_ERROR, width)] if any(layer.error is not None for layer in self.layers) else []
+        return "\n".join([drawn, *errors, *by_reason("skipped", self.skipped, width, every), *self._sums(width)])
 
     def _sums(self, width: int) -> list[str]:
         if not self.layers:

@@ -9,14 +9,13 @@ import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsecomp.backends import registry
-from sparsecomp.backends.explain import forced, why_no_kernel
-from sparsecomp.errors import BackendError, ModelError, PatternError
+from sparsecomp.backends.choice import Choice
+from sparsecomp.errors import ModelError, PatternError
 from sparsecomp.machine import bound as cost
 from sparsecomp.machine.bound import Bound
 from sparsecomp.machine.device import Device, detect
@@ -50,12 +49,10 @@ _LONGER = 0.16
 class _Trial:
     """One pattern tried on one shape, with the fastest backend."""
 
-    pattern: Pattern
-    backend: str
+    choice: Choice
     dense: Mapping[int, float]
     sparse: Mapping[int, float]
     bound: Mapping[int, Bound]
-    dense_above: int | None
     mean: float
     refusal: str | None
     others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
@@ -79,8 +76,8 @@ def plan(
     ``pattern`` is one pattern, "auto" (the machine's natural group at density 1/2), or several candidates of which the
     fastest whose error stays within ``max_error`` is taken. A mapping from names and globs on names to patterns is read
     as ``prune`` reads it: a layer's own name wins, then the first glob that matches, and layers that none matches stay
-    dense and are named in ``skipped``. The error is that of plain pruning: Wanda's on the Gram
-    matrices of ``calibration`` if given, else magnitude's on the weight. ``batch`` counts rows (tokens) of x.
+    dense and are named in ``skipped``. The error is that of plain pruning, whatever method prunes later: Wanda's on the
+    Gram matrices of ``calibration`` if given, else magnitude's on the weight. ``batch`` counts rows (tokens) of x.
     ``device`` is "auto" (where the model is), "cpu" or "cuda". Layers whose weight the model read during calibration,
     beside calling the layer, stay dense: packed they would keep a dense copy, and those reads would gain nothing.
 
@@ -173,14 +170,14 @@ def _try(
         if ref.dtype not in FLOAT_DTYPES:
             dtype = str(ref.dtype).removeprefix("torch.")
             return f"{dtype} has no sparse kernel; convert the model to float32 or bfloat16"
-        return f"no sparse kernel for {pattern} here ({why_no_kernel(first)})"
+        return f"no sparse kernel for {pattern} here ({registry.why_no_kernel(first)})"
     if not measure:
         bounds = cost.known_bounds(requests, device, dict.fromkeys(batches, True))
         if len(bounds) < len(batches):
             return "the bound is unknown: measuring the peaks of the device needs more memory than is free"
         mean = statistics.geometric_mean([each.value for each in bounds.values()])
         refusal = None if mean > min_speedup else f"even the bound is only {mean:.2f}x"
-        return _Trial(pattern, names[0], {}, {}, bounds, None, mean, refusal)
+        return _Trial(Choice(pattern, names[0]), {}, {}, bounds, mean, refusal)
     trials: list[_Trial] = []
     failures: list[str] = []
     for name in names:
@@ -196,20 +193,20 @@ def _try(
     for failure in failures:
         warnings.warn(f"{pattern}: {failure}; the layer is planned without it", stacklevel=2)
     best = max(trials, key=lambda trial: (trial.refusal is None, trial.mean))
-    return replace(best, others={trial.backend: trial.sparse for trial in trials if trial is not best})
+    return replace(best, others={str(trial.choice.backend): trial.sparse for trial in trials if trial is not best})
 
 
 def _measured(
     name: str, pattern: Pattern, requests: Mapping[int, Request], device: Device, min_speedup: float
 ) -> _Trial:
-    """The times of one backend. Raises BackendError if it cannot prepare a weight, and what its library raises."""
-    new = [size for size, request in requests.items() if lookup(request, device, forced(request, name)) is None]
-    measured = {size: _measure(request, name) for size, request in requests.items()}
+    """The times of one backend. Raises what its library raises if it cannot prepare a weight."""
+    new = [size for size, request in requests.items() if lookup(request, name, device) is None]
+    measured = {size: tune.measure(request, backend=name) for size, request in requests.items()}
     above = _dense_above(measured)
     for size in new:
         ratio = measured[size].seconds[DENSE] / taken_seconds(measured[size], size, above)
         if _DOUBTFUL[0] <= ratio < _DOUBTFUL[1]:
-            measured[size] = _measure(requests[size], name, again=True, budget=_LONGER)
+            measured[size] = tune.measure(requests[size], backend=name, again=True, budget=_LONGER)
     above = _dense_above(measured)
     bounds = cost.known_bounds(requests, device, {size: not value.cold for size, value in measured.items()})
     dense = {size: value.seconds[DENSE] for size, value in measured.items()}
@@ -222,14 +219,7 @@ def _measured(
         refusal = f"dense is faster at batch {worst}: {pattern} reaches {ratios[worst]:.2f}x"
     elif mean <= min_speedup:
         refusal = f"{pattern} reaches {mean:.2f}x in the mean, not above {min_speedup:g}x"
-    return _Trial(pattern, name, dense, sparse, bounds, above, mean, refusal)
-
-
-def _measure(request: Request, name: str, **longer: Any) -> Measurement:
-    measured = tune.measure(request, backend=forced(request, name), **longer)
-    if measured.kernel != name:
-        raise BackendError(f"the {name} backend could not prepare a weight, {measured.kernel} took its place")
-    return measured
+    return _Trial(Choice(pattern, name, above), dense, sparse, bounds, mean, refusal)
 
 
 def _dense_above(measured: Mapping[int, Measurement]) -> int | None:
@@ -255,12 +245,12 @@ def _decide(
     fast = sorted((trial for trial in trials if trial.refusal is None), key=lambda trial: -trial.mean)
     reasons = [*refusals, *(trial.refusal for trial in trials if trial.refusal is not None)]
     for trial in fast:
-        error = None if max_error is None else _error(ref, trial.pattern, gram)
+        error = None if max_error is None else _error(ref, trial.choice.pattern, gram)
         if max_error is not None and error is not None and error > max_error:
-            reasons.append(f"{trial.pattern} has an error of {error:.3f}, above {max_error:g}")
+            reasons.append(f"{trial.choice.pattern} has an error of {error:.3f}, above {max_error:g}")
             continue
         how = "in the mean" if measured else "at most, by its bound; not measured"
-        return _layer_plan(name, ref, trial, trial.pattern, f"{trial.mean:.2f}x {how}", error)
+        return _layer_plan(name, ref, trial, trial.choice, f"{trial.mean:.2f}x {how}", error)
     reason = "; ".join(dict.fromkeys(reasons))
     if not trials:
         return LayerPlan(name, ref.shape, None, reason, None, {}, {}, {})
@@ -269,11 +259,10 @@ def _decide(
 
 
 def _layer_plan(
-    name: str, ref: LinearRef, trial: _Trial, pattern: Pattern | None, reason: str, error: float | None
+    name: str, ref: LinearRef, trial: _Trial, choice: Choice | None, reason: str, error: float | None
 ) -> LayerPlan:
-    above = trial.dense_above if pattern is not None else None
     times = trial.dense, trial.sparse, trial.bound
-    return LayerPlan(name, ref.shape, pattern, reason, trial.pattern, *times, above, error, trial.backend, trial.others)
+    return LayerPlan(name, ref.shape, choice, reason, trial.choice, *times, error, trial.others)
 
 
 def _error(ref: LinearRef, pattern: Pattern, gram: Tensor | None) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError, PatternError
 from sparsecomp.models.layers import LayerTable, check_globs
 from sparsecomp.patterns import Pattern, parse
@@ -31,6 +32,19 @@ def choose_patterns(
     deciding = _deciding(found, parsed)
     skipped.update({name: "no pattern was given for it" for name in found if name not in deciding})
     return {name: parsed[glob] for name, glob in deciding.items()}, skipped
+
+
+def choices_of(plan: Plan, found: LayerTable) -> dict[str, Choice]:
+    """How each layer runs that the plan has go sparse, without layers that are left out here.
+
+    Raises ModelError for a plan of another model: one that has layers which this model lacks.
+    """
+    for layer in plan:
+        if layer.name not in found.skipped and (layer.name not in found or found[layer.name].shape != layer.shape):
+            raise ModelError(
+                f'the plan has a layer "{layer.name}" of shape {layer.shape}, which this model lacks; plan this model'
+            )
+    return {layer.name: layer.choice for layer in plan if layer.choice is not None and layer.name in found}
 
 
 def _deciding(found: LayerTable, patterns: Mapping[str, Pattern]) -> dict[str, str]:
@@ -64,16 +78,7 @@ def _planned(found: LayerTable, plan: Plan, skipped: dict[str, str]) -> tuple[di
             f'pattern is a {type(plan).__name__}; allowed are a name such as "2:4", a Pattern, a mapping from globs to '
             "them, and a Plan"
         )
-    patterns: dict[str, Pattern] = {}
-    for name, layer in plan.sparse.items():
-        if name in skipped:
-            continue
-        if name not in found or found[name].shape != layer.shape:
-            raise ModelError(
-                f'the plan has a layer "{name}" of shape {layer.shape}, which this model lacks; plan this model'
-            )
-        assert layer.pattern is not None
-        patterns[name] = layer.pattern
+    patterns = {name: choice.pattern for name, choice in choices_of(plan, found).items()}
     dense = {name: f"the plan leaves it dense: {reason}" for name, reason in plan.stayed_dense.items()}
     skipped.update({name: dense.get(name, "the plan does not have it") for name in found if name not in patterns})
     return patterns, skipped

@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from sparsecomp.backends.explain import BY_NAME, FASTEST, forced, why_no_kernel
+from sparsecomp.backends.choice import unpacks
+from sparsecomp.backends.explain import BY_NAME, FASTEST
+from sparsecomp.backends.registry import why_no_kernel
 from sparsecomp.errors import ModelError
 from sparsecomp.machine import bound as cost
 from sparsecomp.machine.bound import Bound
@@ -141,7 +143,7 @@ def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Devic
     facts = layer.pattern, shape, layer.dtype, str(layer.device)
     requests = {batch: Request(*facts, batch, layer.quantized) for batch in batches}
     backend = layer.kernel.backend
-    measured = {batch: tune.measure(each, backend=forced(each, backend)) for batch, each in requests.items()}
+    measured = {batch: tune.measure(each, backend=backend) for batch, each in requests.items()}
     return SummaryRow(
         name=name or "the model",
         shape=shape,
@@ -170,8 +172,8 @@ def _why(layer: SparseLinear) -> str:
 
 def taken_seconds(measurement: Measurement, batch: int, dense_above: int | None) -> float:
     """Seconds of the way a layer with that ``dense_above`` goes at this batch."""
-    unpacks = dense_above is not None and batch >= dense_above
-    return measurement.seconds[UNPACKED if unpacks and UNPACKED in measurement.seconds else SPARSE]
+    unpacked = unpacks(dense_above, batch) and UNPACKED in measurement.seconds
+    return measurement.seconds[UNPACKED if unpacked else SPARSE]
 
 
 def megabytes(count: int) -> str:

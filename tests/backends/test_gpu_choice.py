@@ -17,6 +17,7 @@ import torch
 from sparsecomp.backends import explain as report
 from sparsecomp.backends import registry
 from sparsecomp.backends.base import Kernel
+from sparsecomp.backends.choice import Choice
 from sparsecomp.backends.cpu import CpuBackend
 from sparsecomp.backends.explain import Explanation, explain_kernel
 from sparsecomp.backends.gpu import cuda
@@ -77,7 +78,7 @@ def _explained(backend: str, monkeypatch: pytest.MonkeyPatch, device: str = "cud
     gpu = Device("cuda", "a GPU", f"sm_{major}{minor}", 100, None, 50 << 20, None, torch.device(device).index)
     monkeypatch.setattr(report, "detect", lambda place: gpu)
     monkeypatch.setattr(cost, "bound", lambda request, device, warm: Bound(1.5, "compute", 1.0, 1.0))
-    return explain_kernel(_kernel(backend, device), 1, None, None)
+    return explain_kernel(_kernel(backend, device), 1, Choice(NM))
 
 
 def _kernel(backend: str, device: str) -> Kernel:
@@ -133,7 +134,7 @@ def test_the_gpu_of_the_weight_is_asked_not_the_current_one(pretend: Pretend, mo
     monkeypatch.setattr(registry, "explain", answer)
     weight: Any = SimpleNamespace(device=torch.device("cuda:1"), shape=(64, 64), dtype=HALF, scales=None)
     with pytest.raises(BackendError, match="asked enough"):
-        prepared(weight, NM, None)
+        prepared(weight, Choice(NM))
     assert set(asked) == {"cuda:1"}
 
 
@@ -156,7 +157,7 @@ def test_a_gpu_without_memory_for_measuring_has_no_bound(pretend: Pretend, monke
     pretend((9, 0))
     _explained("triton", monkeypatch)
     monkeypatch.setattr(cost, "bound", full)
-    explanation = explain_kernel(_kernel("triton", "cuda:0"), 1, None, None)
+    explanation = explain_kernel(_kernel("triton", "cuda:0"), 1, Choice(NM))
     assert explanation.bound is None and "the bound is unknown" in str(explanation)
     assert cost.known_bounds({1: _request()}, detect("cpu"), {1: True}) == {}
 
@@ -256,10 +257,10 @@ def test_errors_of_the_weight_and_of_our_own_are_not_hidden(monkeypatch: pytest.
         raise TypeError("a bug")
 
     with pytest.raises(PatternError, match="row 0, group 0"):
-        prepared(torch.ones(8, 16), NM, None)
+        prepared(torch.ones(8, 16), Choice(NM))
     monkeypatch.setattr(CpuBackend, "prepare", bug)
     with pytest.raises(TypeError, match="a bug"):
-        prepared(_weight(), NM, None)
+        prepared(_weight(), Choice(NM))
 
 
 def test_when_every_backend_fails_all_reasons_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,4 +272,4 @@ def test_when_every_backend_fails_all_reasons_are_named(monkeypatch: pytest.Monk
         pytest.raises(BackendError, match=r"no backend could prepare .*\(dense is broken\); reference could not"),
         pytest.warns(UserWarning, match="could not prepare"),
     ):
-        prepared(_weight(), NM, None)
+        prepared(_weight(), Choice(NM))

@@ -10,6 +10,7 @@ import torch
 
 from sparsecomp.backends import explain as report
 from sparsecomp.backends.base import Kernel
+from sparsecomp.backends.choice import Choice
 from sparsecomp.backends.dense import DenseBackend
 from sparsecomp.backends.gpu import cuda
 from sparsecomp.backends.gpu.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
@@ -85,7 +86,7 @@ def test_a_layer_explains_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "lookup", lambda *arguments, **others: None)
     monkeypatch.setattr(report, "detect", lambda device: SimpleNamespace(kind="cuda"))
     moved = Kernel("dense", tensors, kernel.pattern, kernel.shape, kernel.dtype)
-    text = str(report.explain_kernel(moved, 8, None, None))
+    text = str(report.explain_kernel(moved, 8, Choice(moved.pattern)))
     assert "on cuda" in text and "kernel    dense" in text
     for name in OURS:
         assert f"rejected  {name}: GPU has compute capability 7.5; 8.0 (Ampere) or newer is needed" in text

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparsecomp.backends import registry
+from sparsecomp.backends.choice import Choice
 from sparsecomp.backends.registry import backends, choose, explain, prepared
 from sparsecomp.errors import BackendError, PatternError
 from sparsecomp.machine.native import native
@@ -80,8 +81,9 @@ def test_unknown_isa_is_a_reason_not_a_traceback() -> None:
 def test_a_dense_weight_that_fits_gives_the_layout_of_its_packed_form(wanted: str | None) -> None:
     weight = prune_weight(torch.randn(24, 40), "2:4").weight
     pattern = parse("2:4")
-    made, twin = prepared(weight, pattern, wanted), prepared(pack(weight, pattern), pattern, wanted)
+    choice = Choice.asked(pattern, wanted)
+    made, twin = prepared(weight, choice), prepared(pack(weight, pattern), choice)
     assert (made.backend, made.shape, made.dtype) == (twin.backend, (24, 40), torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(made.tensors, twin.tensors, strict=True))
     with pytest.raises(PatternError, match=r"row 0, group 0"):
-        prepared(torch.ones(24, 40), pattern, wanted)
+        prepared(torch.ones(24, 40), choice)

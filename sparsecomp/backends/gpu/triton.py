@@ -21,7 +21,7 @@ from sparsecomp.errors import BackendError
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.bits import pack_positions, unpack_positions
 from sparsecomp.packing.format import PackedWeight, pack
-from sparsecomp.patterns import NM, Pattern, row_nm
+from sparsecomp.patterns import NM, Block, Pattern, row_nm
 from sparsecomp.patterns.numbers import FLOAT_DTYPES
 
 _DTYPE_NAMES = "torch.float16, torch.bfloat16 and torch.float32"
@@ -46,6 +46,10 @@ class TritonBackend(Backend):
         if request.dtype not in FLOAT_DTYPES:
             return f"has no kernel for {request.dtype}; {_DTYPE_NAMES} only"
         return self.missing() or too_old(request.device)
+
+    def nearest(self, request: Request) -> bool:
+        """True off the CPU for all but blocks: no other backend takes every N:M and V:N:M pattern, dtype and shape."""
+        return torch.device(request.device).type != "cpu" and not isinstance(request.pattern, Block)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """Slot planes: values [out, N, G] and positions uint8 [ceil(out / mask_rows), N, G * plane bits / 8].

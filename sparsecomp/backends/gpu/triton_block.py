@@ -41,6 +41,10 @@ class TritonBlockBackend(Backend):
             return f"runs on cuda, not on {request.device}"
         return _unfit(request.pattern, request.weight_dtype) or self.missing() or too_old(request.device)
 
+    def nearest(self, request: Request) -> bool:
+        """True off the CPU for blocks."""
+        return torch.device(request.device).type != "cpu" and isinstance(request.pattern, Block)
+
     def prepare(self, packed: PackedWeight) -> Kernel:
         """Values [kept, rows, columns] as packed, and int32: starts [block rows + 1], then block columns [kept].
 

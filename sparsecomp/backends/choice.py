@@ -1,0 +1,51 @@
+"""How one layer is to run: pattern, backend, and from how many rows on by a dense product. Knows no backend.
+
+A plan holds one for each layer, a packed layer follows one, a saved file keeps it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from sparsecomp.errors import ModelError
+from sparsecomp.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The decision about a layer.
+
+    ``backend`` is the name of the one to take, None for the first that runs the weight. Where it does not run, another
+    one takes its place, unless it is ``pinned``: somebody asked for it by name. ``dense_above`` is the number of rows
+    from which unpacking the weight for a dense product is faster than that backend's kernel, None for never.
+
+    Raises ModelError for a ``dense_above`` that is neither None nor an int of 64 bits.
+    """
+
+    pattern: Pattern
+    backend: str | None = None
+    dense_above: int | None = None
+    pinned: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a ``dense_above`` that counts no rows: the compiled product reads it as an int of 64 bits."""
+        try:
+            if self.dense_above is None or abs(operator.index(self.dense_above)) < 1 << 63:
+                return
+        except TypeError:
+            pass
+        raise ModelError(
+            f"dense_above must be an int or None, got {self.dense_above!r}; set the number of rows from which the "
+            "product is dense"
+        )
+
+    @classmethod
+    def asked(cls, pattern: Pattern, backend: str | None, preferred: str | None = None) -> Choice:
+        """What a caller asks for who names a backend, which is then pinned, or one that is preferred, or neither."""
+        return cls(pattern, preferred if backend is None else backend, pinned=backend is not None)
+
+
+def unpacks(dense_above: int | None, batch: int) -> bool:
+    """Whether a product of that many rows unpacks its weight. csrc/eager/product.cpp asks the same before a kernel."""
+    return dense_above is not None and batch >= dense_above
