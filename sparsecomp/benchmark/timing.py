@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsecomp.machine import clock
+
 MIN_REPETITIONS = 11
 MAX_REPETITIONS = 2000
 # a sample shorter than this is made of several calls, so that the clock does not matter
@@ -81,9 +83,7 @@ class Sampler:
             self._call()
         times: list[float] = []
         while len(times) < self._samples and sum(times) < _LONGEST_AWAKE_S:
-            start = time.perf_counter()
-            self._run()
-            times.append(time.perf_counter() - start)
+            times.append(clock.seconds(self._run))
         return sorted(times)[len(times) // 2] / self._count
 
     def _run(self) -> None:
@@ -109,34 +109,19 @@ def measure(
 ) -> dict[str, Timing]:
     """Take a sample (seconds of one call) of each in turn, again and again, for about ``seconds`` in all.
 
-    Every round starts with another of them, so that drift of the clock and what a neighbour leaves in the caches fall
-    on all alike. ``counts`` is asked after every round and drops it with False; its time is added.
+    The first sample of each is not counted. ``counts`` is asked after every round and drops it with False; its time is
+    added.
     """
-    names = list(samplers)
     for sampler in samplers.values():
         sampler()
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < MIN_REPETITIONS or (rounds < MAX_REPETITIONS and time.perf_counter() < end):
-        start = time.perf_counter()
-        order = [names[(i + rounds) % len(names)] for i in range(len(names))]
-        taken = {name: samplers[name]() for name in order}
-        if not counts():
-            end += time.perf_counter() - start
-            continue
-        for name, sample in taken.items():
-            samples[name].append(sample)
-        rounds += 1
+    samples = clock.in_turn(samplers, seconds, MIN_REPETITIONS, MAX_REPETITIONS, counts=counts)
     return {name: _timing(taken) for name, taken in samples.items()}
 
 
 def _warm_up(call: Callable[[], object]) -> int:
     call()
     call()
-    start = time.perf_counter()
-    call()
-    return max(1, min(_MOST_CALLS, round(SHORTEST_SAMPLE_S / max(time.perf_counter() - start, 1e-7))))
+    return max(1, min(_MOST_CALLS, round(SHORTEST_SAMPLE_S / max(clock.seconds(call), 1e-7))))
 
 
 def _timing(samples: list[float]) -> Timing:

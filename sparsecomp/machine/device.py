@@ -9,7 +9,6 @@ import hashlib
 import os
 import platform
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from sparsecomp.errors import BackendError, PatternError
 from sparsecomp.machine import cache
+from sparsecomp.machine.clock import seconds
 from sparsecomp.machine.native import DTYPE_CODES, native
 from sparsecomp.patterns import NM
 from sparsecomp.reporting.terminal import counted
@@ -197,11 +197,4 @@ def _measure_bandwidth(place: str, threads: int) -> float:
 
 def _best_seconds(call: Callable[[], object], place: str, repeats: int = 8) -> float:
     """Shortest time of one call; the shortest, because a peak is asked for."""
-    best = float("inf")
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        if place != "cpu":
-            torch.cuda.synchronize(place)
-        best = min(best, time.perf_counter() - begin)
-    return best
+    return min(seconds(call, place) for _ in range(repeats))

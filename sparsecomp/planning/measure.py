@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import cycle, islice
 
 import torch
 from torch.nn import functional
 
 from sparsecomp.backends import registry
 from sparsecomp.backends.base import Backend, Kernel
+from sparsecomp.machine import clock
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
 from sparsecomp.machine.timings import Measurement, keep, lookup
@@ -29,7 +30,7 @@ SPARSE, DENSE, UNPACKED = "sparse", "dense", "unpacked"
 
 _BUDGET = 0.04  # seconds of measuring, per request
 _SAMPLE = 1e-4  # seconds one timed sample should last, far above the clock's resolution
-_MOST_SAMPLES = 41
+_LEAST_SAMPLES, _MOST_SAMPLES = 3, 41
 _COPIES_BYTES = 128 << 20  # dense bytes of weights to rotate over, at most
 _MOST_COPIES = 64
 _HOPELESS = 3.0  # a candidate this many times slower than another is not measured further
@@ -109,29 +110,24 @@ def _interleaved(
     """Seconds per call of each candidate; candidates take turns, so that a slow spell of the machine meets them all."""
     for copies in calls.values():
         copies[0](x)
-    first = {name: _timed(copies, x, 1, 1) for name, copies in calls.items()}
+    first = {name: _sampler([copies[1 % len(copies)]], x, 1)() for name, copies in calls.items()}
     best = min(first.values())
     running = [name for name in calls if name in (SPARSE, DENSE) or first[name] < _HOPELESS * best]
     repeats = {name: max(1, round(_SAMPLE / max(first[name], 1e-9))) for name in running}
-    samples: dict[str, list[float]] = {name: [] for name in running}
-    samples.update({name: [first[name]] for name in calls if name not in running})
-    begin = time.perf_counter()
-    for turn in range(_MOST_SAMPLES):
-        for name in running:
-            samples[name].append(_timed(calls[name], x, repeats[name], turn * repeats[name]))
-        if turn >= 2 and time.perf_counter() - begin > budget:
-            break
-    return samples
+    samplers = {name: _sampler(calls[name], x, repeats[name]) for name in running}
+    samples = clock.in_turn(samplers, budget, _LEAST_SAMPLES, _MOST_SAMPLES, shift=0)
+    return samples | {name: [first[name]] for name in calls if name not in running}
 
 
-def _timed(copies: Sequence[Callable[[torch.Tensor], object]], x: torch.Tensor, repeats: int, offset: int) -> float:
-    count = len(copies)
-    begin = time.perf_counter()
-    for index in range(offset, offset + repeats):
-        copies[index % count](x)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return (time.perf_counter() - begin) / repeats
+def _sampler(copies: Sequence[Callable[[torch.Tensor], object]], x: torch.Tensor, repeats: int) -> Callable[[], float]:
+    """Gives seconds of one call, as so many calls take that rotate over the copies."""
+    rotating = cycle(copies)
+
+    def run() -> None:
+        for call in islice(rotating, repeats):
+            call(x)
+
+    return lambda: clock.seconds(run, str(x.device)) / repeats
 
 
 def _spread(times: list[float]) -> float:
