@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,19 @@ import pytest
 
 _native = pytest.importorskip("sparsecomp._native", reason="the compiled kernels are not installed")
 
+from isa_cases import LISTED  # noqa: E402 - needs the extension
+
 CASES = Path(__file__).with_name("isa_cases.py")
+CSRC = Path(__file__).parents[2] / "csrc"
+COMPILER = os.environ.get("CXX", "g++")
+PRINT_THE_LIST = """
+#include <cstdio>
+#include "nm/kernel_list.hpp"
+int main() {
+  for (const auto& line : sparsecomp::kKernelList)
+    for (std::size_t i = 0; i < line.count(); ++i) std::printf("%d:%d\\n", line.patterns[i].n, line.patterns[i].m);
+}
+"""
 
 
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -42,3 +55,14 @@ def test_an_unknown_isa_still_computes():
         "assert y.equal(torch.ones(2, 3))\n"
     )
     assert _run("avx1024", "-c", program).returncode == 0
+
+
+def test_the_cases_are_the_list_of_kernels(tmp_path):
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no {COMPILER} here")
+    source, program = tmp_path / "list.cpp", tmp_path / "list"
+    source.write_text(PRINT_THE_LIST)
+    includes = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}"]
+    subprocess.run([COMPILER, "-std=c++17", *includes, str(source), "-o", str(program)], check=True)
+    listed = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
+    assert set(listed) == set(LISTED)

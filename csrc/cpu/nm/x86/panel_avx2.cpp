@@ -1,6 +1,7 @@
 // Panels of 8-lane vectors: 2 rows by 6 vectors are 12 of the 16 registers, the weights and a temporary the rest.
 #include <immintrin.h>
 
+#include "nm/kernel_list.hpp"
 #include "nm/panel_kernel.hpp"
 #include "nm/x86/panel_sets.hpp"
 
@@ -65,25 +66,25 @@ struct Avx2Intel : Avx2 {
 };
 
 template <class Vector, int M, int N>
-const PanelSet* select_for(const Geometry& g) {
-  static constexpr PanelSet alone = make_panel_set<Vector, M, N, 2, 2, 6, false>(M == 16 ? 13 : 25, M == 16 ? 0 : 48,
-                                                                                 M == 16 ? 1.6 : 1.1),
-                            fours = make_panel_set<Vector, M, N, 4, 1, 2, true>(13, M == 16 ? 0 : 48, 1.1);
-  return g.mask_rows % 4 == 0 ? &fours : &alone;
+const PanelSet* alone() {
+  static constexpr PanelSet set =
+      make_panel_set<Vector, M, N, 2, 2, 6, false>(M == 16 ? 13 : 25, M == 16 ? 0 : 48, M == 16 ? 1.6 : 1.1);
+  return &set;
+}
+
+template <class Vector, int M, int N>
+const PanelSet* shared() {
+  static constexpr PanelSet set = make_panel_set<Vector, M, N, 4, 1, 2, true>(13, M == 16 ? 0 : 48, 1.1);
+  return &set;
 }
 
 template <class Vector>
 const PanelSet* select_vector(const Geometry& g) {
-  switch (g.m) {
-    case 2:
-      return select_for<Vector, 2, 0>(g);
-    case 4:
-      return g.n == 2 ? select_for<Vector, 4, 2>(g) : select_for<Vector, 4, 0>(g);
-    case 8:
-      return g.n == 4 ? select_for<Vector, 8, 4>(g) : select_for<Vector, 8, 0>(g);
-    default:
-      return g.n == 8 ? select_for<Vector, 16, 8>(g) : select_for<Vector, 16, 0>(g);
-  }
+  if (g.mask_rows % 4 == 0)
+    return own_or_group_kernels<line_of("avx2", "shared panel"), PanelSet>(
+        g, [](auto pattern) { return shared<Vector, pattern.kM, pattern.kN>(); });
+  return own_or_group_kernels<line_of("avx2", "panel"), PanelSet>(
+      g, [](auto pattern) { return alone<Vector, pattern.kM, pattern.kN>(); });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // 6 vectors are 24 sums, 4 weights and the activations (2:4 and 8:16 on Intel: by 5 at most, in longer slices).
 #include <immintrin.h>
 
+#include "nm/kernel_list.hpp"
 #include "nm/panel_kernel.hpp"
 #include "nm/x86/panel_avx512.hpp"
 #include "nm/x86/panel_sets.hpp"
@@ -144,37 +145,11 @@ const PanelSet* shared(const Processor& processor) {
 // Rows that do not share masks have kernels for the patterns people prune to: their walk over the slots must be
 // unrolled.
 const PanelSet* select_panels_avx512(const Geometry& g, const Processor& processor) {
-  const bool fours = g.mask_rows % 4 == 0;
-  switch (g.m * 100 + g.n) {
-    case 201:
-      return fours ? shared<2, 0>(processor) : alone<2, 1>(processor);
-    case 401:
-      return fours ? shared<4, 0>(processor) : alone<4, 1>(processor);
-    case 402:
-      return fours ? shared<4, 2>(processor) : alone<4, 2>(processor);
-    case 403:
-      return fours ? shared<4, 0>(processor) : alone<4, 3>(processor);
-    case 802:
-      return fours ? shared<8, 0>(processor) : alone<8, 2>(processor);
-    case 804:
-      return fours ? shared<8, 0>(processor) : alone<8, 4>(processor);
-    case 806:
-      return fours ? shared<8, 0>(processor) : alone<8, 6>(processor);
-    case 1604:
-      return fours ? shared<16, 0>(processor) : alone<16, 4>(processor);
-    case 1608:
-      return fours ? shared<16, 8>(processor) : alone<16, 8>(processor);
-    case 1610:
-      return fours ? shared<16, 0>(processor) : alone<16, 10>(processor);
-    case 1612:
-      return fours ? shared<16, 0>(processor) : alone<16, 12>(processor);
-    default:
-      if (!fours) return nullptr;
-      return g.m == 2   ? shared<2, 0>(processor)
-             : g.m == 4 ? shared<4, 0>(processor)
-             : g.m == 8 ? shared<8, 0>(processor)
-                        : shared<16, 0>(processor);
-  }
+  if (g.mask_rows % 4 == 0)
+    return own_or_group_kernels<line_of("avx512", "shared panel"), PanelSet>(
+        g, [&](auto pattern) { return shared<pattern.kM, pattern.kN>(processor); });
+  return own_kernels<line_of("avx512", "panel"), PanelSet>(
+      g, [&](auto pattern) { return alone<pattern.kM, pattern.kN>(processor); });
 }
 
 }  // namespace sparsecomp

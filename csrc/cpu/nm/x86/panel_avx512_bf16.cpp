@@ -3,6 +3,7 @@
 // would need two loads and a blend each: the kernels that permute are faster for them.
 #include <immintrin.h>
 
+#include "nm/kernel_list.hpp"
 #include "nm/panel_kernel.hpp"
 #include "nm/x86/panel_avx512.hpp"
 #include "nm/x86/panel_sets.hpp"
@@ -99,16 +100,8 @@ const PanelSet* shared() {
 const PanelSet* select_panels_avx512_bf16(const Geometry& g, const Processor& processor) {
   if (g.dtype != SPARSECOMP_BF16) return select_panels_avx512(g, processor);
   if (g.mask_rows % 4 != 0) return nullptr;
-  switch (g.m) {
-    case 2:
-      return shared<2, 0>();
-    case 4:
-      return g.n == 2 ? shared<4, 2>() : shared<4, 0>();
-    case 8:
-      return shared<8, 0>();
-    default:
-      return g.n == 8 ? shared<16, 8>() : shared<16, 0>();
-  }
+  return own_or_group_kernels<line_of("avx512_bf16", "shared panel"), PanelSet>(
+      g, [](auto pattern) { return shared<pattern.kM, pattern.kN>(); });
 }
 
 }  // namespace sparsecomp

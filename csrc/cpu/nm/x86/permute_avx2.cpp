@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "common/unroll.hpp"
+#include "nm/kernel_list.hpp"
 #include "nm/kernels.hpp"
 #include "nm/permute.hpp"
 #include "nm/x86/panel_sets.hpp"
@@ -65,8 +66,9 @@ struct ValuesF16 {
 // activations are memory operands of the permutes.
 template <class Values, int M, int N, int NB>
 void micro(const PermuteArgs& args) {
-  constexpr int kBits = M == 16 ? 4 : M == 8 ? 3 : M == 4 ? 2 : 1;
-  constexpr int kWordSlots = 32 / kBits;
+  using Step = StepGeometry<M, N>;
+  constexpr int kBits = Step::kBits, kWordSlots = Step::kWordSlots;
+  static_assert(Step::kSlots <= kWordSlots, "kernels of their own read one index word");
   constexpr int kChains = NB <= 2 ? 2 : 1;
   const Geometry& g = *args.geometry;
   const uint8_t* values = args.values;
@@ -125,7 +127,7 @@ void micro(const PermuteArgs& args) {
     if constexpr (N != 0) {
       load_words(0);
       SPARSECOMP_UNROLL
-      for (int slot = 0; slot < kStep / M * N; ++slot) multiply(slot, slot / N * M, slot % kChains);
+      for (int slot = 0; slot < Step::kSlots; ++slot) multiply(slot, slot / N * M, slot % kChains);
     } else {
       for (int word = 0, slot = 0; word < g.words; ++word) {
         load_words(word);
@@ -166,22 +168,16 @@ constexpr PermuteSet make_set() {
   return set;
 }
 
+template <class Values, int M, int N>
+const PermuteSet* set_of() {
+  static constexpr PermuteSet set = make_set<Values, M, N>();
+  return &set;
+}
+
 template <class Values>
 const PermuteSet* select_for(const Geometry& g) {
-  static constexpr PermuteSet of_2_4 = make_set<Values, 4, 2>(), of_4_8 = make_set<Values, 8, 4>(),
-                              of_8_16 = make_set<Values, 16, 8>();
-  static constexpr PermuteSet of_2 = make_set<Values, 2, 0>(), of_4 = make_set<Values, 4, 0>(),
-                              of_8 = make_set<Values, 8, 0>(), of_16 = make_set<Values, 16, 0>();
-  switch (g.m) {
-    case 2:
-      return &of_2;
-    case 4:
-      return g.n == 2 ? &of_2_4 : &of_4;
-    case 8:
-      return g.n == 4 ? &of_4_8 : &of_8;
-    default:
-      return g.n == 8 ? &of_8_16 : &of_16;
-  }
+  return own_or_group_kernels<line_of("avx2", "permute"), PermuteSet>(
+      g, [](auto pattern) { return set_of<Values, pattern.kM, pattern.kN>(); });
 }
 
 const PermuteSet* select(const Geometry& g, const Processor&) {

@@ -158,7 +158,7 @@ template <class Values>
 const PermuteSet* select_values(const Geometry& g, const Processor& processor) {
   static constexpr PermuteSet by_quarters = make_set<QuarterProduct<Values>, 4, 2>();
   if (processor.intel && g.m == 4 && g.n == 2) return &by_quarters;
-  return select_for<Product<Values>>(g);
+  return select_for<line_of("avx512", "permute"), Product<Values>>(g);
 }
 
 const PermuteSet* select(const Geometry& g, const Processor& processor) {

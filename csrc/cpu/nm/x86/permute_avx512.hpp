@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "common/unroll.hpp"
+#include "nm/kernel_list.hpp"
 #include "nm/permute.hpp"
 #include "nm/x86/prefetch.hpp"
 
@@ -34,7 +35,7 @@ inline __m512i slot_columns(__m512i word, int base) {
 // The shape of one step, known at compile time where N is (N = 0: any N, read from the geometry).
 template <int M, int N, class Base>
 struct StepShape : StepGeometry<M, N> {
-  static_assert(StepShape::kSlots <= StepShape::kWordSlots, "static shapes have one index word");
+  static_assert(StepShape::kSlots <= StepShape::kWordSlots, "kernels of their own read one index word");
 
   Base bases[kMostSpan][kStep + 1];  // of the steps in a register of x: for each slot, the first column of its group
 
@@ -243,31 +244,18 @@ constexpr PermuteSet make_set() {
   return set;
 }
 
+template <class Product, int M, int N>
+const PermuteSet* set_of() {
+  static constexpr PermuteSet set = make_set<Product, M, N>();
+  return &set;
+}
+
 // The kernels of a pattern: their own where people prune to it, otherwise those of its group size, which lose 3-25% in
-// fp32 and 6-50% in bf16 to loops of unknown length, most at one column.
-template <class Product>
+// fp32 and 6-50% in bf16 to loops of unknown length, most at one column. `Line`: of the list.
+template <std::size_t Line, class Product>
 const PermuteSet* select_for(const Geometry& g) {
-  static constexpr PermuteSet of_1_4 = make_set<Product, 4, 1>(), of_2_4 = make_set<Product, 4, 2>(),
-                              of_2_8 = make_set<Product, 8, 2>(), of_4_8 = make_set<Product, 8, 4>(),
-                              of_4_16 = make_set<Product, 16, 4>(), of_8_16 = make_set<Product, 16, 8>();
-  static constexpr PermuteSet of_2 = make_set<Product, 2, 0>(), of_4 = make_set<Product, 4, 0>(),
-                              of_8 = make_set<Product, 8, 0>(), of_16 = make_set<Product, 16, 0>();
-  switch (g.m * 100 + g.n) {
-    case 401:
-      return &of_1_4;
-    case 402:
-      return &of_2_4;
-    case 802:
-      return &of_2_8;
-    case 804:
-      return &of_4_8;
-    case 1604:
-      return &of_4_16;
-    case 1608:
-      return &of_8_16;
-    default:
-      return g.m == 2 ? &of_2 : g.m == 4 ? &of_4 : g.m == 8 ? &of_8 : &of_16;
-  }
+  return own_or_group_kernels<Line, PermuteSet>(g,
+                                                [](auto pattern) { return set_of<Product, pattern.kM, pattern.kN>(); });
 }
 
 }  // namespace

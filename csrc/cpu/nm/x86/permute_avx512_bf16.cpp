@@ -103,7 +103,8 @@ struct DotProduct {
 };
 
 const PermuteSet* select(const Geometry& g, const Processor& processor) {
-  return g.dtype == SPARSECOMP_BF16 ? select_for<DotProduct>(g) : kNmAvx512.select(g, processor);
+  if (g.dtype != SPARSECOMP_BF16) return kNmAvx512.select(g, processor);
+  return select_for<line_of("avx512_bf16", "permute"), DotProduct>(g);
 }
 
 }  // namespace

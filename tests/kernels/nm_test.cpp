@@ -1,21 +1,19 @@
-// Compares the instruction set in use (SPARSECOMP_ISA) with the scalar reference on random weights and shapes, with
-// every buffer exactly as large as the contract says, so that a sanitizer or a guard page sees any access beyond it.
-// Also tests the partition of work, and tasks on threads, for core counts that this machine does not have.
+// Compares the N:M kernels of the instruction set in use (SPARSECOMP_ISA) with the scalar reference, for every pattern
+// of nm/kernel_list.hpp and others, on random weights and shapes, with every buffer exactly as large as the contract
+// says, so that a sanitizer or a guard page sees any access beyond it.
 //   cmake --workflow --preset sanitize
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <string>
 #include <vector>
 
 #include "common/numbers.hpp"
-#include "common/pages.hpp"
-#include "common/parallel.hpp"
-#include "common/partition.hpp"
 #include "dispatch.hpp"
+#include "nm/kernel_list.hpp"
 #include "nm/layout.hpp"
 #include "nm/panel.hpp"
 #include "nm/permute.hpp"
@@ -146,20 +144,64 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
   }
 }
 
-// Patterns whose rows need not share masks for the product over panels.
-constexpr int32_t kPanelPatterns[][2] = {{1, 2}, {1, 4},  {2, 4},  {3, 4},   {2, 8},  {4, 8},
-                                         {6, 8}, {4, 16}, {8, 16}, {10, 16}, {12, 16}};
+bool is_listed(const ListedKernels& line, int n, int m) {
+  return std::any_of(line.patterns, line.patterns + line.count(),
+                     [&](Pattern each) { return each.n == n && each.m == m; });
+}
+
+// All patterns that some instruction set has kernels of its own for.
+const std::vector<Pattern>& listed_patterns() {
+  static const std::vector<Pattern> patterns = [] {
+    std::vector<Pattern> found;
+    for (int m = 2; m <= 16; m *= 2)
+      for (int n = 1; n <= m; ++n)
+        if (std::any_of(std::begin(kKernelList), std::end(kKernelList),
+                        [&](const ListedKernels& line) { return is_listed(line, n, m); }))
+          found.push_back({n, m});
+    return found;
+  }();
+  return patterns;
+}
+
+// The kernels of a pattern in one family, for the element type that the instruction set in use is there for.
+const void* selected(const char* family, int32_t n, int32_t m) {
+  const int32_t dtype = same_text(dispatch().name, "avx512_bf16") ? SPARSECOMP_BF16 : SPARSECOMP_F32;
+  Geometry g;
+  CHECK(make_geometry({16, 16, n, m, same_text(family, "shared panel") ? 4 : 1, dtype}, &g), "geometry");
+  const Processor of{false, int64_t{32} << 10};
+  if (same_text(family, "permute")) return dispatch().nm->select(g, of);
+  return dispatch().nm->select_panels(g, of);
+}
+
+// What is listed is what is chosen: a pattern on the list has kernels that no other has; those that are not share
+// theirs, or have none.
+void check_list() {
+  for (const ListedKernels& line : kKernelList) {
+    if (!same_text(line.isa, dispatch().name)) continue;
+    for (int32_t m = 2; m <= 16; m *= 2) {
+      std::vector<const void*> own, others;
+      for (int32_t n = 1; n <= m; ++n) (is_listed(line, n, m) ? own : others).push_back(selected(line.family, n, m));
+      std::sort(own.begin(), own.end());
+      CHECK(std::unique(own.begin(), own.end()) == own.end(), "%s %s N:%d share kernels", line.isa, line.family, m);
+      for (const void* each : others) {
+        CHECK(each == others.front(), "%s %s N:%d: kernels that are not listed", line.isa, line.family, m);
+        CHECK(!std::binary_search(own.begin(), own.end(), each), "%s %s N:%d: kernels that are not chosen", line.isa,
+              line.family, m);
+      }
+    }
+  }
+}
 
 // Every width of a panel, alone and beside others, with columns left empty in its transposed and its permuted part; the
 // weights are longer than what a micro-kernel takes at a time. The panels of both kinds of processor.
 void compare_widths() {
   constexpr int64_t kUnit = 8, kLeastUnits = 2, kMostUnitsAlone = 16;
-  for (const int32_t* pattern : kPanelPatterns) {
+  for (const Pattern pattern : listed_patterns()) {
     for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
       for (int64_t units = kLeastUnits; units <= 2 * kMostUnitsAlone + 2; ++units) {
         const Choice some{{uniform(0, 1) == 1, int64_t{16} << 10}, true};
         const int64_t in = uniform(0, 1) == 1 ? 160 : uniform(130, 160);
-        compare_with_reference({uniform(1, 40), in, pattern[0], pattern[1], 1, dtype},
+        compare_with_reference({uniform(1, 40), in, pattern.n, pattern.m, 1, dtype},
                                units * kUnit - uniform(0, kUnit - 1), uniform(0, 2), static_cast<int>(uniform(1, 3)),
                                true, &some);
       }
@@ -187,19 +229,19 @@ void compare_shared_widths() {
 // and are read in place, and any.
 void compare_columns() {
   constexpr int64_t kMostColumnsAtOnce = 16;
-  for (const int32_t* pattern : kPanelPatterns) {
+  for (const Pattern pattern : listed_patterns()) {
     for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
       for (int64_t batch = 1; batch <= kMostColumnsAtOnce + 1; ++batch) {
         const int64_t in = 16 * uniform(1, 10);
         for (const Choice& of : all_kernels()) {
-          compare_with_reference({uniform(1, 70), in, pattern[0], pattern[1], 1, dtype}, batch, in % 32, 1,
+          compare_with_reference({uniform(1, 70), in, pattern.n, pattern.m, 1, dtype}, batch, in % 32, 1,
                                  uniform(0, 1) == 1, &of);
-          compare_with_reference({uniform(1, 40), uniform(1, 180), pattern[0], pattern[1], 1, dtype}, batch,
+          compare_with_reference({uniform(1, 40), uniform(1, 180), pattern.n, pattern.m, 1, dtype}, batch,
                                  uniform(0, 3), static_cast<int>(uniform(1, 2)), uniform(0, 1) == 1, &of);
         }
       }
       for (const Choice& of : all_kernels()) {
-        compare_with_reference({uniform(1, 40), 1120, pattern[0], pattern[1], 1, dtype}, kMostColumnsAtOnce, 0, 1, true,
+        compare_with_reference({uniform(1, 40), 1120, pattern.n, pattern.m, 1, dtype}, kMostColumnsAtOnce, 0, 1, true,
                                &of);
       }
     }
@@ -219,11 +261,12 @@ void compare_random(int count) {
   }
   // wide enough for panels of x: full ones, several, with empty lanes, with rows that share masks, with many steps
   for (int i = 0; i < count / 4; ++i) {
-    const int32_t* pattern = kPanelPatterns[uniform(0, 10)];
+    const std::vector<Pattern>& patterns = listed_patterns();
+    const Pattern pattern = patterns[static_cast<size_t>(uniform(0, static_cast<int64_t>(patterns.size()) - 1))];
     sparsecomp_nm weight;
-    weight.m = pattern[1];
+    weight.m = pattern.m;
     weight.mask_rows = static_cast<int32_t>(4 * uniform(0, 2));
-    weight.n = static_cast<int32_t>(weight.mask_rows ? uniform(1, weight.m) : pattern[0]);
+    weight.n = static_cast<int32_t>(weight.mask_rows ? uniform(1, weight.m) : pattern.n);
     weight.mask_rows = weight.mask_rows ? weight.mask_rows : 1;
     weight.dtype = static_cast<int32_t>(uniform(SPARSECOMP_F32, SPARSECOMP_I8));
     weight.out_features = uniform(1, 40);
@@ -299,38 +342,6 @@ void check_unnamed_columns() {
   }
 }
 
-void check_partition() {
-  for (int i = 0; i < 20000; ++i) {
-    const int64_t tiles = uniform(1, 1000), batch = uniform(1, 3000), steps = uniform(1, 700);
-    const int slots = static_cast<int>(uniform(1, 16)), threads = static_cast<int>(uniform(1, 128));
-    const int64_t most = 128;
-    const Partition p = make_partition(tiles, batch, steps, slots, threads, most);
-    CHECK(p.tile_block > 0 && p.batch_block > 0 && p.batch_block <= most, "sizes of blocks");
-    CHECK(p.row_tasks * p.tile_block >= tiles && (p.row_tasks - 1) * p.tile_block < tiles, "rows covered once");
-    CHECK(p.batch_tasks * p.batch_block >= batch && (p.batch_tasks - 1) * p.batch_block < batch, "batch covered once");
-  }
-  CHECK(make_partition(1, 8, 4, 8, 64, 128).tasks() == 1, "a tiny product is one task");
-  CHECK(make_partition(256, 1, 256, 8, 1, 128).tasks() == 1, "one thread, one task");
-  CHECK(make_partition(256, 1, 256, 8, 64, 128).tasks() >= 64, "rows keep 64 threads busy at batch 1");
-  CHECK(make_partition(24, 4, 24, 8, 2, 128).tasks() % 2 == 0, "two threads have as many tasks");
-  CHECK(make_partition(24, 1024, 24, 8, 64, 128).tasks() >= 64, "a narrow layer is split along the batch");
-  for (int i = 0; i < 2000; ++i) {
-    const int64_t tiles = uniform(0, 1000), most = uniform(0, 50), panels = uniform(1, 20);
-    const int64_t block = panel_tile_block(tiles, most, panels, static_cast<int>(uniform(1, 128)));
-    CHECK(block >= 1 && block <= std::max<int64_t>(1, most), "tiles of a task of panels");
-  }
-  CHECK(256 / panel_tile_block(256, 24, 1, 64) >= 64, "rows keep 64 threads busy with one panel");
-}
-
-void check_numbers() {
-  for (uint32_t i = 0; i < 0x10000; ++i) {
-    const auto bits = static_cast<uint16_t>(i);
-    const float half = f16_to_float(bits), brain = bf16_to_float(bits);
-    CHECK(half != half ? float_to_f16(half) > (bits & 0x8000) + 0x7c00 : float_to_f16(half) == bits, "fp16 %x", i);
-    CHECK(brain != brain ? (float_to_bf16(brain) & 0x7fff) > 0x7f80 : float_to_bf16(brain) == bits, "bf16 %x", i);
-  }
-}
-
 void check_refusals() {
   const sparsecomp_nm good{4, 8, 2, 4, 1, SPARSECOMP_F32};
   for (sparsecomp_nm bad : {sparsecomp_nm{4, 8, 5, 4, 1, SPARSECOMP_F32}, sparsecomp_nm{4, 8, 2, 3, 1, SPARSECOMP_F32},
@@ -359,39 +370,6 @@ void check_refusals() {
         "int8 x");
 }
 
-// Hints must leave every byte as it is, wherever the memory begins and ends.
-void check_pages() {
-  constexpr int64_t kMost = 5 << 20;
-  Buffer memory(kMost);
-  for (const int64_t bytes : {int64_t{0}, int64_t{100}, int64_t{3} << 20, kMost - 7}) {
-    prefer_huge_pages(memory.data + 7, bytes);
-    for (int64_t i = 0; i < kMost; ++i) memory.data[i] = static_cast<uint8_t>(i * 31 >> 3);
-    gather_huge_pages(memory.data + 7, bytes);
-    int64_t changed = 0;
-    for (int64_t i = 0; i < kMost; ++i) changed += memory.data[i] != static_cast<uint8_t>(i * 31 >> 3);
-    CHECK(changed == 0, "%lld bytes changed", static_cast<long long>(changed));
-  }
-}
-
-// Every task runs once, and is done when the call returns, also where threads outnumber tasks or the shares they have.
-void check_tasks() {
-  for (const int threads : {0, 1, 2, 3, 64, 65, 130}) {
-    for (const int64_t tasks : {0, 1, 2, 5, 64, 65, 129, 1000}) {
-      std::vector<std::atomic<int>> runs(static_cast<size_t>(tasks));
-      std::vector<int64_t> seen(static_cast<size_t>(tasks), -1);
-      parallel_for(threads, tasks, [&](int64_t task) {
-        ++runs[static_cast<size_t>(task)];
-        seen[static_cast<size_t>(task)] = task;
-      });
-      for (int64_t task = 0; task < tasks; ++task) {
-        const auto at = static_cast<size_t>(task);
-        CHECK(runs[at] == 1 && seen[at] == task, "task %lld of %lld on %d threads ran %d times",
-              static_cast<long long>(task), static_cast<long long>(tasks), threads, runs[at].load());
-      }
-    }
-  }
-}
-
 }  // namespace
 
 int main() {
@@ -399,11 +377,8 @@ int main() {
     std::printf("skipped: %s\n", error);
     return kSkipped;
   }
-  check_partition();
-  check_tasks();
-  check_numbers();
-  check_pages();
   check_refusals();
+  if (dispatch().nm) check_list();
   check_unnamed_columns();
   CHECK(has_panels() || !on_x86(), "x86 has panels");
   if (has_panels()) {
