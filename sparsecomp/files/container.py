@@ -20,9 +20,11 @@ from torch import Tensor
 
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.errors import FormatError, ModelError, PatternError
+from sparsecomp.nn import Choice
 from sparsecomp.packing import PackedWeight
 from sparsecomp.patterns import parse
 from sparsecomp.patterns.numbers import DTYPES, part_names
+from sparsecomp.reporting.codec import decoded
 from sparsecomp.reporting.writing import require_folder, whole_file
 
 FORMAT_VERSION = "1"
@@ -40,6 +42,7 @@ class Contents:
     layers: dict[str, PackedWeight]
     biased: frozenset[str]
     activations: dict[str, str]
+    choices: dict[str, Choice]
     package_version: str
     metadata: dict[str, str]
 
@@ -58,6 +61,8 @@ class LayerEntry:
     bias: bool
     activation: str
     quantized: bool
+    backend: str | None
+    dense_above: int | None
 
 
 def write(
@@ -90,6 +95,9 @@ def write(
         f"{_PREFIX}layers": json.dumps(described, sort_keys=True),
         f"{_PREFIX}aliases": json.dumps(dict(aliases), sort_keys=True),
     }
+    planned = {name: {"backend": e.backend, "dense_above": e.dense_above} for name, e in layers.items()}
+    if planned := {name: facts for name, facts in planned.items() if any(each is not None for each in facts.values())}:
+        header[f"{_PREFIX}choices"] = json.dumps(planned, sort_keys=True)
     for name, text in metadata.items():
         if not isinstance(name, str) or not isinstance(text, str):
             raise ModelError(f"metadata {name!r}: {text!r} is not text; convert keys and values to str")
@@ -130,6 +138,7 @@ def read(path: Path) -> Contents:
         layers = {name: _packed(name, entry, tensors, aliases) for name, entry in described.items()}
         biased = frozenset(name for name, entry in described.items() if entry["bias"] is True)
         activations = {name: _activation(name, entry["activation"]) for name, entry in described.items()}
+        choices = _choices(header.get(f"{_PREFIX}choices", "{}"), layers)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, FormatError):
             raise FormatError(f"{path}: {error}") from error
@@ -145,13 +154,26 @@ def read(path: Path) -> Contents:
     missing += [key(name, "bias") for name in biased if _stored(key(name, "bias"), aliases) not in tensors]
     if missing:
         raise FormatError(f"{path}: tensors named in the header are missing: {some(missing)}; save it again")
-    return Contents(tensors, aliases, layers, biased, activations, header[f"{_PREFIX}version"], user)
+    return Contents(tensors, aliases, layers, biased, activations, choices, header[f"{_PREFIX}version"], user)
 
 
 def _activation(name: str, activation: object) -> str:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise FormatError(f'layer "{name}" has the activation {activation!r}; a file holds {", ".join(ACTIVATIONS)}')
     return activation
+
+
+def _choices(text: str, layers: Mapping[str, PackedWeight]) -> dict[str, Choice]:
+    """What was planned for each layer where the file was written; nothing for a layer of which it says nothing."""
+    where = f"{_PREFIX}choices"
+    planned = decoded(Mapping[str, Mapping[str, Any]], json.loads(text), where)
+    if strange := [name for name in planned if name not in layers]:
+        raise FormatError(f"{where} has layers that are not in the file: {some(strange)}; save it again")
+    found = {name: Choice(packed.pattern) for name, packed in layers.items()}
+    for name, entry in planned.items():
+        facts = {**entry, "pattern": str(layers[name].pattern), "pinned": False}
+        found[name] = decoded(Choice, facts, f"{where}.{name}")
+    return found
 
 
 def _packed(

@@ -19,7 +19,7 @@ from sparsecomp.files.fitting import check_copied, check_entries, check_state, c
 from sparsecomp.files.live import copy_into, has_own_way, live_entries, place, restoring, torch_copies, why_no_plain
 from sparsecomp.models.batches import eager
 from sparsecomp.models.layers import find_linears, require_module
-from sparsecomp.nn import SparseLinear
+from sparsecomp.nn import Choice, SparseLinear
 from sparsecomp.packing import PackedWeight
 from sparsecomp.patterns.numbers import part_names
 from sparsecomp.reporting.terminal import label, listed, numbered, table, wrap
@@ -28,7 +28,7 @@ from sparsecomp.swap import adopt, share_bias, swap
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """What a file says of one sparse layer."""
+    """What a file says of one sparse layer. ``backend`` and ``dense_above`` are what a plan had found, if any."""
 
     name: str
     pattern: str
@@ -38,6 +38,8 @@ class SavedLayer:
     activation: str
     nbytes: int
     dense_nbytes: int
+    backend: str | None = None
+    dense_above: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,23 @@ class Summary:
     def text(self, every: bool = False) -> str:
         """One line on the file and a table of its sparse layers, equal ones in one row unless ``every`` asks for each.
 
-        Bytes are those of one layer.
+        Bytes are those of one layer. What a plan had found for layers is shown where the file has it: the kernel to
+        prefer, and the rows of input from which the product is dense.
         """
         rows: dict[tuple[object, ...], list[str]] = {}
+        planned = any(w.backend is not None or w.dense_above is not None for w in self.layers)
         for w in self.layers:
             facts = w.pattern, f"{w.shape[0]}x{w.shape[1]}", w.dtype, "yes" if w.bias else "no", w.activation
-            rows.setdefault((*facts, w.dense_nbytes, w.nbytes, w.name if every else ""), []).append(w.name)
+            sizes = (w.dense_nbytes, w.nbytes)
+            runs = (w.backend or "", w.dense_above or "") if planned else ()
+            rows.setdefault((*facts, *sizes, *runs, w.name if every else ""), []).append(w.name)
         title = (
             f"{self.path}: format {self.format_version}, written by sparsecomp {self.package_version}; "
             f"{len(self.layers)} sparse layers, {self.other_tensors} other tensors, "
             f"{self.nbytes} bytes of weights ({self.dense_nbytes} dense)"
         )
-        columns = ("layer", "pattern", ">out x in", "dtype", "?bias", "?activation", ">dense bytes", ">bytes")
+        columns = ["layer", "pattern", ">out x in", "dtype", "?bias", "?activation", ">dense bytes", ">bytes"]
+        columns += ["?kernel", "?>dense from"] if planned else []
         drawn = table(columns, [(label(names), *facts[:-1]) for facts, names in rows.items()], title=title)
         names = [wrap(f"{label(each)}: {listed(each)}") for each in rows.values() if len(numbered(each)) > 1]
         return "\n".join([drawn, *names, *(f"{name}: {text}" for name, text in self.metadata.items())])
@@ -79,6 +86,8 @@ class Summary:
 
 def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write the model's whole state_dict and its sparse layers' patterns to ``path``, through a temporary file.
+
+    What a plan had found for a layer, the backend to prefer and ``dense_above``, is kept; one pinned by name is not.
 
     ``metadata`` is text of your own, which ``inspect`` gives back. Tensors that share memory are stored once.
 
@@ -109,6 +118,8 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
             layer.bias is not None,
             layer.activation,
             layer.quantized,
+            None if layer.choice.pinned else layer.choice.backend,
+            None if layer.choice.pinned else layer.choice.dense_above,
         )
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, SparseLinear)
@@ -120,9 +131,10 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     """Load ``path`` into a model of the class that was saved, dense or sparse, and return it.
 
     The layers that were saved sparse become SparseLinear layers on the device of the layer they replace, with its hooks
-    and attributes; all other tensors are copied in place, the biases of these layers too. Any error leaves the model
-    as it was. Where modules have hooks on loading, extra state, or their own ways of saving and loading, the model's
-    ``load_state_dict`` is called as well, with every entry, so that these have their say.
+    and attributes; all other tensors are copied in place, the biases of these layers too. They prefer the backend that
+    a plan had found the fastest, where it runs here, unless they replace a SparseLinear with a choice of its own. Any
+    error leaves the model as it was. Where modules have hooks on loading, extra state, or their own ways of saving and
+    loading, the model's ``load_state_dict`` is called as well, with every entry, so that these have their say.
     A layer saved with an activation replaces a SparseLinear with the same one only: a dense model that has an
     activation of its own behind the layer would otherwise apply it twice.
     If the model itself is one linear layer, it cannot change in place and the new layer is returned.
@@ -177,6 +189,8 @@ def inspect(path: str | Path) -> Summary:
             contents.activations[name],
             packed.nbytes,
             packed.dense_nbytes,
+            contents.choices[name].backend,
+            contents.choices[name].dense_above,
         )
         for name, packed in contents.layers.items()
     )
@@ -240,10 +254,13 @@ def _new_layer(
     old_bias = old.bias
     assert old_bias is None or isinstance(old_bias, nn.Parameter)
     bias, activation = state.get(key(name, "bias")), contents.activations[name]
+    choice = contents.choices[name]
     if isinstance(old, SparseLinear):
         weight = packed.to(old.device)
+        if old.choice != Choice(old.pattern):
+            alike = (old.pattern, old.quantized) == (packed.pattern, packed.scales is not None)
+            choice = old.choice if alike else replace(old.choice, pattern=packed.pattern, dense_above=None)
         try:
-            choice = replace(old.choice, pattern=packed.pattern, dense_above=None)
             layer = type(old).of_choice(weight, choice, bias, activation)
         except SparsecompError as error:  # a backend that was pinned need not run every pattern
             raise type(error)(f'{path}: sparse layer "{name}": {error}') from error
@@ -251,7 +268,7 @@ def _new_layer(
     else:
         dense = old.weight
         assert isinstance(dense, Tensor)
-        layer = SparseLinear.from_packed(packed.to(dense.device), bias, activation=activation)
+        layer = SparseLinear.of_choice(packed.to(dense.device), choice, bias, activation)
     if layer.bias is not None and old_bias is not None:
         layer.bias.requires_grad_(old_bias.requires_grad)
         if name:
@@ -269,8 +286,6 @@ def _keep_own(old: SparseLinear, layer: SparseLinear) -> None:
             layer.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
     for name, parameter in old._parameters.items():
         layer._parameters.setdefault(name, parameter)
-    if (old.pattern, old.kernel.backend, old.quantized) == (layer.pattern, layer.kernel.backend, layer.quantized):
-        layer.dense_above = old.dense_above
 
 
 def _load_by_torch(path: str | Path, model: nn.Module, state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sparsecomp.backends.choice import Choice
     from sparsecomp.nn.linear import SparseLinear
 
-__all__ = ["SparseLinear"]
+__all__ = ["Choice", "SparseLinear"]
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'sparsecomp.nn' has no attribute {name!r}; it has {', '.join(__all__)}")
-    from sparsecomp.nn.linear import SparseLinear
+    from sparsecomp.nn import linear
 
-    return SparseLinear
+    found: object = getattr(linear, name)
+    return found

@@ -52,6 +52,10 @@ def _choice_of_older(state: dict[str, Any]) -> Choice:
     return replace(Choice.asked(pattern, state.pop("_wanted"), state.pop("_preferred", None)), dense_above=rows)
 
 
+def _kind(kernel: Kernel) -> tuple[object, ...]:
+    return kernel.backend, kernel.dtype, kernel.tensors[0].device
+
+
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -183,8 +187,10 @@ class PackedModule(nn.Module):
                 tensor.share_memory_()  # type: ignore[no-untyped-call]
         for name in self._layout:
             del self._buffers[name]
+        before = self.__dict__.get("kernel")
+        if before is not None and _kind(before) != _kind(kernel):
+            self.choice = replace(self.choice, dense_above=None)  # it was measured with the other
         self.kernel = kernel
-        self.choice = replace(self.choice, dense_above=None)  # it was measured with another weight
         self._layout = tuple(f"layout_{index}" for index in range(len(kernel.tensors)))
         self._name = str(kernel.pattern)
         # torch.fx asks a module, not its class, whether it is of torch.nn and therefore one node of a graph

@@ -46,6 +46,8 @@ def decoded(kind: Any, value: Any, where: str = "", keys: Mapping[str, str] = Ma
             return None
         others = [each for each in inner if each is not NoneType]
         return _pattern(value, where) if set(others) <= set(_PATTERNS) else decoded(others[0], value, where)
+    if kind is Any:
+        return value
     if kind in _PATTERNS:
         return _pattern(value, where)
     if origin is tuple:
