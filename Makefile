@@ -4,12 +4,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TRITONS := $(shell cat tests/kernels_gpu/tritons.txt)
+TRITONS := $(shell cat tests/kernels/tritons.txt)
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.cmake' \))
 CUDA_SOURCES := $(wildcard cmake/* csrc/cuda/*) sparsecomp/backends/gpu/cutlass/build.py sparsecomp/backends/gpu/cutlass/config.py
-CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/kernels/*.[ch]pp)
+CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/csrc/*.[ch]pp)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tritons demo test defaults lint bench sanitize nightly clean
@@ -67,8 +67,7 @@ test: lint tritons
 # Only tests in which the package makes tensors; a command has its process to itself.
 defaults: $(READY)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --other-defaults tests \
-	  --ignore tests/kernels --ignore tests/kernels_gpu --ignore tests/cli --ignore-glob 'tests/test_bench*' \
-	  --ignore-glob 'tests/test_demo*' --ignore-glob 'tests/test_gpu*'
+	  --ignore tests/csrc --ignore tests/kernels --ignore tests/cli --ignore tests/bench
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -100,7 +99,7 @@ nightly: tritons
 	@# the whole compile matrix with every Triton; make test takes a part of it for the others
 	for version in $(TRITONS); do \
 	  PYTHONPATH=$(VENV)/tritons/$$version SPARSECOMP_TEST_TRITON=$$version \
-	  $(BIN)/python -m pytest -q -n auto tests/kernels_gpu -k machine_code || exit 1; \
+	  $(BIN)/python -m pytest -q -n auto tests/kernels -k machine_code || exit 1; \
 	done
 
 # bench/gpu.sh takes them from here: 26 MB, ignored by git

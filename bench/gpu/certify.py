@@ -98,7 +98,7 @@ def phases(cores: int, capability: str | None) -> list[list[Stage]]:
     into = f"$({python} -c 'import sparsecomp; print(sparsecomp.__path__[-1])')"
     copy = f"cmake --install build/gpu-cutlass --component cutlass --prefix {into} && ls -l {into}/cutlass_libraries"
     tests = (python, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", "-m", "gpu")
-    folder = "tests/kernels_gpu"
+    folder = "tests/kernels"
     sanitizer = shutil.which("compute-sanitizer", path=_path())
     absent = None if sanitizer else "compute-sanitizer is not installed"
 

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from cutlass_twins import Twins, twin_folder, twins
 from torch.nn import functional
 
 from sparsecomp.activations import ACTIVATIONS, activate
@@ -24,6 +23,7 @@ from sparsecomp.nn import SparseLinear
 from sparsecomp.packing.format import pack
 from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
+from tests.backends.cutlass_twins import Twins, twin_folder, twins
 
 __all__ = ["twin_folder", "twins"]
 

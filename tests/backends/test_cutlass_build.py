@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cutlass_machine import ALL, ONE, Machine
 
 from sparsecomp.backends.gpu.cutlass import build as cutlass_build
 from sparsecomp.backends.gpu.cutlass.build import Toolchain, libraries, main, toolchain, why_not
 from sparsecomp.errors import BackendError
 from sparsecomp.machine.sources import cuda_folder
+from tests.backends.cutlass_machine import ALL, ONE, Machine
 
 
 @pytest.fixture

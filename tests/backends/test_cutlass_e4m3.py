@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cutlass_twins import Twins, twin_folder, twins
 
 from sparsecomp import SparseLinear
 from sparsecomp.backends.gpu.cutlass import build as cutlass_build
@@ -15,6 +14,7 @@ from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
+from tests.backends.cutlass_twins import Twins, twin_folder, twins
 
 __all__ = ["twin_folder", "twins"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cutlass_twins import Twins, twin_folder, twins
 from torch.nn import functional
 
 from sparsecomp.activations import ACTIVATIONS, activate
@@ -12,6 +11,7 @@ from sparsecomp.backends.gpu.cutlass.fp8 import FP8, fp8_linear, fp8_why_not, pr
 from sparsecomp.errors import BackendError, ModelError
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.packing.quantize import quantize
+from tests.backends.cutlass_twins import Twins, twin_folder, twins
 
 __all__ = ["twin_folder", "twins"]
 

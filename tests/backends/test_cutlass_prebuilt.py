@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cutlass_machine import ALL, ONE, Machine
 
 import sparsecomp
 from sparsecomp.backends.gpu.cutlass import build as cutlass_build
 from sparsecomp.backends.gpu.cutlass import library as cutlass_library
 from sparsecomp.backends.gpu.cutlass.build import Toolchain, file_name, libraries, main, toolchain, why_not
 from sparsecomp.errors import BackendError
+from tests.backends.cutlass_machine import ALL, ONE, Machine
 
 ROOT = Path(__file__).parents[2]
 

@@ -161,10 +161,8 @@ def test_the_adapter_does_not_import_triton() -> None:
 def simulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """All but the launch is as on a GPU: the layer, its operator, its state; the compiled PTX runs on the CPU."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "kernels_gpu"))
-    from gluon_simulator import Simulator
-
     from sparsecomp.kernels import launching, sparse_mma
+    from tests.kernels.gluon_simulator import Simulator
 
     monkeypatch.setattr(launching, "launch", Simulator().launch)
     monkeypatch.setattr(sparse_mma, "gpu", lambda index: (80, 108))

@@ -27,10 +27,8 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 def simulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Tensors count as being on a GPU, launches execute the compiled PTX, and torch's packers must not be called."""
     library = pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "kernels_gpu"))
-    from gluon_simulator import Simulator
-
     from sparsecomp.kernels import launching
+    from tests.kernels.gluon_simulator import Simulator
 
     monkeypatch.setattr(launching, "launch", Simulator().launch)
     monkeypatch.setattr(cuda, "on_gpu", lambda tensor: True)

@@ -16,7 +16,6 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "shop.py").write_text((HERE / "shop.py").read_text())
     (tmp_path / "torn.py").write_text("def build(:\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path) != HERE])
     monkeypatch.delitem(sys.modules, "shop", raising=False)
     monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from modules import imports, inside, modules
+
+from tests.house.modules import imports, inside, modules
 
 # from the ground up; a room may import the rooms before it
 ROOMS = (

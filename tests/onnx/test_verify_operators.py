@@ -4,7 +4,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from verify_files import BAD, GOOD, X, save, three_of_four, two_of_four, verdict, written
+
+from tests.onnx.verify_files import BAD, GOOD, X, save, three_of_four, two_of_four, verdict, written
 
 
 def int8(weight, point, dtype=np.uint8):

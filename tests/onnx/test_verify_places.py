@@ -4,10 +4,10 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from verify_files import BAD, GOOD, X, save, three_of_four, two_of_four, verdict, written
 
 from sparsecomp.errors import FormatError
 from sparsecomp.onnx import verify
+from tests.onnx.verify_files import BAD, GOOD, X, save, three_of_four, two_of_four, verdict, written
 
 # --- where a constant is stored -------------------------------------------------------------------------------------
 
@@ -252,9 +252,9 @@ def test_weights_that_the_inputs_choose_or_scale_are_named(tmp_path, steps):
 
 def test_packed_layers_within_subgraphs_and_functions(tmp_path):
     import torch
-    from onnx_models import random_sparse_layer
 
     from sparsecomp.onnx import export_onnx
+    from tests.onnx.onnx_models import random_sparse_layer
 
     export_onnx(random_sparse_layer(8, 8, "1:4"), (torch.randn(2, 8),), tmp_path / "packed.onnx")
     packed = onnx.load(tmp_path / "packed.onnx")
@@ -277,9 +277,9 @@ def test_packed_layers_within_subgraphs_and_functions(tmp_path):
 def test_a_packed_layer_is_judged_alike_whole_inlined_and_with_another_body(tmp_path):
     import torch
     from onnx.inliner import inline_local_functions
-    from onnx_models import random_sparse_layer
 
     from sparsecomp.onnx import export_onnx
+    from tests.onnx.onnx_models import random_sparse_layer
 
     export_onnx(random_sparse_layer(26, 22, "3:8"), (torch.randn(2, 22),), tmp_path / "m.onnx")
     model = onnx.load(tmp_path / "m.onnx")
