@@ -275,3 +275,9 @@ def test_a_refused_instruction_set_is_said_by_layers_and_by_doctor() -> None:
     told = " ".join(done.stdout.split())
     assert done.returncode == 1 and "C++ compiler" not in told
     assert "so sparse layers multiply dense: the compiled extension refuses this machine: SPARSECOMP_ISA" in told
+
+
+def test_methods_are_known_in_a_process_that_pruned_nothing() -> None:
+    code = "from sparsecomp.cli import choices; choices.check_method('balanced', 'shop:batches')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
