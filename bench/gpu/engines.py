@@ -20,8 +20,9 @@ from sparsecomp.backends.gpu.cutlass import library as cutlass_library
 from sparsecomp.backends.gpu.cutlass.config import configs
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import pack
-from sparsecomp.packing.quantize import quantize
+from sparsecomp.packing.quantize import in_numbers
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT, INT8, Numbers
 
 
 class Cublas(GpuEngine):
@@ -152,9 +153,9 @@ class Ours(GpuEngine):
 
     sparse = True
 
-    def __init__(self, backend: str, quantized: bool = False) -> None:
-        """``backend`` is a name in the registry; ``quantized`` rounds the weight to int8 with row scales."""
-        self._backend, self._quantized = registry.backends()[backend], quantized
+    def __init__(self, backend: str, numbers: Numbers = FLOAT) -> None:
+        """``backend`` is a name in the registry, ``numbers`` are what the weight is stored in."""
+        self._backend, self._numbers = registry.backends()[backend], numbers
         self.name = f"sparsecomp {backend}"
 
     def missing(self) -> str | None:
@@ -163,13 +164,13 @@ class Ours(GpuEngine):
 
     def refuses(self, case: Case, dtype: torch.dtype) -> str | None:
         """Why the backend refuses the case."""
-        return self._backend.supports(_request(case, dtype, self._quantized))
+        return self._backend.supports(_request(case, dtype, self._numbers))
 
     def prepare(self, weight: Tensor, x: Tensor) -> Call:
         """The layout; the first call compiles, and tunes where there is something to tune."""
         pattern = parse(pattern_of(weight.dtype))
-        if self._quantized:
-            kernel = self._backend.prepare(quantize(pack(weight, pattern)))
+        if self._numbers.has_scales:
+            kernel = self._backend.prepare(in_numbers(pack(weight, pattern), self._numbers))
         else:
             # in one pass where the backend has a kernel for it: a case has up to 160 weights
             kernel = self._backend.prepare_dense(weight, pattern)
@@ -216,7 +217,7 @@ def engines(elements: str = "bf16") -> list[GpuEngine]:
     The weights of int8 are given in bf16, in which cuBLAS is a baseline of theirs, too.
     """
     if elements == "int8":
-        return [Cublas(), CublasInt8(), Ours("gluon_int8", quantized=True)]
+        return [Cublas(), CublasInt8(), Ours("gluon_int8", INT8)]
     if elements == "fp8":
         return fp8_engines()
     if elements == "tf32":
@@ -238,6 +239,6 @@ def pattern_of(dtype: torch.dtype) -> str:
     return "1:2" if dtype == torch.float32 else "2:4"
 
 
-def _request(case: Case, dtype: torch.dtype, quantized: bool = False) -> Request:
+def _request(case: Case, dtype: torch.dtype, numbers: Numbers = FLOAT) -> Request:
     shape = case.out, case.columns
-    return Request(parse(pattern_of(dtype)), shape, dtype, "cuda", case.tokens, quantized)
+    return Request(parse(pattern_of(dtype)), shape, dtype, "cuda", case.tokens, numbers)

@@ -6,7 +6,7 @@ Takes a ``PackedWeight``, gives a ``Kernel`` (the weight in one backend's layout
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,8 +17,7 @@ from sparsecomp.activations import activate
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import Pattern
-
-QUANTIZED_TENSORS = 3  # of a kernel: values, metadata, scales
+from sparsecomp.patterns.numbers import Numbers
 
 Weight = PackedWeight | Tensor  # a dense one is [out, in]
 
@@ -31,7 +30,7 @@ EagerProduct = Callable[[Tensor, Tensor | None, int | None], Tensor | None]
 class Kernel:
     """A weight [out, in] prepared for one backend: the only copy a live layer holds.
 
-    ``dtype`` is that of x and y. Int8 weights have a third tensor, their row scales.
+    ``dtype`` is that of x and y, ``numbers`` are those of the weight that was prepared, whatever the layout holds.
     ``arguments`` are constants the backend derived from the other fields, so that no call derives them again.
     ``refused`` names backends that were tried before this one and could not prepare the weight, each with the reason.
     ``sizes`` are the bytes of each tensor, for a backend that checks them before it reads raw memory.
@@ -42,20 +41,22 @@ class Kernel:
     pattern: Pattern
     shape: tuple[int, int]
     dtype: torch.dtype
+    numbers: Numbers
     arguments: tuple[int, ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
     sizes: tuple[int, ...] = ()
 
     @property
-    def quantized(self) -> bool:
-        """Whether the weights are int8 with row scales."""
-        # an fp8 layout has scales too, and stands for a floating weight
-        return len(self.tensors) == QUANTIZED_TENSORS and self.tensors[0].dtype != torch.float8_e4m3fn
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the layout."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def numbers_why_not(numbers: Numbers, known: Sequence[Numbers]) -> str | None:
+    """None if ``numbers`` are among those that a backend knows, else the reason why it does not run them."""
+    if numbers in known:
+        return None
+    return f"has no kernel for weights in {numbers}; {' and '.join(map(str, known))} only"
 
 
 class Backend(ABC):
@@ -92,6 +93,10 @@ class Backend(ABC):
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The weight in this backend's layout, on the device of ``packed``."""
 
+    def _kernel(self, tensors: tuple[Tensor, ...], packed: PackedWeight) -> Kernel:
+        """``packed`` in this backend's layout, which these tensors are."""
+        return Kernel(self.name, tensors, packed.pattern, packed.shape, packed.dtype, packed.numbers)
+
     def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
         """What ``prepare`` makes of ``pack(weight, pattern)``, for a dense weight [out, in] that fits the pattern."""
         return self.prepare(pack(weight, pattern))
@@ -101,10 +106,15 @@ class Backend(ABC):
         """The canonical form back from the layout, exactly."""
 
     def adopt(
-        self, tensors: tuple[Tensor, ...], pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype
+        self,
+        tensors: tuple[Tensor, ...],
+        pattern: Pattern,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        numbers: Numbers,
     ) -> Kernel:
         """The kernel whose layout these tensors, prepared earlier by this backend, already are."""
-        return Kernel(self.name, tensors, pattern, shape, dtype)
+        return Kernel(self.name, tensors, pattern, shape, dtype, numbers)
 
     def dense(self, kernel: Kernel) -> Tensor:
         """The dense weight [out, in] of the kernel's dtype, as a temporary."""

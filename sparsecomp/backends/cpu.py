@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.backends.base import QUANTIZED_TENSORS, Backend, EagerProduct, Kernel
+from sparsecomp.backends.base import Backend, EagerProduct, Kernel, numbers_why_not
 from sparsecomp.errors import BackendError
 from sparsecomp.machine.native import DTYPE_CODES, extension, native
 from sparsecomp.machine.request import Request
 from sparsecomp.nn.eager import watch
 from sparsecomp.packing.bits import packed_bytes
-from sparsecomp.packing.format import PackedWeight, dequantize
+from sparsecomp.packing.format import PackedWeight, dequantize, scales_of
 from sparsecomp.patterns import Block, Pattern, row_nm
+from sparsecomp.patterns.numbers import FLOAT, INT8, Numbers
 
 MOST_PADDING = 1.5  # stored over real weights of a block
 MOST_SIDE = 1 << 20
+_LAYOUT = 2  # byte tensors of the library; scales follow
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
@@ -79,7 +81,7 @@ def _require_layout(kernel: Kernel) -> None:
     """BackendError unless the tensors are what the library will read: it takes addresses and asks nothing more."""
     tensors, sizes = kernel.tensors, kernel.sizes
     if len(tensors) == len(sizes) and _holds(tensors[0], sizes[0]) and _holds(tensors[1], sizes[1]):
-        if len(tensors) < QUANTIZED_TENSORS:
+        if len(sizes) == _LAYOUT:
             return
         if _holds(tensors[2], sizes[2]) and tensors[2].dtype is torch.float32:
             return
@@ -160,27 +162,31 @@ class CpuBackend(Backend):
         if request.device != "cpu":
             return f"runs on cpu, not on {request.device}"
         if isinstance(request.pattern, Block):
-            if request.quantized:
-                return "has no kernel for int8 blocks; int8 weights are N:M and V:N:M only"
+            if request.numbers.has_scales:
+                return f"has no kernel for {request.numbers} blocks; N:M and V:N:M weights only"
             if reason := self.missing() or _unfit_block(request.pattern):
                 return reason
         elif row_nm(request.pattern) is None:
             return f"has no kernel for {request.pattern}; N:M, V:N:M and block patterns only"
         if request.dtype not in DTYPE_CODES or request.dtype == torch.int8:
             return f"has no kernel for {request.dtype}; torch.float32, torch.float16 and torch.bfloat16 only"
-        return None
+        return numbers_why_not(request.numbers, (FLOAT, INT8))
 
     def adopt(
-        self, tensors: tuple[Tensor, ...], pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype
+        self,
+        tensors: tuple[Tensor, ...],
+        pattern: Pattern,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        numbers: Numbers,
     ) -> Kernel:
         """The kernel whose layout these byte tensors (and scales) are; BackendError if they cannot be."""
-        quantized = len(tensors) == QUANTIZED_TENSORS
-        stored = torch.int8 if quantized else dtype
+        stored = numbers.values_dtype(dtype)
         kept = _kept_blocks(tensors[0].nbytes, pattern, shape, stored) if isinstance(pattern, Block) else 0
         family, arguments = _stored(pattern, shape, stored, kept)
         layout = _call(family, "values_bytes")(*arguments), _call(family, "metadata_bytes")(*arguments)
-        sizes = (*layout, *([4 * shape[0]] * quantized))
-        kernel = Kernel(self.name, tensors, pattern, shape, dtype, arguments, sizes=sizes)
+        sizes = (*layout, *([numbers.scales_bytes(shape)] if numbers.has_scales else []))
+        kernel = Kernel(self.name, tensors, pattern, shape, dtype, numbers, arguments, sizes=sizes)
         _require_layout(kernel)
         return kernel
 
@@ -195,26 +201,26 @@ class CpuBackend(Backend):
         metadata = torch.empty(_call(family, "metadata_bytes")(*arguments), dtype=torch.uint8, device="cpu")
         canonical = {"values": packed.values.detach().contiguous(), "metadata": packed.metadata.contiguous()}
         _call(family, "pack")(*arguments, *_addresses(**canonical), values.data_ptr(), metadata.data_ptr())
-        scales = () if packed.scales is None else (packed.scales.detach().contiguous(),)
-        return self.adopt((values, metadata, *scales), packed.pattern, packed.shape, packed.dtype)
+        tensors = values, metadata, *(each.detach().contiguous() for each in scales_of(packed))
+        return self.adopt(tensors, packed.pattern, packed.shape, packed.dtype, packed.numbers)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, bit for bit what ``prepare`` was given."""
         _require_layout(kernel)
         shapes = _canonical_shapes(kernel)
-        layout, scales = kernel.tensors[:2], kernel.tensors[2:]
-        values = torch.empty(shapes[0], dtype=torch.int8 if scales else kernel.dtype, device="cpu")
+        layout, scales = kernel.tensors[:_LAYOUT], kernel.tensors[_LAYOUT:]
+        values = torch.empty(shapes[0], dtype=kernel.numbers.values_dtype(kernel.dtype), device="cpu")
         metadata = torch.empty(shapes[1], dtype=torch.uint8, device="cpu")
         pointers = _addresses(values=layout[0], metadata=layout[1])
         _call(_family(kernel), "unpack")(*kernel.arguments, *pointers, values.data_ptr(), metadata.data_ptr())
-        quantized = (scales[0], kernel.dtype) if scales else ()
-        return PackedWeight(values, metadata, kernel.pattern, kernel.shape, *quantized)
+        parts = values, metadata, *scales
+        return PackedWeight.of(parts, kernel.pattern, kernel.shape, kernel.dtype, kernel.numbers)
 
     def dense(self, kernel: Kernel) -> Tensor:
         """The dense weight [out, in], written straight from the layout."""
         _require_layout(kernel)
         values, metadata, *scales = kernel.tensors
-        weight = torch.empty(kernel.shape, dtype=torch.int8 if scales else kernel.dtype, device="cpu")
+        weight = torch.empty(kernel.shape, dtype=kernel.numbers.values_dtype(kernel.dtype), device="cpu")
         pointers = _addresses(values=values, metadata=metadata)
         _call(_family(kernel), "to_dense")(*kernel.arguments, *pointers, weight.data_ptr(), torch.get_num_threads())
         return dequantize(weight, scales[0], kernel.dtype) if scales else weight

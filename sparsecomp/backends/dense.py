@@ -8,10 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends.base import Backend, Kernel
+from sparsecomp.backends.base import Backend, Kernel, numbers_why_not
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import PackedWeight
-from sparsecomp.patterns.numbers import LAYER_DTYPES
+from sparsecomp.patterns.numbers import FLOAT, INT8, LAYER_DTYPES
 
 
 class DenseBackend(Backend):
@@ -29,17 +29,16 @@ class DenseBackend(Backend):
         """None for every packable pattern in a floating dtype, else the reason."""
         if request.dtype not in LAYER_DTYPES:
             return f"multiplies in {', '.join(map(str, LAYER_DTYPES))}, not in {request.dtype}"
-        return None
+        return numbers_why_not(request.numbers, (FLOAT, INT8))
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The canonical tensors themselves."""
-        return Kernel(self.name, tuple(packed.parts.values()), packed.pattern, packed.shape, packed.dtype)
+        parts = tuple(packed.parts.values())
+        return self._kernel(parts, packed)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical tensors themselves."""
-        values, metadata, *scales = kernel.tensors
-        quantized = (scales[0], kernel.dtype) if scales else ()
-        return PackedWeight(values, metadata, kernel.pattern, kernel.shape, *quantized)
+        return PackedWeight.of(kernel.tensors, kernel.pattern, kernel.shape, kernel.dtype, kernel.numbers)
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out], the dense weight being freed before it returns."""

@@ -44,7 +44,8 @@ class Explanation:
     def __str__(self) -> str:
         """Some lines: the request, the kernel, the bound, the times, the rejected."""
         out, columns = self.request.shape
-        weights = ", int8 weights," if self.request.quantized else ""
+        numbers = self.request.numbers
+        weights = f", {numbers} weights," if numbers.has_scales else ""
         lines = [
             f"{out}x{columns} {self.request.pattern} {self.request.dtype}{weights} on {self.request.device}, "
             f"batch {self.request.batch}",
@@ -69,7 +70,7 @@ def explain_kernel(kernel: Kernel, batch: int, choice: Choice, activation: str =
     if not isinstance(batch, int) or batch < 0:
         raise ModelError(f"batch={batch!r} is not a number of rows; use 0 or more")
     device = str(kernel.tensors[0].device)
-    request = Request(kernel.pattern, kernel.shape, kernel.dtype, device, batch, kernel.quantized)
+    request = Request(kernel.pattern, kernel.shape, kernel.dtype, device, batch, kernel.numbers)
     if device == "meta":
         return Explanation(request, "none", "the layer is on the meta device and has no values", None, None, ())
     answers = {**dict(registry.explain(request)), **dict(kernel.refused)}

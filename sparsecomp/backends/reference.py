@@ -27,7 +27,7 @@ class ReferenceBackend(DenseBackend):
     def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """``run`` with the activation in float64, before the rounding."""
         packed = self.restore(kernel)
-        if packed.scales is not None:
+        if packed.numbers.has_scales:
             packed = replace(packed, dense_dtype=torch.float64)  # the weight itself is not rounded
         y = x.to(torch.float64) @ packed.unpack().to(torch.float64).T
         if bias is not None:

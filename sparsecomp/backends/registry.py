@@ -19,6 +19,7 @@ from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import BackendError, ModelError
 from sparsecomp.machine.request import Request
 from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.numbers import FLOAT
 
 # In the order in which they are preferred: sparse kernels, then a dense product of the unpacked weight, then the truth.
 _ADAPTERS = (
@@ -95,9 +96,9 @@ def prepared(weight: Weight, choice: Choice) -> Kernel:
     pattern = choice.pattern
     if weight.device.type == "meta":
         return _prepare("dense", weight, pattern)
-    quantized = not isinstance(weight, Tensor) and weight.scales is not None
+    numbers = FLOAT if isinstance(weight, Tensor) else weight.numbers
     shape = (weight.shape[0], weight.shape[1])
-    request = Request(pattern, shape, weight.dtype, str(weight.device), batch=1, quantized=quantized)
+    request = Request(pattern, shape, weight.dtype, str(weight.device), batch=1, numbers=numbers)
     if choice.pinned and (wanted := choice.backend) is not None:
         if wanted not in backends():
             raise ModelError(f'backend "{wanted}" is not known; use one of {", ".join(backends())}')

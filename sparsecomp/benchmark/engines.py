@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import sparsecomp as sc
 from sparsecomp.backends.registry import backends
 from sparsecomp.machine.request import Request
+from sparsecomp.packing.quantize import in_numbers
+from sparsecomp.patterns.numbers import FLOAT, Numbers, parse_weights
 
-INT8 = "+int8"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -60,7 +61,7 @@ class Engine(ABC):
     openmp: ClassVar[bool] = False  # whether its threads are libgomp's
     pattern: str | None = None
     label: str | None = None
-    quantized: bool = False
+    numbers: Numbers = FLOAT
 
     @abstractmethod
     def missing(self, dtype: str) -> str | None:
@@ -126,14 +127,14 @@ class SparseEngine(Engine):
         """An engine for weights that fit a pattern, such as "2:4"; "2:4+int8" rounds them to int8 with row scales."""
         self.name = f"sparsecomp {label}"
         self.label = label
-        self.pattern = label.removesuffix(INT8)
-        self.quantized = self.pattern != label
+        pattern, self.numbers = parse_weights(label)
+        self.pattern = str(pattern)
 
     def missing(self, dtype: str) -> str | None:
         """Why the compiled kernels cannot run this dtype, if they cannot."""
         cpu = backends()["cpu"]
         return cpu.missing() or cpu.supports(
-            Request(sc.parse_pattern(self.pattern or ""), (64, 64), DTYPES[dtype], "cpu", 1, self.quantized)
+            Request(sc.parse_pattern(self.pattern or ""), (64, 64), DTYPES[dtype], "cpu", 1, self.numbers)
         )
 
     def load(self, operands: Operands) -> Loaded:
@@ -144,12 +145,11 @@ class SparseEngine(Engine):
 
     def effective(self, weight: Tensor) -> Tensor:
         """The weight itself, or what its integers and scales stand for."""
-        return self._packed(weight).unpack() if self.quantized else weight
+        return self._packed(weight).unpack() if self.numbers.has_scales else weight
 
     def _packed(self, weight: Tensor) -> sc.PackedWeight:
         assert self.pattern is not None
-        packed = sc.pack(weight, self.pattern)
-        return sc.quantize(packed) if self.quantized else packed
+        return in_numbers(sc.pack(weight, self.pattern), self.numbers)
 
 
 class _OnnxSessions(Loaded):

@@ -17,7 +17,7 @@ from typing import Any
 
 import sparsecomp as sc
 from sparsecomp.benchmark.cores import Cores
-from sparsecomp.benchmark.engines import DTYPES, INT8, Engine, SparseEngine, dense_engines
+from sparsecomp.benchmark.engines import DTYPES, Engine, SparseEngine, dense_engines
 from sparsecomp.benchmark.machine import describe
 from sparsecomp.benchmark.product import Product
 from sparsecomp.benchmark.timing import Timing, measure
@@ -26,6 +26,7 @@ from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.bound import bound
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
+from sparsecomp.patterns.numbers import parse_weights
 from sparsecomp.reporting.terminal import progress
 
 FORMAT = 2
@@ -52,7 +53,7 @@ class Settings:
 
 def check_pattern(label: str) -> None:
     """PatternError unless the label is a pattern, such as "2:4", or one with int8 weights, such as "2:4+int8"."""
-    sc.parse_pattern(label.removesuffix(INT8))
+    parse_weights(label)
 
 
 def sweep(*parts: Settings) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def _rows(
             }
             if engine.pattern is not None:
                 pattern = sc.parse_pattern(engine.pattern)
-                request = Request(pattern, shape, DTYPES[dtype], "cpu", batch, engine.quantized)
+                request = Request(pattern, shape, DTYPES[dtype], "cpu", batch, engine.numbers)
                 limit = bound(request, device, threads, warm=weights == "warm")
                 row |= {"bound": round(limit.value, 3), "bound_by": limit.limited_by}
             found.append(row)
@@ -195,12 +196,9 @@ def _copies(settings: Settings, device: Device, shape: tuple[int, int], dtype: s
 
 def _packed_bytes(settings: Settings, shape: tuple[int, int], dtype: str) -> float:
     """The values of the smallest of the packed weights."""
-    item = DTYPES[dtype].itemsize
-    packed = min(
-        sc.parse_pattern(label.removesuffix(INT8)).density * (1 if label.endswith(INT8) else item)
-        for label in settings.patterns
-    )
-    return shape[0] * shape[1] * packed
+    weights = [parse_weights(label) for label in settings.patterns]
+    bits = min(pattern.density * numbers.weight_bits(DTYPES[dtype]) for pattern, numbers in weights)
+    return shape[0] * shape[1] * bits / 8
 
 
 def _too_small(settings: Settings, shape: tuple[int, int], dtype: str) -> str | None:

@@ -23,7 +23,7 @@ from sparsecomp.errors import FormatError, ModelError, PatternError
 from sparsecomp.nn import Choice
 from sparsecomp.packing import PackedWeight
 from sparsecomp.patterns import parse
-from sparsecomp.patterns.numbers import DTYPES, part_names
+from sparsecomp.patterns.numbers import DTYPES, FLOAT, INT8, Numbers
 from sparsecomp.reporting.codec import decoded
 from sparsecomp.reporting.writing import require_folder, whole_file
 
@@ -60,7 +60,7 @@ class LayerEntry:
     dtype: torch.dtype
     bias: bool
     activation: str
-    quantized: bool
+    numbers: Numbers
     backend: str | None
     dense_above: int | None
 
@@ -85,7 +85,7 @@ def write(
             "dtype": _dtype_name(e.dtype),
             "bias": e.bias,
             "activation": e.activation,
-            "quantized": e.quantized,
+            "quantized": e.numbers == INT8,
         }
         for name, e in layers.items()
     }
@@ -187,19 +187,17 @@ def _packed(
     if not isinstance(out, int) or not isinstance(columns, int) or min(out, columns) < 0:
         raise FormatError(f'layer "{name}" has shape {entry["shape"]}; a shape is [out, in]')
     found = []
-    quantized = entry["quantized"] is True
-    for part in part_names(quantized):
+    numbers = INT8 if entry["quantized"] is True else FLOAT
+    for part in numbers.part_names:
         stored = _stored(key(name, part), aliases)
         if stored not in tensors:
             raise FormatError(f'layer "{name}" has no tensor "{key(name, part)}" in the file')
         found.append(tensors[stored])
     dtype = _DTYPE_NAMES.get(entry["dtype"])
-    if found[0].dtype != (torch.int8 if quantized else dtype):
+    if dtype is None or found[0].dtype != numbers.values_dtype(dtype):
         raise FormatError(f'layer "{name}" is said to be {entry["dtype"]}, its values are {found[0].dtype}')
-    values, metadata, *scales = found
-    stands_for = (scales[0], dtype) if scales else ()
     try:
-        return PackedWeight(values, metadata, pattern, (out, columns), *stands_for).validate()
+        return PackedWeight.of(found, pattern, (out, columns), dtype, numbers).validate()
     except (FormatError, PatternError) as error:
         raise FormatError(f'layer "{name}": {error}') from error
 

@@ -21,7 +21,7 @@ from sparsecomp.models.batches import eager
 from sparsecomp.models.layers import find_linears, require_module
 from sparsecomp.nn import Choice, SparseLinear
 from sparsecomp.packing import PackedWeight
-from sparsecomp.patterns.numbers import part_names
+from sparsecomp.patterns.numbers import PART_NAMES
 from sparsecomp.reporting.terminal import label, listed, numbered, table, wrap
 from sparsecomp.swap import adopt, share_bias, swap
 
@@ -104,7 +104,7 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
                 f'state_dict entry "{name}" is {got}; a file holds plain tensors with content, so convert or remove it'
             )
     for name, layer in model.named_modules(remove_duplicate=False):
-        clash = sorted({*layer._parameters, *layer._buffers}.intersection(part_names(quantized=True)))
+        clash = sorted({*layer._parameters, *layer._buffers}.intersection(PART_NAMES))
         if isinstance(layer, SparseLinear) and clash:
             raise ModelError(
                 f'sparse layer "{name}" has an entry "{clash[0]}" of its own, a name that the file uses; rename it'
@@ -117,7 +117,7 @@ def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None 
             layer.dtype,
             layer.bias is not None,
             layer.activation,
-            layer.quantized,
+            layer.numbers,
             None if layer.choice.pinned else layer.choice.backend,
             None if layer.choice.pinned else layer.choice.dense_above,
         )
@@ -184,7 +184,7 @@ def inspect(path: str | Path) -> Summary:
             name,
             str(packed.pattern),
             packed.shape,
-            ("int8 weights, " if packed.scales is not None else "") + str(packed.dtype).removeprefix("torch."),
+            packed.numbers.in_words(packed.dtype),
             name in contents.biased,
             contents.activations[name],
             packed.nbytes,
@@ -218,7 +218,7 @@ def _twins(model: nn.Module) -> dict[str, str]:
     twins: dict[str, str] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, SparseLinear) and first.setdefault(layer, name) != name:
-            twins |= {key(name, part): key(first[layer], part) for part in part_names(layer.quantized)}
+            twins |= {key(name, part): key(first[layer], part) for part in layer.numbers.part_names}
     return twins
 
 
@@ -258,7 +258,7 @@ def _new_layer(
     if isinstance(old, SparseLinear):
         weight = packed.to(old.device)
         if old.choice != Choice(old.pattern):
-            alike = (old.pattern, old.quantized) == (packed.pattern, packed.scales is not None)
+            alike = (old.pattern, old.numbers) == (packed.pattern, packed.numbers)
             choice = old.choice if alike else replace(old.choice, pattern=packed.pattern, dense_above=None)
         try:
             layer = type(old).of_choice(weight, choice, bias, activation)
@@ -317,7 +317,7 @@ def _rest(
     loaded: set[str] = set()
     for name, packed in contents.layers.items():
         old = modules[name]
-        parts = part_names(old.quantized) if isinstance(old, SparseLinear) else ("weight",)
+        parts = old.numbers.part_names if isinstance(old, SparseLinear) else ("weight",)
         replaced |= {key(name, part) for part in (*parts, "bias")}
         loaded |= {key(name, part) for part in (*packed.parts, "bias")}
     replaced, loaded = replaced - set(kept), loaded - set(kept)

@@ -14,6 +14,7 @@ from sparsecomp.machine.device import Device
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.bits import packed_bytes
 from sparsecomp.patterns import Block, Pattern, row_nm
+from sparsecomp.patterns.numbers import FLOAT, Numbers
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,21 @@ class Bound:
         return f"{self.value:.2f}x ({self.limited_by})"
 
 
-def packed_nbytes(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype) -> int:
+def packed_nbytes(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, numbers: Numbers = FLOAT) -> int:
     """Bytes of the canonical packed form of a weight [out, in] that uses all the room its pattern gives."""
     out, columns = shape
+    scales = numbers.scales_bytes(shape)
     nm = row_nm(pattern)
     if nm is not None:
         slots = nm.slots(columns)
-        return out * slots * dtype.itemsize + -(-out // nm.mask_rows) * packed_bytes(slots, nm.index_bits)
+        values = out * numbers.bytes_of(slots, dtype)
+        return values + scales + -(-out // nm.mask_rows) * packed_bytes(slots, nm.index_bits)
     if isinstance(pattern, Block):
         down, across = pattern.grid(out, columns)
         kept = pattern.kept_blocks(out, columns)
-        return kept * pattern.rows * pattern.cols * dtype.itemsize + down * packed_bytes(across, 1)
-    return round(out * columns * pattern.density) * dtype.itemsize + out * packed_bytes(columns, 1)
-
-
-def _packed_bytes(request: Request) -> int:
-    scales = request.shape[0] * torch.float32.itemsize if request.quantized else 0
-    return packed_nbytes(request.pattern, request.shape, request.weight_dtype) + scales
+        values = kept * numbers.bytes_of(pattern.rows * pattern.cols, dtype)
+        return values + scales + down * packed_bytes(across, 1)
+    return numbers.bytes_of(round(out * columns * pattern.density), dtype) + scales + out * packed_bytes(columns, 1)
 
 
 def bound(request: Request, device: Device, threads: int | None = None, warm: bool = True) -> Bound:
@@ -73,7 +72,8 @@ def bound(request: Request, device: Device, threads: int | None = None, warm: bo
         rate = device.bandwidth(threads)
         activations = request.batch * (out + columns) * request.dtype.itemsize
         dense_memory = (dense_bytes + activations) / rate
-        sparse_memory = (_packed_bytes(request) + activations) / rate
+        packed = packed_nbytes(request.pattern, request.shape, request.dtype, request.numbers)
+        sparse_memory = (packed + activations) / rate
     dense, sparse = max(dense_compute, dense_memory), max(sparse_compute, sparse_memory)
     if sparse == 0.0:
         return Bound(1.0, "compute", dense, sparse)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.numbers import FLOAT, Numbers
 
 
 @dataclass(frozen=True)
 class Request:
     """One linear product y[batch, out] = x[batch, in] W^T, as backends are asked about it.
 
-    ``dtype`` is that of x and y. The weight is stored in it, or, with ``quantized``, in int8 with row scales.
+    ``dtype`` is that of x and y; the weight is stored in ``numbers``.
     """
 
     pattern: Pattern
@@ -21,9 +22,9 @@ class Request:
     dtype: torch.dtype
     device: str
     batch: int
-    quantized: bool = False
+    numbers: Numbers = FLOAT
 
     @property
-    def weight_dtype(self) -> torch.dtype:
-        """Element type in which the weight is stored."""
-        return torch.int8 if self.quantized else self.dtype
+    def values_dtype(self) -> torch.dtype:
+        """Element type of the tensor that holds the weight."""
+        return self.numbers.values_dtype(self.dtype)

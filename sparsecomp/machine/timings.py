@@ -88,7 +88,8 @@ def _gpu_versions() -> str:
 
 def _key(request: Request, device: Device, backend: str) -> str:
     out, columns = request.shape
-    dtype = f"{request.dtype} of int8 weights" if request.quantized else request.dtype
+    numbers = request.numbers
+    dtype = f"{request.dtype} of {numbers} weights" if numbers.has_scales else request.dtype
     what = f"{request.pattern} {out}x{columns} {dtype} batch {request.batch} threads {device.threads}"
     versions = _versions() if device.kind == "cpu" else f"{_versions()} {_gpu_versions()}"
     return f"{device.fingerprint} {versions} {what} by {backend}"

@@ -18,10 +18,10 @@ from sparsecomp.errors import ModelError
 from sparsecomp.models.matrices import bare_matrices
 from sparsecomp.modules.bypaths import bypaths
 from sparsecomp.modules.carry import why_not_carried
-from sparsecomp.patterns.numbers import LAYER_DTYPES, part_names
+from sparsecomp.patterns.numbers import LAYER_DTYPES, PART_NAMES
 
 _OTHER_MATMULS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
-_OF_THE_FILE = frozenset(part_names(quantized=True))
+_OF_THE_FILE = frozenset(PART_NAMES)
 
 
 @dataclass(frozen=True, eq=False)

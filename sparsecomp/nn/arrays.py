@@ -20,6 +20,7 @@ from sparsecomp.nn import SparseLinear
 from sparsecomp.nn import operators as ops
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.numbers import weights_name
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, BufferError, AttributeError, AssertionError, ImportError)
 
@@ -58,7 +59,7 @@ def linear(x: Any, weight: Kernel, bias: Any = None, activation: str = "none") -
         shift = None if bias is None else as_tensor(bias, "bias")
         _check(rows, shift, weight)
         if isinstance(x, Tensor) or isinstance(bias, Tensor):
-            facts = weight.backend, str(weight.pattern), *weight.shape, weight.dtype
+            facts = weight.backend, weights_name(weight.pattern, weight.numbers), *weight.shape, weight.dtype
             y = ops.linear(rows, list(weight.tensors), shift, *facts, None, activation)
         else:
             # nobody but this call can watch tensors that it made itself

@@ -27,9 +27,9 @@ from sparsecomp.nn.eager.watch import transformed
 from sparsecomp.nn.packed_module import PackedModule
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.packing.move import zero_weight
-from sparsecomp.packing.quantize import quantize
+from sparsecomp.packing.quantize import in_numbers
 from sparsecomp.patterns import Pattern, parse
-from sparsecomp.patterns.numbers import FLOAT_DTYPES
+from sparsecomp.patterns.numbers import FLOAT, FLOAT_DTYPES, INT8
 
 if TYPE_CHECKING:
     from sparsecomp.backends.explain import Explanation
@@ -72,7 +72,7 @@ class SparseLinear(PackedModule):
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         place = torch.device(device) if device is not None else torch.get_default_device()
-        packed = zero_weight(parse(pattern), (out_features, in_features), place, dtype, quantized)
+        packed = zero_weight(parse(pattern), (out_features, in_features), place, dtype, INT8 if quantized else FLOAT)
         parameter = nn.Parameter(torch.zeros(out_features, device=place, dtype=dtype)) if bias else None
         self._build(packed, Choice.asked(packed.pattern, backend), parameter, activation)
 
@@ -190,8 +190,7 @@ class SparseLinear(PackedModule):
         # on a GPU a backend may make its layout of the dense weight in one pass
         source: Weight = weight
         if quantized or not weight.is_cuda:
-            packed = pack(weight, choice.pattern)
-            source = quantize(packed) if quantized else packed
+            source = in_numbers(pack(weight, choice.pattern), INT8 if quantized else FLOAT)
         return cls.of_choice(source, choice, linear.bias, activation).train(linear.training)
 
     def to_linear(self) -> nn.Linear:
@@ -322,7 +321,7 @@ class SparseLinear(PackedModule):
         """Sizes, pattern, dtype, kernel, and bytes beside those of the dense weight."""
         dense = self.out_features * self.in_features * self.dtype.itemsize
         activation = "" if self._activation == "none" else f"activation={self._activation}, "
-        weights = "weights=int8, " if self.quantized else ""
+        weights = f"weights={self.numbers}, " if self.numbers.has_scales else ""
         kept = self._packed_weight.nbytes
         copy = f", and a dense copy of {kept}, for its values are read" if kept else ""
         return (

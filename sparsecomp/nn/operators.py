@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.choice import unpacks
 from sparsecomp.backends.registry import backends
 from sparsecomp.errors import ModelError
-from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import parse_weights
 
+_weights = lru_cache(maxsize=256)(parse_weights)
 _LIBRARY: Any = torch.library.Library("sparsecomp", "DEF")  # type: ignore[no-untyped-call]
+# the pattern with its numbers, such as "2:4+int8"
 _FACTS = "str backend, str pattern, int out_features, int in_features, ScalarType dtype"
 _LIBRARY.define(
     # no default: the dispatcher would leave out arguments that equal theirs, and their gradients would be missed
@@ -104,7 +107,8 @@ def differentiable(
 
 
 def _adopt(weight: list[Tensor], backend: str, pattern: str, shape: tuple[int, int], dtype: torch.dtype) -> Kernel:
-    return backends()[backend].adopt(tuple(weight), parse(pattern), shape, dtype)
+    kept, numbers = _weights(pattern)
+    return backends()[backend].adopt(tuple(weight), kept, shape, dtype, numbers)
 
 
 def _linear(

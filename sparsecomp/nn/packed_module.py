@@ -28,20 +28,20 @@ from sparsecomp.nn.eager.calls import eager_product
 from sparsecomp.packing.format import PackedWeight
 from sparsecomp.packing.move import moved
 from sparsecomp.packing.state import STATE_VERSION, packed_of_state
-from sparsecomp.patterns import Pattern, parse
-from sparsecomp.patterns.numbers import part_names
+from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.numbers import INT8, Numbers, parse_weights, weights_name
 
 
 def _parts_of(packed: PackedWeight) -> tuple[Any, ...]:
-    return str(packed.pattern), packed.shape, packed.dtype, *packed.parts.values()
+    return weights_name(packed.pattern, packed.numbers), packed.shape, packed.dtype, *packed.parts.values()
 
 
-def _parameter_of(
-    pattern: str, shape: tuple[int, int], dtype: torch.dtype, values: Tensor, metadata: Tensor, *scales: Tensor
-) -> PackedParameter:
+def _parameter_of(weights: str, shape: tuple[int, int], dtype: torch.dtype, *parts: Tensor) -> PackedParameter:
     """What stands for a packed weight without a module around it: a pickled parameter comes back as this."""
-    stands_for = (scales[0], dtype) if scales else ()
-    packed = PackedWeight(values, metadata, parse(pattern), shape, *stands_for)
+    pattern, numbers = parse_weights(weights)
+    if len(parts) == len(INT8.part_names):  # pickled when the name was the pattern's alone
+        numbers = INT8
+    packed = PackedWeight.of(parts, pattern, shape, dtype, numbers)
     facts = packed.shape, packed.dtype, packed.device
     return PackedParameter.of(Source(*facts, packed.unpack, lambda: (_parameter_of, _parts_of(packed))))
 
@@ -125,9 +125,14 @@ class PackedModule(nn.Module):
         return self.kernel.dtype
 
     @property
+    def numbers(self) -> Numbers:
+        """How the weight is stored and multiplied; ``str()`` names it."""
+        return self.kernel.numbers
+
+    @property
     def quantized(self) -> bool:
-        """Whether the weight is int8 with row scales."""
-        return self.kernel.quantized
+        """Whether the weight is stored as integers with scales."""
+        return self.kernel.numbers.has_scales
 
     @property
     def device(self) -> torch.device:
@@ -192,7 +197,7 @@ class PackedModule(nn.Module):
             self.choice = replace(self.choice, dense_above=None)  # it was measured with the other
         self.kernel = kernel
         self._layout = tuple(f"layout_{index}" for index in range(len(kernel.tensors)))
-        self._name = str(kernel.pattern)
+        self._name = weights_name(kernel.pattern, kernel.numbers)
         # torch.fx asks a module, not its class, whether it is of torch.nn and therefore one node of a graph
         self.__dict__["__module__"] = f"torch.nn.{type(self).__module__}"
         self._eager = eager_product(kernel, self._activation)
@@ -307,7 +312,7 @@ class PackedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load the canonical form, checked; whatever is wrong is reported and the module stays as it was."""
-        names = [prefix + part for part in part_names(self.quantized)]
+        names = [prefix + part for part in self.numbers.part_names]
         rest = {key: value for key, value in state_dict.items() if key not in names}
         absent = [name for name in names if name not in state_dict]
         if absent and prefix + "weight" in state_dict:
@@ -333,7 +338,7 @@ class PackedModule(nn.Module):
 
     def _loaded(self, parts: list[Tensor], notes: dict[str, Any]) -> Kernel:
         shape = self.out_features, self.in_features
-        packed = packed_of_state(parts, notes, self.pattern, shape, self.dtype, self._activation)
+        packed = packed_of_state(parts, notes, self.pattern, shape, self.dtype, self.numbers, self._activation)
         if notes.get("assign_to_params_buffers", False):
             return self._prepared(packed)
         if self.device.type == "meta":

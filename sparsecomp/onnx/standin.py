@@ -189,8 +189,8 @@ def _why_dense(packed: PackedWeight) -> str:
     """Why this weight has no packed node, or nothing."""
     if row_nm(packed.pattern) is None:
         return f"{packed.pattern} has no packed node"
-    if packed.scales is not None:
-        return "int8 weights have no packed node"
+    if packed.numbers.has_scales:
+        return f"{packed.numbers} weights have no packed node"
     if packed.dtype not in _ONNX_TYPES:
         return f"{packed.dtype} has no packed node"
     return "the weight is empty" if 0 in packed.shape else ""

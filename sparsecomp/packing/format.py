@@ -5,7 +5,7 @@ docs/format.md is the specification this file implements. Knows nothing of kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,7 +17,7 @@ from sparsecomp.errors import FormatError, PatternError
 from sparsecomp.packing.bits import pack_positions, packed_bytes, unpack_positions
 from sparsecomp.patterns import NM, Block, Pattern, Unstructured, parse, row_nm
 from sparsecomp.patterns.check import check_weight
-from sparsecomp.patterns.numbers import DTYPES, LARGEST_INT8, LAYER_DTYPES, part_names
+from sparsecomp.patterns.numbers import DTYPES, FLOAT, INT8, LARGEST_INT8, LAYER_DTYPES, Numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +45,30 @@ class PackedWeight:
         return self.dense_dtype or self.values.dtype
 
     @property
+    def numbers(self) -> Numbers:
+        """How the weights are stored: as they are, or as int8 with row scales."""
+        return FLOAT if self.scales is None else INT8
+
+    @property
     def parts(self) -> dict[str, Tensor]:
         """The tensors by name, as files and state_dict hold them."""
-        return {name: getattr(self, name) for name in part_names(self.scales is not None)}
+        return {name: getattr(self, name) for name in self.numbers.part_names}
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[Tensor], pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, numbers: Numbers
+    ) -> PackedWeight:
+        """The weight of canonical tensors in the order of ``numbers.part_names``; ``dtype`` is what it stands for.
+
+        Nothing is checked but their count, which raises FormatError: see ``validate``.
+        """
+        if len(parts) != len(numbers.part_names):
+            raise FormatError(
+                f"a weight in {numbers} has the tensors {', '.join(numbers.part_names)}, got {len(parts)} of them; "
+                f"give all of them, in this order"
+            )
+        values, metadata, *scales = parts
+        return cls(values, metadata, pattern, shape, *((scales[0], dtype) if numbers.has_scales else ()))
 
     @property
     def device(self) -> torch.device:
@@ -188,6 +209,11 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
     if isinstance(pattern, Block):
         return _pack_block(weight, pattern)
     return _pack_nm(weight, _stored_nm(pattern), pattern)
+
+
+def scales_of(packed: PackedWeight) -> tuple[Tensor, ...]:
+    """The parts beside values and metadata, in the order of ``numbers.part_names``: none of floating weights."""
+    return tuple(packed.parts.values())[2:]
 
 
 def dequantize(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,13 +12,13 @@ import torch
 
 from sparsecomp.errors import ModelError, SparsecompError
 from sparsecomp.packing.format import PackedWeight, pack
-from sparsecomp.packing.quantize import quantize
+from sparsecomp.packing.quantize import in_numbers
 from sparsecomp.patterns import Block, Pattern, row_nm
-from sparsecomp.patterns.numbers import LAYER_DTYPES
+from sparsecomp.patterns.numbers import FLOAT, LAYER_DTYPES, Numbers
 
 
 def zero_weight(
-    pattern: Pattern, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, quantized: bool = False
+    pattern: Pattern, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, numbers: Numbers = FLOAT
 ) -> PackedWeight:
     """The packed all-zero weight [out, in], without its dense form where rows are alike.
 
@@ -40,7 +40,7 @@ def zero_weight(
         values = torch.zeros(out, nm.slots(columns), dtype=dtype, device="cpu")
         metadata = row.metadata.repeat(-(-out // nm.mask_rows), 1)
         packed = PackedWeight(values, metadata, pattern, shape)
-    return moved(quantize(packed) if quantized else packed, device, dtype)
+    return moved(in_numbers(packed, numbers), device, dtype)
 
 
 def moved(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> PackedWeight:
@@ -48,12 +48,12 @@ def moved(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> Pac
 
     Raises ModelError for a dtype in which a layer cannot hold it.
     """
-    if device.type == "meta" and packed.scales is not None:
+    if device.type == "meta" and packed.numbers.has_scales:
         return replace(packed.to(device), dense_dtype=dtype)
     if device.type == "meta":
         return replace(packed, values=packed.values.to(device, dtype), metadata=packed.metadata.to(device))
     if packed.device.type == "meta":
-        return zero_weight(packed.pattern, packed.shape, device, dtype, packed.scales is not None)
+        return zero_weight(packed.pattern, packed.shape, device, dtype, packed.numbers)
     try:
         return packed.to(device, dtype)
     except SparsecompError as error:

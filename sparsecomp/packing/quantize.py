@@ -6,8 +6,7 @@ import torch
 
 from sparsecomp.errors import ModelError, PatternError
 from sparsecomp.packing.format import PackedWeight, pack
-from sparsecomp.patterns import row_nm
-from sparsecomp.patterns.numbers import LARGEST_INT8, LAYER_DTYPES
+from sparsecomp.patterns.numbers import INT8, LARGEST_INT8, LAYER_DTYPES, Numbers, integers_why_not, parse_numbers
 
 
 def quantize(packed: PackedWeight) -> PackedWeight:
@@ -25,8 +24,8 @@ def quantize(packed: PackedWeight) -> PackedWeight:
             f"quantize takes a PackedWeight, got {type(packed).__name__}; make an int8 layer with "
             "SparseLinear.from_linear(linear, pattern, quantized=True)"
         )
-    if row_nm(packed.pattern) is None:
-        raise PatternError(f'"{packed.pattern}" cannot be quantised: row scales need an N:M or V:N:M pattern')
+    if reason := integers_why_not(packed.pattern, INT8):
+        raise PatternError(reason)
     if packed.values.dtype not in LAYER_DTYPES:
         raise PatternError(f"the weight holds {packed.values.dtype} already; quantise the packed float weight")
     values = packed.values.to(torch.float32)
@@ -39,4 +38,13 @@ def quantize(packed: PackedWeight) -> PackedWeight:
     stored = PackedWeight(integers, packed.metadata, packed.pattern, packed.shape)
     if bool(((integers == 0) & (values != 0)).any()):
         stored = pack(stored.unpack(), packed.pattern)  # free slots have a place of their own
-    return PackedWeight(stored.values, stored.metadata, packed.pattern, packed.shape, scales, packed.dtype)
+    parts = stored.values, stored.metadata, scales
+    return PackedWeight.of(parts, packed.pattern, packed.shape, packed.dtype, INT8)
+
+
+def in_numbers(packed: PackedWeight, numbers: Numbers) -> PackedWeight:
+    """The floating weight ``packed`` stored in ``numbers``, itself where they are floating.
+
+    Raises PatternError as ``quantize`` does, and for numbers that nothing computes.
+    """
+    return quantize(packed) if parse_numbers(numbers).has_scales else packed

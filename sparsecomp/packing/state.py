@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsecomp.errors import ModelError
 from sparsecomp.packing.format import PackedWeight
 from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.numbers import Numbers
 
 STATE_VERSION = 1
 
@@ -24,9 +25,10 @@ def packed_of_state(
     pattern: Pattern,
     shape: tuple[int, int],
     dtype: torch.dtype,
+    numbers: Numbers,
     activation: str,
 ) -> PackedWeight:
-    """The weight of the tensors named by ``part_names``, in their own dtype; ``dtype`` is what int8 ones stand for.
+    """The weight of the tensors of ``numbers``, in the order of their names; ``dtype`` is what integers stand for.
 
     Raises ModelError for a state of another kind of layer, FormatError for tensors that no packer writes.
     """
@@ -39,11 +41,10 @@ def packed_of_state(
             f'the state is of a layer with activation "{applied}", this one has "{activation}"; '
             f"set layer.activation to the one that is meant"
         )
-    values, metadata, *scales = parts
-    if (values.dtype == torch.int8) != bool(scales):
+    held = parts[0].dtype
+    if (held == torch.int8) != numbers.has_scales:
         raise ModelError(
-            f"the state holds {values.dtype} weights, this layer was made with quantized={bool(scales)}; "
+            f"the state holds {held} weights, this layer was made with quantized={numbers.has_scales}; "
             f"make it the other way, or from the packed weight with SparseLinear.from_packed"
         )
-    stands_for = (scales[0], dtype) if scales else ()
-    return PackedWeight(values, metadata, pattern, shape, *stands_for).validate()
+    return PackedWeight.of(parts, pattern, shape, dtype, numbers).validate()

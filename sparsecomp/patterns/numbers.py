@@ -66,6 +66,10 @@ class Numbers:
         scales = ("scales",) if self.has_scales else ()
         return ("values", "metadata", *scales, *(("zero_points",) if self.zero_point else ()))
 
+    def values_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Element type of the tensor that holds the weights of a layer of ``dtype``; of less than a byte, of bytes."""
+        return dtype if self.bits is None else torch.int8 if self.bits == torch.int8.itemsize * 8 else torch.uint8
+
     def weight_bits(self, dtype: torch.dtype) -> int:
         """Bits of one stored weight of a layer that computes in ``dtype``."""
         return 8 * dtype.itemsize if self.bits is None else self.bits
@@ -81,6 +85,10 @@ class Numbers:
         out, columns = shape
         each = 1 if self.group is None else -(-columns // self.group)
         return out * (each * SCALE_DTYPE.itemsize + (-(-each * self.bits // 8) if self.zero_point else 0))
+
+    def in_words(self, dtype: torch.dtype) -> str:
+        """These numbers in a layer of ``dtype`` as tables show them: "float32", or "int8 weights, float32"."""
+        return (f"{self} weights, " if self.has_scales else "") + str(dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
         """The name that parses back to this value."""
@@ -153,8 +161,3 @@ def integers_why_not(pattern: Pattern, numbers: Numbers) -> str | None:
         f'"{pattern}" cannot be quantised to {numbers}: row scales need an N:M or V:N:M pattern; '
         "choose one, or keep the weights floating"
     )
-
-
-def part_names(quantized: bool) -> tuple[str, ...]:
-    """The names of a weight's tensors in files and in a state_dict."""
-    return (INT8 if quantized else FLOAT).part_names

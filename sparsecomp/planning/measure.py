@@ -22,7 +22,7 @@ from sparsecomp.machine.request import Request
 from sparsecomp.machine.timings import Measurement, keep, lookup
 from sparsecomp.nn import SparseLinear
 from sparsecomp.packing.format import PackedWeight, pack
-from sparsecomp.packing.quantize import quantize
+from sparsecomp.packing.quantize import in_numbers
 from sparsecomp.patterns import NM, VNM, Pattern
 from sparsecomp.patterns.project import project
 
@@ -51,9 +51,8 @@ def measure(
     if not again and (known := lookup(request, backend, device)) is not None:
         return known
     copies, cold = _copies(request, device)
-    weight = random_weight(request.pattern, request.shape, request.dtype).to(request.device)
-    if request.quantized:
-        weight = quantize(weight)
+    weight = in_numbers(random_weight(request.pattern, request.shape, request.dtype), request.numbers)
+    weight = weight.to(request.device)
     bias = torch.zeros(request.shape[0], dtype=request.dtype, device=request.device)
     sparse = [SparseLinear.from_packed(weight, bias, backend=backend)]
     sparse += [copy.deepcopy(sparse[0]) for _ in range(copies - 1)]
@@ -98,7 +97,8 @@ def _unpacked(backend: Backend, kernel: Kernel, bias: torch.Tensor, x: torch.Ten
 def _copies(request: Request, device: Device) -> tuple[int, bool]:
     """How many weights to rotate over, and whether their packed form then exceeds the last-level cache."""
     weight = max(request.shape[0] * request.shape[1] * request.dtype.itemsize, 1)
-    packed = weight * request.pattern.density * request.weight_dtype.itemsize / request.dtype.itemsize
+    bits = request.numbers.weight_bits(request.dtype)
+    packed = weight * request.pattern.density * bits / (8 * request.dtype.itemsize)
     wanted = int(1.5 * device.last_level_bytes // max(packed, 1)) + 1
     copies = max(1, min(wanted, _MOST_COPIES, _COPIES_BYTES // weight))
     return copies, copies * packed > device.last_level_bytes

@@ -141,14 +141,14 @@ def summarise(model: nn.Module, batch: Sequence[int], stayed_dense: Mapping[str,
 def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Device) -> SummaryRow:
     shape = (layer.out_features, layer.in_features)
     facts = layer.pattern, shape, layer.dtype, str(layer.device)
-    requests = {batch: Request(*facts, batch, layer.quantized) for batch in batches}
+    requests = {batch: Request(*facts, batch, layer.numbers) for batch in batches}
     backend = layer.kernel.backend
     measured = {batch: tune.measure(each, backend=backend) for batch, each in requests.items()}
     return SummaryRow(
         name=name or "the model",
         shape=shape,
         pattern=str(layer.pattern),
-        dtype=("int8 weights, " if layer.quantized else "") + str(layer.dtype).removeprefix("torch."),
+        dtype=layer.numbers.in_words(layer.dtype),
         dense_bytes=shape[0] * shape[1] * layer.dtype.itemsize,
         bytes=layer.kernel.nbytes,
         kernel=backend,

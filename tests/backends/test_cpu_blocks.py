@@ -17,6 +17,7 @@ from sparsecomp.machine.request import Request
 from sparsecomp.nn import SparseLinear
 from sparsecomp.packing.format import PackedWeight
 from sparsecomp.patterns import Block, parse
+from sparsecomp.patterns.numbers import INT8
 from sparsecomp.planning.measure import random_weight
 
 CPU = backends()["cpu"]
@@ -99,7 +100,7 @@ def test_blocks_that_leave_vectors_empty_are_refused_and_run_dense(pattern: str)
 
 
 def test_int8_blocks_are_refused() -> None:
-    reason = CPU.supports(Request(parse("block16x16:0.5"), (32, 32), torch.float32, "cpu", 1, quantized=True))
+    reason = CPU.supports(Request(parse("block16x16:0.5"), (32, 32), torch.float32, "cpu", 1, numbers=INT8))
     assert reason is not None and "int8 blocks" in reason and "N:M" in reason
 
 
@@ -113,7 +114,7 @@ def test_a_layout_of_another_size_is_refused() -> None:
     values, metadata = kernel.tensors
     for tensors in ((values[:-4], metadata), (values, metadata[:-1]), (values.repeat(9), metadata)):
         with pytest.raises(BackendError, match="layout of shape"):
-            CPU.adopt(tensors, kernel.pattern, kernel.shape, kernel.dtype)
+            CPU.adopt(tensors, kernel.pattern, kernel.shape, kernel.dtype, kernel.numbers)
     metadata[0] = 1  # blocks before the first block row
     with pytest.raises(RuntimeError, match="bitmap names as many as are kept"):
         CPU.run(kernel, torch.randn(2, 24), None)

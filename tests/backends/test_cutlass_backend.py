@@ -23,6 +23,7 @@ from sparsecomp.nn import SparseLinear
 from sparsecomp.packing.format import pack
 from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT, INT8, Numbers
 from tests.backends.cutlass_twins import Twins, twin_folder, twins
 
 __all__ = ["twin_folder", "twins"]
@@ -146,8 +147,10 @@ def test_other_weights_are_refused() -> None:
         CutlassBackend().prepare(quantize(pack(_weight(64, 64, HALF), "2:4")))
 
 
-def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cuda", quantized: bool = False) -> Request:
-    return Request(parse(pattern), (64, 64), dtype, device, 1, quantized)
+def _request(
+    pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cuda", numbers: Numbers = FLOAT
+) -> Request:
+    return Request(parse(pattern), (64, 64), dtype, device, 1, numbers)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cud
     [
         (_request("4:8"), "has no kernel for 4:8; 2:4 only"),
         (_request(dtype=torch.float32), "has no kernel for torch.float32; torch.float16 and torch.bfloat16 only"),
-        (_request(quantized=True), "has no kernel for torch.int8; torch.float16 and torch.bfloat16 only"),
+        (_request(numbers=INT8), "has no kernel for torch.int8; torch.float16 and torch.bfloat16 only"),
         (_request(device="cpu"), "runs on cuda, not on cpu"),
     ],
 )

@@ -14,6 +14,7 @@ from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT, INT8, Numbers
 from tests.backends.cutlass_twins import Twins, twin_folder, twins
 
 __all__ = ["twin_folder", "twins"]
@@ -38,7 +39,7 @@ def test_the_rounded_weight_is_given_back_exactly(
 ) -> None:
     packed = _packed(*shape, dtype)
     kernel = backend.prepare(packed)
-    assert kernel.tensors[0].dtype == FP8 and not kernel.quantized and kernel.dtype == dtype
+    assert kernel.tensors[0].dtype == FP8 and kernel.numbers == FLOAT and kernel.dtype == dtype
     scales = kernel.tensors[2]
     assert scales.shape == ((shape[0],) if backend.name == "cutlass_fp8" else (1,))
     assert bool((scales.frexp().mantissa == 0.5).all()), "powers of two"
@@ -106,15 +107,15 @@ def test_a_layer_by_name(twins: Twins, backend: CutlassFp8Backend, monkeypatch: 
     assert torch.equal(again.weight, layer.weight)
 
 
-def _request(device: str = "cuda:0", quantized: bool = False, pattern: str = "2:4") -> Request:
-    return Request(parse(pattern), (64, 64), BRAIN, device, 1, quantized)
+def _request(device: str = "cuda:0", numbers: Numbers = FLOAT, pattern: str = "2:4") -> Request:
+    return Request(parse(pattern), (64, 64), BRAIN, device, 1, numbers)
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = CutlassFp8Backend()
     assert backend.supports(_request("cpu")) == "runs on cuda, not on cpu"
     own = "rounds fp16 and bf16 weights to fp8 itself and takes none in int8"
-    assert backend.supports(_request(quantized=True)) == own
+    assert backend.supports(_request(numbers=INT8)) == own
     assert backend.supports(_request(pattern="4:8")) == "has no kernel for 4:8; 2:4 only"
     with pytest.raises(BackendError, match="the cutlass_fp8 backend rounds"):
         backend.prepare(quantize(_packed(16, 32)))

@@ -20,6 +20,7 @@ from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import pack
 from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT, INT8, Numbers
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 
@@ -51,8 +52,10 @@ def test_quantised_weights_are_refused() -> None:
         GluonBackend().prepare(quantized)
 
 
-def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cuda", quantized: bool = False) -> Request:
-    return Request(parse(pattern), (64, 64), dtype, device, 1, quantized)
+def _request(
+    pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cuda", numbers: Numbers = FLOAT
+) -> Request:
+    return Request(parse(pattern), (64, 64), dtype, device, 1, numbers)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def _request(pattern: str = "2:4", dtype: torch.dtype = HALF, device: str = "cud
             _request(dtype=torch.float32),
             "has no kernel for torch.float32; torch.float16 and torch.bfloat16 only",
         ),
-        (_request(quantized=True), "has no kernel for torch.int8; torch.float16 and torch.bfloat16 only"),
+        (_request(numbers=INT8), "has no kernel for torch.int8; torch.float16 and torch.bfloat16 only"),
         (_request(device="cpu"), "runs on cuda, not on cpu"),
     ],
 )
@@ -87,8 +90,8 @@ def test_tf32_says_why_not(request_: Request, reason: str) -> None:
     ("request_", "reason"),
     [
         (_request(), "has no kernel for torch.float16 weights without row scales; quantise them (quantized=True)"),
-        (_request("4:8", quantized=True), "has no kernel for 4:8; 2:4 only"),
-        (_request(quantized=True, device="cpu"), "runs on cuda, not on cpu"),
+        (_request("4:8", numbers=INT8), "has no kernel for 4:8; 2:4 only"),
+        (_request(numbers=INT8, device="cpu"), "runs on cuda, not on cpu"),
     ],
 )
 def test_int8_says_why_not(request_: Request, reason: str) -> None:
@@ -104,21 +107,21 @@ def test_int8_weights_without_scales_are_refused() -> None:
 def test_the_other_backends_restore_exactly(shape: tuple[int, int]) -> None:
     quantized = quantize(pack(_weight(*shape, BRAIN), "2:4"))
     kernel = GluonInt8Backend().prepare(quantized)
-    assert kernel.quantized and kernel.dtype == BRAIN
+    assert kernel.numbers == INT8 and kernel.dtype == BRAIN
     restored = GluonInt8Backend().restore(kernel).validate()
     assert all(torch.equal(restored.parts[name], quantized.parts[name]) for name in quantized.parts)
     assert torch.equal(GluonInt8Backend().dense(kernel), quantized.unpack())
     halves = torch.randn(*shape) * (torch.arange(shape[1]) % 2 == torch.randint(2, (shape[0], 1)))
     single = pack(halves, "1:2")
     kernel = GluonTf32Backend().prepare(single)
-    assert not kernel.quantized
+    assert kernel.numbers == FLOAT
     restored = GluonTf32Backend().restore(kernel).validate()
     assert torch.equal(restored.values, single.values) and torch.equal(restored.metadata, single.metadata)
 
 
 @pytest.mark.parametrize(
     ("request_", "name"),
-    [(_request("1:2", torch.float32), "gluon_tf32"), (_request(quantized=True), "gluon_int8")],
+    [(_request("1:2", torch.float32), "gluon_tf32"), (_request(numbers=INT8), "gluon_int8")],
 )
 def test_what_rounds_more_is_taken_by_name_only(request_: Request, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend_gpu(monkeypatch)

@@ -31,6 +31,7 @@ from sparsecomp.machine.request import Request
 from sparsecomp.nn import SparseLinear
 from sparsecomp.packing.format import pack
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT
 
 HALF = torch.float16
 NM = parse("2:4")
@@ -83,7 +84,7 @@ def _explained(backend: str, monkeypatch: pytest.MonkeyPatch, device: str = "cud
 
 def _kernel(backend: str, device: str) -> Kernel:
     there: Any = SimpleNamespace(device=torch.device(device))
-    return Kernel(backend, (there, there), NM, (64, 64), HALF)
+    return Kernel(backend, (there, there), NM, (64, 64), HALF, FLOAT)
 
 
 def test_an_old_gpu_falls_back_to_dense_with_the_reason(pretend: Pretend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_the_gpu_of_the_weight_is_asked_not_the_current_one(pretend: Pretend, mo
         return [("dense", "asked enough")]
 
     monkeypatch.setattr(registry, "explain", answer)
-    weight: Any = SimpleNamespace(device=torch.device("cuda:1"), shape=(64, 64), dtype=HALF, scales=None)
+    weight: Any = SimpleNamespace(device=torch.device("cuda:1"), shape=(64, 64), dtype=HALF, numbers=FLOAT)
     with pytest.raises(BackendError, match="asked enough"):
         prepared(weight, Choice(NM))
     assert set(asked) == {"cuda:1"}

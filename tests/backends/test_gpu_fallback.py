@@ -85,7 +85,7 @@ def test_a_layer_explains_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "known_bound", lambda *arguments, **others: None)
     monkeypatch.setattr(report, "lookup", lambda *arguments, **others: None)
     monkeypatch.setattr(report, "detect", lambda device: SimpleNamespace(kind="cuda"))
-    moved = Kernel("dense", tensors, kernel.pattern, kernel.shape, kernel.dtype)
+    moved = Kernel("dense", tensors, kernel.pattern, kernel.shape, kernel.dtype, kernel.numbers)
     text = str(report.explain_kernel(moved, 8, Choice(moved.pattern)))
     assert "on cuda" in text and "kernel    dense" in text
     for name in OURS:

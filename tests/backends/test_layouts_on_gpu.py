@@ -19,6 +19,7 @@ from sparsecomp.errors import BackendError, PatternError
 from sparsecomp.packing.format import pack
 from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import INT8
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 
@@ -84,7 +85,7 @@ def test_int8_weights_keep_their_scales(request: pytest.FixtureRequest) -> None:
     twin = TritonBackend().prepare(packed)
     request.getfixturevalue("simulated")
     made = TritonBackend().prepare(packed)
-    assert made.dtype == BRAIN and made.quantized
+    assert made.dtype == BRAIN and made.numbers == INT8
     assert all(torch.equal(one, other) for one, other in zip(made.tensors, twin.tensors, strict=True))
 
 

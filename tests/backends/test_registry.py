@@ -17,6 +17,7 @@ from sparsecomp.machine.request import Request
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.packing.format import pack
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT
 
 
 def request_of(pattern: str = "2:4", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Request:
@@ -60,7 +61,7 @@ def test_missing_extension_is_a_reason_and_dense_takes_over(monkeypatch: pytest.
     assert dict(explain(request_of()))["cpu"] == "the compiled extension is not there (test)"
     assert choose(request_of()) == "dense"
     with pytest.raises(BackendError, match="not there"):
-        registry.backends()["cpu"].adopt((), parse("2:4"), (8, 8), torch.float32)
+        registry.backends()["cpu"].adopt((), parse("2:4"), (8, 8), torch.float32, FLOAT)
 
 
 def test_unknown_isa_is_a_reason_not_a_traceback() -> None:

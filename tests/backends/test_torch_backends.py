@@ -41,7 +41,7 @@ def test_layout_and_product(backend: Backend, pattern: str, dtype: torch.dtype) 
         assert torch.equal(back.values, packed.values) and torch.equal(back.metadata, packed.metadata)
         assert back.pattern == packed.pattern and back.shape == packed.shape
         assert torch.equal(backend.dense(kernel), weight)
-        adopted = backend.adopt(kernel.tensors, kernel.pattern, kernel.shape, kernel.dtype)
+        adopted = backend.adopt(kernel.tensors, kernel.pattern, kernel.shape, kernel.dtype, kernel.numbers)
         for batch in (0, 1, 6):
             x = torch.randn(batch, columns).to(dtype)
             for bias in (None, torch.randn(out).to(dtype)):

@@ -15,6 +15,7 @@ from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import parse, row_nm
+from sparsecomp.patterns.numbers import INT8
 
 PATTERNS = ("1:2", "2:2", "2:4", "1:4", "3:4", "4:8", "5:8", "8:16", "5:16", "16:16", "2:4@v4", "4:8@v3")
 
@@ -50,7 +51,7 @@ def test_restore_is_the_inverse_of_prepare(pattern: str, shape: tuple[int, int],
 def test_int8_weights_keep_their_scales(pattern: str) -> None:
     packed = quantize(_packed(pattern, 7, 33, torch.bfloat16))
     kernel = TritonBackend().prepare(packed)
-    assert kernel.quantized and kernel.tensors[0].dtype == torch.int8 and kernel.dtype == torch.bfloat16
+    assert kernel.numbers == INT8 and kernel.tensors[0].dtype == torch.int8 and kernel.dtype == torch.bfloat16
     restored = TritonBackend().restore(kernel).validate()
     assert all(torch.equal(restored.parts[name], packed.parts[name]) for name in packed.parts)
 

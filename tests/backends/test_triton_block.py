@@ -14,6 +14,7 @@ from sparsecomp.errors import BackendError
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import Block, parse
+from sparsecomp.patterns.numbers import FLOAT, INT8
 
 
 def _packed(pattern: str, out: int, columns: int, dtype: torch.dtype) -> PackedWeight:
@@ -35,7 +36,7 @@ def test_restore_is_the_inverse_of_prepare(pattern: str, shape: tuple[int, int],
     kernel = TritonBlockBackend().prepare(packed)
     restored = TritonBlockBackend().restore(kernel)
     assert torch.equal(restored.values, packed.values) and torch.equal(restored.metadata, packed.metadata)
-    assert not kernel.quantized, "a third tensor would be taken for the scales of int8 weights"
+    assert kernel.numbers == FLOAT
     starts, columns = kernel.tensors[1].split([len(kernel.tensors[1]) - len(packed.values), len(packed.values)])
     assert starts[0] == 0 and starts[-1] == len(columns) == len(packed.values)
     for row in range(len(starts) - 1):
@@ -65,7 +66,7 @@ def test_other_weights_are_refused(pattern: str, dtype: torch.dtype, reason: str
 
 
 def test_int8_weights_with_scales_are_refused() -> None:
-    request = Request(parse("block16x16:0.5"), (64, 64), torch.float16, "cuda", 1, quantized=True)
+    request = Request(parse("block16x16:0.5"), (64, 64), torch.float16, "cuda", 1, numbers=INT8)
     assert str(TritonBlockBackend().supports(request)).startswith("has no kernel for torch.int8")
 
 

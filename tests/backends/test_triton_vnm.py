@@ -16,6 +16,7 @@ from sparsecomp.machine.request import Request
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT, INT8, Numbers
 
 
 def _packed(pattern: str, out: int, columns: int, dtype: torch.dtype) -> PackedWeight:
@@ -24,9 +25,9 @@ def _packed(pattern: str, out: int, columns: int, dtype: torch.dtype) -> PackedW
 
 
 def _request(
-    pattern: str, dtype: torch.dtype = torch.float16, device: str = "cuda", quantized: bool = False
+    pattern: str, dtype: torch.dtype = torch.float16, device: str = "cuda", numbers: Numbers = FLOAT
 ) -> Request:
-    return Request(parse(pattern), (128, 128), dtype, device, 1, quantized)
+    return Request(parse(pattern), (128, 128), dtype, device, 1, numbers)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def needs_triton() -> None:
 def test_restore_is_the_inverse_of_prepare(pattern: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     packed = _packed(pattern, *shape, dtype)
     kernel = TritonVnmBackend().prepare(packed)
-    assert not kernel.quantized
+    assert kernel.numbers == FLOAT
     restored = TritonVnmBackend().restore(kernel).validate()
     assert torch.equal(restored.values, packed.values) and torch.equal(restored.metadata, packed.metadata)
     assert torch.equal(TritonVnmBackend().dense(kernel), packed.unpack())
@@ -64,7 +65,7 @@ def test_the_layout_is_no_larger_than_the_canonical_form() -> None:
             "has no kernel for torch.float32; torch.float16 and torch.bfloat16 only",
         ),
         (
-            _request("64:2:8", quantized=True),
+            _request("64:2:8", numbers=INT8),
             "has no kernel for torch.int8; torch.float16 and torch.bfloat16 only",
         ),
         (_request("64:2:8", device="cpu"), "runs on cuda, not on cpu"),
@@ -85,14 +86,14 @@ def test_only_what_it_takes_is_taken_from_triton(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, "missing_cuda", lambda: None)
         monkeypatch.setattr(module, "too_old", lambda device: None)
     monkeypatch.setattr(cuda, "missing_cuda", lambda: "no GPU for the others")
-    for pattern, dtype, quantized, name in (
-        ("64:2:8", torch.bfloat16, False, "triton_vnm"),
-        ("64:2:8", torch.float32, False, "triton"),
-        ("64:2:8", torch.bfloat16, True, "triton"),
-        ("8:2:8", torch.bfloat16, False, "triton"),
-        ("2:4", torch.bfloat16, False, "triton"),
+    for pattern, dtype, numbers, name in (
+        ("64:2:8", torch.bfloat16, FLOAT, "triton_vnm"),
+        ("64:2:8", torch.float32, FLOAT, "triton"),
+        ("64:2:8", torch.bfloat16, INT8, "triton"),
+        ("8:2:8", torch.bfloat16, FLOAT, "triton"),
+        ("2:4", torch.bfloat16, FLOAT, "triton"),
     ):
-        assert choose(_request(pattern, dtype, quantized=quantized)) == name
+        assert choose(_request(pattern, dtype, numbers=numbers)) == name
     assert backends()["triton_vnm"].fuses_activations
 
 

@@ -10,7 +10,7 @@ from sparsecomp.machine.device import Device
 from sparsecomp.machine.request import Request
 from sparsecomp.packing import quantize
 from sparsecomp.patterns import parse
-from sparsecomp.patterns.numbers import DTYPES
+from sparsecomp.patterns.numbers import DTYPES, INT8
 from sparsecomp.planning.measure import random_weight
 
 FLOPS, BYTES = 2e11, 4e10
@@ -34,7 +34,7 @@ def test_packed_bytes_are_those_of_the_format(pattern: str, shape: tuple[int, in
 
 
 def test_int8_weights_are_counted_in_bytes_with_their_scales(cpu: Device) -> None:
-    request = Request(parse("2:4"), (4096, 4096), torch.float32, "cpu", 1, quantized=True)
+    request = Request(parse("2:4"), (4096, 4096), torch.float32, "cpu", 1, numbers=INT8)
     got = bound(request, cpu)
     dense, packed, moved = 4096 * 4096 * 4, 4096 * 2048 + 4096 * 512 + 4096 * 4, 2 * 4096 * 4
     assert packed == quantize(random_weight(parse("2:4"), (4096, 4096), torch.float32)).nbytes

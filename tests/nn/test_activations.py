@@ -17,6 +17,7 @@ from sparsecomp.backends.registry import backends
 from sparsecomp.errors import FormatError, ModelError
 from sparsecomp.nn import SparseLinear
 from sparsecomp.nn import operators as ops
+from sparsecomp.patterns.numbers import weights_name
 from tests.sparse_layers import TOLERANCE, make
 
 NAMES = [name for name in ACTIVATIONS if name != "none"]
@@ -65,7 +66,13 @@ def through_layer(layer: SparseLinear, x: Tensor) -> Tensor:
 
 
 def through_operator(layer: SparseLinear, x: Tensor) -> Tensor:
-    facts = (layer.kernel.backend, str(layer.pattern), layer.out_features, layer.in_features, layer.dtype)
+    facts = (
+        layer.kernel.backend,
+        weights_name(layer.pattern, layer.numbers),
+        layer.out_features,
+        layer.in_features,
+        layer.dtype,
+    )
     return ops.linear(x, list(layer.kernel.tensors), layer.bias, *facts, None, layer.activation)
 
 
@@ -112,7 +119,7 @@ def test_the_gradient_formula_is_that_of_the_function(activation: str) -> None:
 @pytest.mark.parametrize("activation", NAMES)
 def test_operator_passes_opcheck(activation: str) -> None:
     layer = layer_with(activation)
-    facts = (layer.kernel.backend, str(layer.pattern), 24, 40, layer.dtype, None, activation)
+    facts = (layer.kernel.backend, weights_name(layer.pattern, layer.numbers), 24, 40, layer.dtype, None, activation)
     for grad in (False, True):
         x, bias = torch.randn(3, 40, requires_grad=grad), torch.randn(24, requires_grad=grad)
         torch.library.opcheck(torch.ops.sparsecomp.linear.default, (x, list(layer.kernel.tensors), bias, *facts))

@@ -17,6 +17,7 @@ from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
 from sparsecomp.nn import operators as ops
 from sparsecomp.packing.format import pack
+from sparsecomp.patterns.numbers import weights_name
 
 PATTERNS = ["2:4", "8:16", "block4x4:0.5"]
 
@@ -36,7 +37,13 @@ class Net(nn.Module):
 
 
 def facts(layer: SparseLinear) -> tuple[Any, ...]:
-    return layer.kernel.backend, str(layer.pattern), layer.out_features, layer.in_features, layer.dtype
+    return (
+        layer.kernel.backend,
+        weights_name(layer.pattern, layer.numbers),
+        layer.out_features,
+        layer.in_features,
+        layer.dtype,
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from sparsecomp.files.storage import inspect
 from sparsecomp.machine.request import Request
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
+from sparsecomp.patterns.numbers import INT8
 from tests.sparse_layers import TOLERANCE, make
 
 
@@ -147,7 +148,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_the_vendor_library_refuses_int8() -> None:
-    request = Request(sc.parse_pattern("2:4"), (64, 64), torch.float16, "cuda", 1, quantized=True)
+    request = Request(sc.parse_pattern("2:4"), (64, 64), torch.float16, "cuda", 1, numbers=INT8)
     assert "torch.int8" in str(backends()["cusparselt"].supports(request))
     packed = sc.quantize(sc.pack(torch.zeros(16, 16, dtype=torch.float16), "2:4"))
     with pytest.raises(BackendError, match="int8"):
@@ -158,7 +159,7 @@ def test_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path))
     layer = quantised(64, 64)
     explanation = layer.explain()
-    assert "int8 weights" in str(explanation) and explanation.request.quantized
+    assert "int8 weights" in str(explanation) and explanation.request.numbers == INT8
     assert registry.choose(explanation.request) == layer.kernel.backend
 
 

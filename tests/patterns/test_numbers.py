@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsecomp as sc
-from sparsecomp.errors import PatternError
+from sparsecomp.backends.registry import backends
+from sparsecomp.errors import FormatError, PatternError
+from sparsecomp.machine.request import Request
+from sparsecomp.packing.quantize import in_numbers
 from sparsecomp.patterns import NM, Block, parse
 from sparsecomp.patterns.numbers import (
     COMPUTED,
@@ -135,6 +138,36 @@ def test_names_and_sizes_are_those_of_packed_weights(pattern: str, dtype: torch.
         assert tuple(packed.parts) == numbers.part_names
         nbytes = 6 * numbers.bytes_of(packed.values.shape[1], dtype) + numbers.scales_bytes(packed.shape)
         assert packed.nbytes - packed.metadata.nbytes == nbytes
+        assert packed.numbers == numbers and packed.values.dtype == numbers.values_dtype(dtype)
+        again = sc.PackedWeight.of(tuple(packed.parts.values()), packed.pattern, packed.shape, dtype, numbers)
+        assert again.parts == packed.parts and again.dtype == dtype
+    assert parse_weights(f"{pattern}+int8") == (parse(pattern), INT8)
+
+
+def test_tensors_of_a_weight_are_named() -> None:
     assert PART_NAMES == ("values", "metadata", "scales")
     assert Numbers(4, 32, zero_point=True).part_names == (*PART_NAMES, "zero_points")
-    assert parse_weights(f"{pattern}+int8") == (parse(pattern), INT8)
+    assert Numbers(4).values_dtype(torch.float32) == torch.uint8
+    packed = sc.pack(torch.zeros(6, 20), "2:4")
+    with pytest.raises(FormatError, match="int8 has the tensors values, metadata, scales, got 2 of them; give all"):
+        sc.PackedWeight.of(tuple(packed.parts.values()), packed.pattern, packed.shape, packed.dtype, INT8)
+
+
+def test_numbers_in_words() -> None:
+    assert FLOAT.in_words(torch.float32) == "float32"
+    assert INT8.in_words(torch.bfloat16) == "int8 weights, bfloat16"
+
+
+@pytest.mark.parametrize("name", ["cpu", "dense", "reference", "triton"])
+def test_backends_refuse_numbers_they_have_no_kernel_for(name: str) -> None:
+    device = "cuda" if name == "triton" else "cpu"
+    request = Request(parse("2:4"), (16, 32), torch.float32, device, 1, Numbers(4, 32))
+    assert backends()[name].supports(request) == "has no kernel for weights in int4@g32; float and int8 only"
+
+
+def test_weights_are_not_stored_in_numbers_that_nothing_computes() -> None:
+    packed = sc.pack(torch.zeros(6, 32), "2:4")
+    assert in_numbers(packed, FLOAT) is packed
+    assert in_numbers(packed, INT8).numbers == INT8
+    with pytest.raises(PatternError, match='no kernel computes numbers "int8@g32" yet'):
+        in_numbers(packed, Numbers(8, 32))

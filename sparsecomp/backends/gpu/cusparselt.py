@@ -44,7 +44,7 @@ class CusparseltBackend(Backend):
         """None if cuSPARSELt runs this request, else the reason why not. The shape rules are those of torch.sparse."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        reason = _unfit(request.pattern, request.weight_dtype, request.shape)
+        reason = _unfit(request.pattern, request.values_dtype, request.shape)
         return reason or self.missing() or too_old(request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
@@ -58,7 +58,7 @@ class CusparseltBackend(Backend):
         dense = _unpacked(packed)
         with torch.cuda.device(dense.get_device()):
             compressed = torch._cslt_compress(dense)
-        kernel = Kernel(self.name, (compressed,), packed.pattern, packed.shape, packed.dtype)
+        kernel = self._kernel((compressed,), packed)
         if not torch.equal(self._dense(kernel), dense):
             raise BackendError("cuSPARSELt does not give this weight back exactly; use another backend for this layer")
         return kernel

@@ -6,7 +6,6 @@ use, never with this module. Knows nothing of nn, plan or prune.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -20,10 +19,11 @@ from sparsecomp.backends.gpu import cuda
 from sparsecomp.backends.gpu.cuda import missing_cuda, missing_gluon, too_old
 from sparsecomp.errors import BackendError
 from sparsecomp.machine.request import Request
-from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.format import PackedWeight, pack, scales_of
 from sparsecomp.packing.layouts.fragments import fragments_why_not, from_fragments, to_fragments
 from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import NM, Pattern, row_nm
+from sparsecomp.patterns.numbers import FLOAT, INT8
 
 _WITHOUT_SCALES = "has no kernel for {} weights without row scales; quantise them (quantized=True)"
 
@@ -47,7 +47,7 @@ class GluonBackend(Backend):
         """None if the kernel runs this request, else the reason why not. Every batch size is fine."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        reason = self._unfit(request.pattern, request.weight_dtype, request.shape)
+        reason = self._unfit(request.pattern, request.values_dtype, request.shape)
         return reason or self.missing() or too_old(request.device)
 
     def _unfit(self, pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
@@ -60,8 +60,7 @@ class GluonBackend(Backend):
         """
         if reason := self._unfit(packed.pattern, packed.values.dtype, packed.shape):
             raise BackendError(f"the {self.name} backend {reason}")
-        scales = () if packed.scales is None else (packed.scales,)
-        return Kernel(self.name, (*fragments(packed), *scales), packed.pattern, packed.shape, packed.dtype)
+        return self._kernel((*fragments(packed), *scales_of(packed)), packed)
 
     def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
         """What ``prepare`` makes of ``pack(weight, pattern)``; on a GPU in one pass, without the canonical form.
@@ -76,7 +75,7 @@ class GluonBackend(Backend):
         fragments, metadata, broken = _packing().pack_dense(weight.detach())
         if bool(broken.any()):
             pack(weight, pattern)  # names the group
-        return Kernel(self.name, (fragments, metadata), pattern, shape, weight.dtype)
+        return Kernel(self.name, (fragments, metadata), pattern, shape, weight.dtype, FLOAT)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""
@@ -124,7 +123,7 @@ class GluonInt8Backend(GluonBackend):
 
     def supports(self, request: Request) -> str | None:
         """None if the kernel runs this request, else the reason why not: int8 weights with row scales only."""
-        if not request.quantized:
+        if request.numbers != INT8:
             return _WITHOUT_SCALES.format(request.dtype)
         return super().supports(request)
 
@@ -133,7 +132,7 @@ class GluonInt8Backend(GluonBackend):
 
         Raises BackendError for a weight that ``supports`` refuses.
         """
-        if packed.scales is None:
+        if packed.numbers != INT8:
             raise BackendError(f"the {self.name} backend {_WITHOUT_SCALES.format(packed.values.dtype)}")
         return super().prepare(packed)
 
@@ -145,7 +144,8 @@ class GluonInt8Backend(GluonBackend):
         """The canonical form with its scales, byte for byte the one that ``prepare`` was given."""
         fragments, metadata, scales = kernel.tensors
         integers = from_fragments(fragments, metadata, kernel.pattern, kernel.shape, torch.int8)
-        return replace(integers, scales=scales, dense_dtype=kernel.dtype)
+        parts = integers.values, integers.metadata, scales
+        return PackedWeight.of(parts, kernel.pattern, kernel.shape, kernel.dtype, kernel.numbers)
 
 
 def fragments(packed: PackedWeight) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ class GluonWgmmaBackend(Backend):
         """None if the kernel runs this request, else the reason why not. Every batch size is fine."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        reason = _unfit(request.pattern, request.weight_dtype, request.shape)
+        reason = _unfit(request.pattern, request.values_dtype, request.shape)
         return reason or self.missing() or other_gpu(request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
@@ -57,7 +57,7 @@ class GluonWgmmaBackend(Backend):
         """
         if reason := _unfit(packed.pattern, packed.values.dtype, packed.shape):
             raise BackendError(f"the {self.name} backend {reason}")
-        return Kernel(self.name, fragments(packed), packed.pattern, packed.shape, packed.dtype)
+        return self._kernel(fragments(packed), packed)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""

@@ -46,7 +46,7 @@ class SemiStructuredBackend(Backend):
         """None if torch runs this request, else the reason why not. Every batch size is fine."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        reason = _unfit(request.pattern, request.weight_dtype, request.shape)
+        reason = _unfit(request.pattern, request.values_dtype, request.shape)
         return reason or self.missing() or _other_gpu(request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
@@ -57,7 +57,7 @@ class SemiStructuredBackend(Backend):
         if reason := _unfit(packed.pattern, packed.values.dtype, packed.shape):
             raise BackendError(f"the {self.name} backend {reason}")
         tensors = packed.values.contiguous(), to_sm80_metadata(packed)
-        return Kernel(self.name, tensors, packed.pattern, packed.shape, packed.dtype)
+        return self._kernel(tensors, packed)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""

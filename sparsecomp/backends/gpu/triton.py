@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.backends.base import Backend, Kernel
+from sparsecomp.backends.base import Backend, Kernel, numbers_why_not
 from sparsecomp.backends.gpu import cuda
 from sparsecomp.backends.gpu.cuda import missing_cuda, missing_triton, too_old, with_unit_columns
 from sparsecomp.errors import BackendError
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.bits import pack_positions, unpack_positions
-from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.format import PackedWeight, pack, scales_of
 from sparsecomp.patterns import NM, Block, Pattern, row_nm
-from sparsecomp.patterns.numbers import FLOAT_DTYPES
+from sparsecomp.patterns.numbers import FLOAT, FLOAT_DTYPES, INT8
 
 _DTYPE_NAMES = "torch.float16, torch.bfloat16 and torch.float32"
 
@@ -45,6 +45,8 @@ class TritonBackend(Backend):
             return f"has no kernel for {request.pattern}; N:M and V:N:M patterns only"
         if request.dtype not in FLOAT_DTYPES:
             return f"has no kernel for {request.dtype}; {_DTYPE_NAMES} only"
+        if reason := numbers_why_not(request.numbers, (FLOAT, INT8)):
+            return reason
         return self.missing() or too_old(request.device)
 
     def nearest(self, request: Request) -> bool:
@@ -61,9 +63,8 @@ class TritonBackend(Backend):
         nm = _nm(packed.pattern)
         _require_floating(packed.dtype)
         make = _packing().pack_planes if cuda.on_gpu(packed.values) else _planes
-        scales = () if packed.scales is None else (packed.scales,)
-        tensors = (*make(packed.values, packed.metadata, nm, packed.shape[1]), *scales)
-        return Kernel(self.name, tensors, packed.pattern, packed.shape, packed.dtype)
+        tensors = (*make(packed.values, packed.metadata, nm, packed.shape[1]), *scales_of(packed))
+        return self._kernel(tensors, packed)
 
     def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
         """What ``prepare`` makes of ``pack(weight, pattern)``; on a GPU in one pass, without the canonical form.
@@ -77,7 +78,7 @@ class TritonBackend(Backend):
         planes, positions, broken = _packing().pack_planes_dense(weight.detach(), _nm(pattern))
         if bool(broken.any()):
             pack(weight, pattern)  # names the group
-        return Kernel(self.name, (planes, positions), pattern, (weight.shape[0], weight.shape[1]), weight.dtype)
+        return Kernel(self.name, (planes, positions), pattern, (weight.shape[0], weight.shape[1]), weight.dtype, FLOAT)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""
@@ -90,8 +91,8 @@ class TritonBackend(Backend):
         values = planes[:, :, :groups].transpose(1, 2).reshape(out, groups * nm.n)
         rows = unpack_positions(metadata.flatten(0, 1), planes.shape[2], kernels.plane_bits(nm))
         positions = rows.view(tiles, nm.n, planes.shape[2])[:, :, :groups].transpose(1, 2).reshape(tiles, groups * nm.n)
-        quantized = (scales[0], kernel.dtype) if scales else ()
-        return PackedWeight(values, pack_positions(positions, nm.index_bits), kernel.pattern, kernel.shape, *quantized)
+        parts = values, pack_positions(positions, nm.index_bits), *scales
+        return PackedWeight.of(parts, kernel.pattern, kernel.shape, kernel.dtype, kernel.numbers)
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out] on torch's current stream; the first call of a tile and a pattern compiles it (under 1 s)."""

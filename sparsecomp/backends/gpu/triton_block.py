@@ -39,7 +39,7 @@ class TritonBlockBackend(Backend):
         """None if the kernel runs this request, else the reason why not. Every shape and batch size is fine."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        return _unfit(request.pattern, request.weight_dtype) or self.missing() or too_old(request.device)
+        return _unfit(request.pattern, request.values_dtype) or self.missing() or too_old(request.device)
 
     def nearest(self, request: Request) -> bool:
         """True off the CPU for blocks."""
@@ -59,7 +59,7 @@ class TritonBlockBackend(Backend):
         starts[1:] = kept.sum(dim=1).cumsum(0)
         columns = kept.nonzero()[:, 1].to(torch.int32)
         tensors = (packed.values.contiguous(), torch.cat([starts, columns]))
-        return Kernel(self.name, tensors, packed.pattern, packed.shape, packed.dtype)
+        return self._kernel(tensors, packed)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""

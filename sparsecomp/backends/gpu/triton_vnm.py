@@ -41,7 +41,7 @@ class TritonVnmBackend(Backend):
         """None if the kernel runs this request, else the reason why not. Every shape and batch size is fine."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        return _unfit(request.pattern, request.weight_dtype) or self.missing() or too_old(request.device)
+        return _unfit(request.pattern, request.values_dtype) or self.missing() or too_old(request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """Values [out, 2, G] and uint8 bytes: places [ceil(out / V), 4 G], then positions [out, 2, G / 4].
@@ -56,14 +56,14 @@ class TritonVnmBackend(Backend):
         values, positions = TritonBackend().prepare(gathered).tensors
         kept = torch.nn.functional.pad(places, (0, VNM_KEPT_COLUMNS * values.shape[2] - places.shape[1]))
         octets = torch.cat([kept.flatten(), positions.flatten()])
-        return Kernel(self.name, (values, octets), packed.pattern, packed.shape, packed.dtype)
+        return self._kernel((values, octets), packed)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""
         values, kept, positions = _parts(kernel)
         pattern = _vnm(kernel)
         columns = VNM_KEPT_COLUMNS * pattern.row_pattern.groups(kernel.shape[1])
-        planes = Kernel("triton", (values, positions), _INNER, (kernel.shape[0], columns), kernel.dtype)
+        planes = Kernel("triton", (values, positions), _INNER, (kernel.shape[0], columns), kernel.dtype, kernel.numbers)
         return from_gathered(kept[:, :columns], TritonBackend().restore(planes), pattern, kernel.shape)
 
     def run(self, kernel: Kernel, x: Tensor, bias: Tensor | None) -> Tensor:

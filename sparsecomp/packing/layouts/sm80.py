@@ -25,7 +25,7 @@ def sm80_why_not(packed: PackedWeight) -> str | None:
     """None if the weight has an sm_80 layout, else the reason: 2:4, fp16, bf16 or int8 without scales, whole tiles."""
     if not isinstance(packed.pattern, NM) or (packed.pattern.n, packed.pattern.m) != (2, 4):
         return f"pattern {packed.pattern} is not 2:4"
-    if packed.scales is not None:
+    if packed.numbers.has_scales:
         return "it has no place for the row scales of a quantised weight"
     if packed.dtype not in _WORDS:
         return f"{packed.dtype} is none of torch.float16, torch.bfloat16, torch.int8"

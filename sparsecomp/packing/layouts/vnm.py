@@ -22,8 +22,8 @@ def to_gathered(packed: PackedWeight) -> tuple[Tensor, PackedWeight]:
     Raises PatternError for another pattern and for weights with scales.
     """
     pattern = packed.pattern
-    if not isinstance(pattern, VNM) or packed.scales is not None:
-        what = pattern if packed.scales is None else "int8 weights with scales"
+    if not isinstance(pattern, VNM) or packed.numbers.has_scales:
+        what = f"{packed.numbers} weights with scales" if packed.numbers.has_scales else pattern
         raise PatternError(f"only V:N:M weights without scales can be gathered, not {what}; pack the weight otherwise")
     out, columns = packed.shape
     groups = pattern.row_pattern.groups(columns)

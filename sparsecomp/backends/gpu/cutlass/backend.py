@@ -40,7 +40,7 @@ class CutlassBackend(Backend):
         """None if the kernels run this request, else the reason why not. Every batch size is fine."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        reason = wgmma_why_not(request.pattern, request.weight_dtype, request.shape)
+        reason = wgmma_why_not(request.pattern, request.values_dtype, request.shape)
         return reason or self.missing() or other_gpu(request.device) or cutlass_build.why_not(_configs(request.dtype))
 
     def prepare(self, packed: PackedWeight) -> Kernel:
@@ -55,7 +55,7 @@ class CutlassBackend(Backend):
             raise BackendError(f"the cutlass backend {reason}")
         if packed.device.type == "cuda":
             cutlass_build.libraries(_configs(packed.dtype))
-        return Kernel(self.name, to_wgmma(packed), packed.pattern, packed.shape, packed.dtype)
+        return self._kernel(to_wgmma(packed), packed)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form, byte for byte the one that ``prepare`` was given."""

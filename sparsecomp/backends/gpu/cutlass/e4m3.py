@@ -25,6 +25,7 @@ from sparsecomp.packing.bits import pack_positions, unpack_positions
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.packing.layouts.wgmma import ROWS, padded, tiled, wgmma_why_not
 from sparsecomp.patterns import row_nm
+from sparsecomp.patterns.numbers import FLOAT
 
 _LARGEST = 448.0  # of e4m3
 _TINY = 2.0**-126
@@ -52,7 +53,7 @@ class CutlassFp8Backend(Backend):
         """None if the kernels run this request, else the reason why not. Every batch size is fine."""
         if torch.device(request.device).type != "cuda":
             return f"runs on cuda, not on {request.device}"
-        if request.quantized:
+        if request.numbers != FLOAT:
             return _OWN_ROUNDING
         reason = wgmma_why_not(request.pattern, request.dtype, request.shape)
         return reason or self.missing() or other_gpu(request.device) or cutlass_build.why_not(_configs(request.dtype))
@@ -63,7 +64,7 @@ class CutlassFp8Backend(Backend):
         C and R are the sides rounded up to 128 and 64. Raises BackendError for a weight that ``supports`` refuses. On
         a CUDA device this compiles the kernels if they are not in the cache, with a warning.
         """
-        reason = _OWN_ROUNDING if packed.scales is not None else None
+        reason = _OWN_ROUNDING if packed.numbers != FLOAT else None
         if reason := reason or wgmma_why_not(packed.pattern, packed.values.dtype, packed.shape):
             raise BackendError(f"the {self.name} backend {reason}")
         if packed.device.type == "cuda":
@@ -73,7 +74,7 @@ class CutlassFp8Backend(Backend):
         largest = magnitude.amax(1) if self._per_row else magnitude.flatten().amax(0, keepdim=True)
         scales = _power_of_two(largest / _LARGEST)
         narrow = (values.float() / scales.unsqueeze(1)).to(FP8)
-        return Kernel(self.name, (narrow, tiled(octets, 1), scales), packed.pattern, packed.shape, packed.dtype)
+        return self._kernel((narrow, tiled(octets, 1), scales), packed)
 
     def restore(self, kernel: Kernel) -> PackedWeight:
         """The canonical form of the rounded weight, in the layer's dtype, exactly what the kernel multiplies."""
