@@ -164,7 +164,7 @@ def exactly(patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
 
 def check_method(method: str | None, calibration: str | None) -> None:
     """UsageError for an unknown method, and for one that needs batches where none are named."""
-    import sparsecomp.methods.presets  # noqa: F401  (registers the methods)
+    import sparsecomp.methods.weight  # noqa: F401  (registers the methods)
     from sparsecomp.methods.registry import get_method
 
     if method is None:

@@ -278,6 +278,7 @@ def test_a_refused_instruction_set_is_said_by_layers_and_by_doctor() -> None:
 
 
 def test_methods_are_known_in_a_process_that_pruned_nothing() -> None:
-    code = "from sparsecomp.cli import choices; choices.check_method('balanced', 'shop:batches')"
+    calls = [f"choices.check_method({name!r}, 'shop:batches')" for name in ("magnitude", "wanda", "balanced")]
+    code = "; ".join(["from sparsecomp.cli import choices", *calls])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
