@@ -12,12 +12,13 @@ CUDA_SOURCES := $(wildcard cmake/* csrc/cuda/*) sparsecomp/backends/gpu/cutlass/
 CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/csrc/*.[ch]pp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tritons demo test defaults lint bench sanitize nightly clean
+.PHONY: help setup tritons demo test defaults eager-off lint bench sanitize nightly clean
 
 help:
 	@echo 'make demo      the whole job on a real model, beside other engines and dense int8 (under 5 minutes)'
 	@echo 'make test      lint, types and tests'
 	@echo 'make defaults  the tests again, while torch has another default device and dtype'
+	@echo 'make eager-off the tests of the layer again, with every call through the dispatcher of torch'
 	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound'
 	@echo 'make tritons   the oldest and the newest Triton, for the GPU tests; make test includes it'
 	@echo 'make lint      ruff, mypy --strict, clang-format'
@@ -68,6 +69,12 @@ test: lint tritons
 defaults: $(READY)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --other-defaults tests \
 	  --ignore tests/csrc --ignore tests/kernels --ignore tests/cli --ignore tests/bench
+
+# What a layer does on a torch that is not known: its tests, without the way past the dispatcher.
+eager-off: $(READY)
+	SPARSECOMP_EAGER=off $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests/nn \
+	  tests/modules tests/files tests/backends tests/test_compiler.py tests/test_end_to_end.py \
+	  --ignore tests/nn/test_eager_hidden.py --ignore tests/nn/test_eager_binding.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsecomp.backends import cpu
+from sparsecomp.machine import native as machine
+from sparsecomp.nn.eager.probe import probe
 from tests.other_defaults import PAST_MODES, TRACED, other_defaults
 
 TESTS = Path(__file__).parent
@@ -19,11 +20,11 @@ ONE_THREAD = ("methods", "models", "pruning")
 
 @pytest.fixture
 def native() -> Any:
-    """The extension, where this torch lets it read tensors."""
-    module = cpu.native()
-    if isinstance(module, str) or cpu._torch_functions() is None:
-        pytest.skip(module if isinstance(module, str) else "this torch has no DLPack table")
-    return module
+    """The extension, where it takes part in eager calls."""
+    found = probe()
+    if isinstance(found, str) or found.extension is None:
+        pytest.skip(found if isinstance(found, str) else str(found.in_python))
+    return machine.native()
 
 
 @pytest.fixture(autouse=True)

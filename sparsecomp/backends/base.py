@@ -6,7 +6,7 @@ Takes a ``PackedWeight``, gives a ``Kernel`` (the weight in one backend's layout
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,10 +20,6 @@ from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.numbers import Numbers
 
 Weight = PackedWeight | Tensor  # a dense one is [out, in]
-
-
-# (x [..., in], bias, dense_above) -> y [..., out], or None if the dispatcher has to see the call; see nn.eager.calls
-EagerProduct = Callable[[Tensor, Tensor | None, int | None], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +123,3 @@ class Backend(ABC):
     def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """``run``, then an activation of ``sparsecomp.activations``; a backend that can fuse it overrides this."""
         return activate(self.run(kernel, x, bias), activation)
-
-    def eager(self, kernel: Kernel, activation: str, otherwise: EagerProduct) -> EagerProduct | None:
-        """A cheaper function that does what ``otherwise`` does, which it may call; None if there is none."""
-        return None

@@ -8,7 +8,6 @@ Knows no instruction set.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor
 
 from sparsecomp.activations import ACTIVATIONS
-from sparsecomp.backends.base import Backend, EagerProduct, Kernel, numbers_why_not
+from sparsecomp.backends.base import Backend, Kernel, numbers_why_not
 from sparsecomp.errors import BackendError
 from sparsecomp.machine.native import DTYPE_CODES, extension, native
 from sparsecomp.machine.request import Request
-from sparsecomp.nn.eager import watch
 from sparsecomp.packing.bits import packed_bytes
 from sparsecomp.packing.format import PackedWeight, dequantize, scales_of
 from sparsecomp.patterns import Block, Pattern, row_nm
@@ -37,21 +35,6 @@ def _require_native() -> ModuleType:
     if isinstance(module, str):
         raise BackendError(f"the cpu backend cannot run: {module}")
     return module
-
-
-@lru_cache(maxsize=1)
-def _torch_functions() -> object | None:
-    """What the extension needs to read tensors itself and to ask what torch is doing; None where torch cannot say."""
-    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if table is None:
-        return None
-    keys = watch.WATCHERS, watch.included, watch.raw, watch.PLAIN, vars(torch.autograd.forward_ad)
-    functions = torch.get_num_threads, torch.is_grad_enabled, Tensor.is_neg, Tensor.new_empty, Tensor.contiguous
-    try:
-        found: object | None = _require_native().torch_functions(table, Tensor, torch.nn.Parameter, *keys, *functions)
-    except TypeError:  # an extension of another version takes other arguments
-        return None
-    return found
 
 
 def _stored(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, kept: int) -> tuple[str, tuple[int, ...]]:
@@ -225,17 +208,6 @@ class CpuBackend(Backend):
         _call(_family(kernel), "to_dense")(*kernel.arguments, *pointers, weight.data_ptr(), torch.get_num_threads())
         return dequantize(weight, scales[0], kernel.dtype) if scales else weight
 
-    def eager(self, kernel: Kernel, activation: str, otherwise: EagerProduct) -> EagerProduct | None:
-        """One call of the extension, which checks its tensors at every call; ``otherwise`` sees to gradients."""
-        functions = _torch_functions()
-        if functions is None or any(type(tensor) is not Tensor for tensor in kernel.tensors):
-            return None
-        facts = isinstance(kernel.pattern, Block), kernel.arguments, DTYPE_CODES[kernel.dtype], kernel.tensors
-        product: EagerProduct = _require_native().eager_product(
-            functions, *facts, _ACTIVATION_CODES[activation], otherwise
-        )
-        return product
-
     def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """``run`` with the activation applied in the same call."""
         return self.run(kernel, x, bias, _ACTIVATION_CODES[activation])
@@ -281,3 +253,12 @@ class CpuBackend(Backend):
             torch.get_num_threads(),
         )
         return y
+
+
+def eager_product(functions: object, kernel: Kernel, activation: str, otherwise: Callable[..., Any]) -> Any:
+    """The product of a kernel as one function of the extension: (x, bias, dense_above) -> y, or None.
+
+    ``functions`` is the extension's hold of torch; ``otherwise`` sees to gradients and dense products.
+    """
+    facts = isinstance(kernel.pattern, Block), kernel.arguments, DTYPE_CODES[kernel.dtype], kernel.tensors
+    return _require_native().eager_product(functions, *facts, _ACTIVATION_CODES[activation], otherwise)

@@ -58,7 +58,7 @@ def _facts(quick: bool) -> dict[str, Any]:
         facts |= _facts_of_torch(quick)
     else:
         facts |= {"torch": None, "devices": [], "backends": {}, "onnxruntime_operators": False}
-        facts |= {"compiled": [], "refused": reason}
+        facts |= {"compiled": [], "refused": reason, "eager_calls": None}
     found = look(OPTIONAL)
     facts["packages"] = {name: None if each.problem else each.version for name, each in found.items()}
     facts["package_problems"] = {name: str(each) for name, each in found.items() if each.problem}
@@ -80,7 +80,18 @@ def _facts_of_torch(quick: bool) -> dict[str, Any]:
         "onnxruntime_operators": library_path() is not None,
         "compiled": [name for name, reason in reasons.items() if reason is None and name not in _FALLBACKS],
         "refused": CpuBackend().refusal(),
+        "eager_calls": _eager(),
     }
+
+
+def _eager() -> dict[str, Any]:
+    """Whether eager calls go past torch's dispatcher, and why not, or why not in C."""
+    from sparsecomp.nn.eager.probe import probe
+
+    found = probe()
+    if isinstance(found, str):
+        return {"past_the_dispatcher": False, "reason": found}
+    return {"past_the_dispatcher": True, "reason": found.in_python}
 
 
 def _device(kind: str, quick: bool) -> dict[str, Any]:
@@ -122,6 +133,8 @@ def _text(facts: dict[str, Any]) -> str:
             lines.append(wrap(f"     measured peaks: {peaks}, {memory}", indent="       "))
     if torch is not None and all(device["kind"] != "cuda" for device in facts["devices"]):
         lines.append("cuda: torch sees no GPU")
+    if facts["eager_calls"] is not None:
+        lines.append(wrap(_eager_line(facts["eager_calls"]), indent="  "))
     problems = facts["package_problems"]
     packages = [
         (name, problems.get(name) or facts["packages"][name] or "not installed", purpose)
@@ -137,6 +150,13 @@ def _text(facts: dict[str, Any]) -> str:
         how = why if why is not None else "reinstall with a C++ compiler at hand"
         lines += ["", wrap(f"No compiled kernel can run here, so sparse layers multiply dense: {how}.", indent="")]
     return "\n".join(lines)
+
+
+def _eager_line(told: dict[str, Any]) -> str:
+    if not told["past_the_dispatcher"]:
+        return f"layers: eager calls go through torch's dispatcher, which takes longer: {told['reason']}"
+    how = "" if told["reason"] is None else f", in Python: {told['reason']}"
+    return f"layers: eager calls go past torch's dispatcher (SPARSECOMP_EAGER=off: through it){how}"
 
 
 def _backend_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsecomp.modules.readonly import ReadOnly
 from sparsecomp.nn.packed_module import PackedModule
 
 # each copies its entries, which it has under the same names; the rest of what they do is for files of old versions
-_PLAIN_LOADING = frozenset(each._load_from_state_dict for each in (nn.Module, _NormBase, _InstanceNorm, PackedModule))
+_PLAIN = nn.Module, nn.BatchNorm1d, nn.InstanceNorm1d, PackedModule
+_PLAIN_LOADING = frozenset(each._load_from_state_dict for each in _PLAIN)
 _PLAIN_SAVING = frozenset(each._save_to_state_dict for each in (nn.Module, PackedModule))
 _HOOKS = (
     "_state_dict_hooks",
@@ -42,7 +40,7 @@ def why_no_plain(value: object) -> str | None:
         return f"a tensor of layout {str(value.layout).removeprefix('torch.').removeprefix('_')}"
     if value.is_quantized:
         return f"a quantised tensor ({str(value.dtype).removeprefix('torch.')})"
-    if is_traceable_wrapper_subclass(value):
+    if hasattr(value, "__tensor_flatten__"):  # a class that wraps other tensors
         return f"a {type(value).__name__}"
     return None
 

@@ -19,6 +19,7 @@ from sparsecomp.files.fitting import check_copied, check_entries, check_state, c
 from sparsecomp.files.live import copy_into, has_own_way, live_entries, place, restoring, torch_copies, why_no_plain
 from sparsecomp.models.batches import eager
 from sparsecomp.models.layers import find_linears, require_module
+from sparsecomp.modules.carry import COMPILED_CALL
 from sparsecomp.nn import Choice, SparseLinear
 from sparsecomp.packing import PackedWeight
 from sparsecomp.patterns.numbers import PART_NAMES
@@ -279,7 +280,7 @@ def _new_layer(
 def _keep_own(old: SparseLinear, layer: SparseLinear) -> None:
     """What a subclass has under names that its class declares; the rest is carried over in the swap."""
     for name, value in vars(old).items():
-        if name not in vars(layer) and name != "_compiled_call_impl":
+        if name not in vars(layer) and name != COMPILED_CALL:
             layer.__dict__[name] = value
     for name, buffer in old._buffers.items():
         if name not in layer._buffers and name not in old._layout:

@@ -20,7 +20,10 @@ from sparsecomp.modules.bypaths import bypaths
 from sparsecomp.modules.carry import why_not_carried
 from sparsecomp.patterns.numbers import LAYER_DTYPES, PART_NAMES
 
-_OTHER_MATMULS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+_OTHER_MATMULS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.RNNBase, nn.RNNCellBase, nn.Bilinear),
+)
 _OF_THE_FILE = frozenset(PART_NAMES)
 
 

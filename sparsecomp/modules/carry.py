@@ -29,8 +29,8 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-# what nn.Module.compile leaves on a module is of the old layer's code
-_OF_EVERY_MODULE = frozenset([*vars(nn.Module()), "_compiled_call_impl"])
+COMPILED_CALL = "_compiled_call_impl"  # what nn.Module.compile leaves on a module is of the old layer's code
+_OF_EVERY_MODULE = frozenset([*vars(nn.Module()), COMPILED_CALL])
 _OF_EVERY_LINEAR = frozenset(["in_features", "out_features", "weight", "bias"])
 # a subclass that has no more than these does what its base does
 _HARMLESS = frozenset(

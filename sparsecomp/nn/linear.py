@@ -7,6 +7,7 @@ Knows nothing of plans, masks or models.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +23,7 @@ from sparsecomp.errors import ModelError
 from sparsecomp.modules.carry import carry_over, why_not_carried
 from sparsecomp.modules.readonly import PackedParameter
 from sparsecomp.nn import operators as ops
-from sparsecomp.nn.eager.calls import eager_product
-from sparsecomp.nn.eager.watch import transformed
+from sparsecomp.nn.eager.calls import eager_product, why_dispatched
 from sparsecomp.nn.packed_module import PackedModule
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.packing.move import zero_weight
@@ -290,7 +290,7 @@ class SparseLinear(PackedModule):
             raise ModelError(f"input is on {x.device} and the layer on {place}; move one of them with .to()")
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         target = torch.get_autocast_dtype(device) if autocast else None
-        if not is_compiling() and transformed(x, self.bias):
+        if not is_compiling() and ops.transformed(x, self.bias):
             # no rule of the operator is known to torch.func and dual numbers; those of torch's linear are
             return self._by_torch(x)
         if target is not None and x.is_floating_point() and x.dtype != torch.float64:
@@ -315,7 +315,8 @@ class SparseLinear(PackedModule):
         """Which kernel runs a batch of that many rows, why, its bound, and what was rejected; printable."""
         from sparsecomp.backends.explain import explain_kernel
 
-        return explain_kernel(self.kernel, batch, self.choice, self._activation)
+        found, reason = explain_kernel(self.kernel, batch, self.choice, self._activation), why_dispatched()
+        return found if reason is None else replace(found, notes=(*found.notes, reason))
 
     def extra_repr(self) -> str:
         """Sizes, pattern, dtype, kernel, and bytes beside those of the dense weight."""

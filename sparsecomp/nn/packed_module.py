@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from sparsecomp.backends import registry
-from sparsecomp.backends.base import EagerProduct, Kernel, Weight
+from sparsecomp.backends.base import Kernel, Weight
 from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError, SparsecompError
 from sparsecomp.modules.readonly import NO_WEIGHT_GRADIENT, PackedParameter, ReadOnly
 from sparsecomp.modules.unpacked import Source
 from sparsecomp.nn import operators as ops
-from sparsecomp.nn.eager.calls import eager_product
+from sparsecomp.nn.eager.calls import EagerProduct, eager_product
 from sparsecomp.packing.format import PackedWeight
 from sparsecomp.packing.move import moved
 from sparsecomp.packing.state import STATE_VERSION, packed_of_state

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsecomp.activations import activate
 from sparsecomp.errors import ModelError
+from sparsecomp.modules.carry import COMPILED_CALL
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx.function import DOMAIN, OPERATOR_VERSION, OPERATORS
 from sparsecomp.packing import PackedWeight
@@ -136,7 +137,7 @@ def exportable(model: nn.Module, form: Form) -> Iterator[list[ExportedLayer]]:
     if form not in ("packed", "dense"):
         raise ModelError(f'form="{form}" is not known; use "packed" or "dense"')
     training = {module: module.training for module in model.modules()}
-    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
+    compiled = [(module, call) for module in model.modules() if (call := vars(module).get(COMPILED_CALL))]
     changed: list[tuple[SparseLinear, type[SparseLinear], dict[str, Any]]] = []
     layers: list[ExportedLayer] = []
     try:
@@ -152,7 +153,7 @@ def exportable(model: nn.Module, form: Form) -> Iterator[list[ExportedLayer]]:
                 _become(module, node if kind is SparseLinear else type(kind.__name__, (kind, node), {}))
                 layers.append(record)
         for each, _ in compiled:
-            each._compiled_call_impl = None
+            vars(each)[COMPILED_CALL] = None
         model.eval()
         yield layers
     finally:
@@ -163,7 +164,7 @@ def exportable(model: nn.Module, form: Form) -> Iterator[list[ExportedLayer]]:
         for each, mode in training.items():
             each.training = mode
         for each, call in compiled:
-            each._compiled_call_impl = call
+            vars(each)[COMPILED_CALL] = call
 
 
 def _become(module: nn.Module, kind: type) -> None:

@@ -19,7 +19,14 @@ import sparsecomp as sc
 from sparsecomp import compiler, swap
 from sparsecomp.errors import ModelError
 from sparsecomp.models.layers import find_linears
+from sparsecomp.modules import carry
 from sparsecomp.nn import SparseLinear
+
+
+def test_every_kind_of_hook_that_a_module_has_is_carried_over() -> None:
+    """A new kind of torch's is then seen here, and not left behind in silence."""
+    kinds = {name for name in vars(nn.Module()) if "hook" in name}
+    assert kinds == {*carry._HOOKS, *carry._STATE_HOOKS}
 
 
 def net() -> nn.Sequential:

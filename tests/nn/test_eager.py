@@ -18,15 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends import cpu
-from sparsecomp.backends.base import EagerProduct, Kernel
+from sparsecomp.backends.base import Kernel
 from sparsecomp.errors import BackendError, ModelError
 from sparsecomp.nn import SparseLinear
-from sparsecomp.nn.eager.calls import _Product, eager_product
-from sparsecomp.nn.eager.watch import nobody_watches
+from sparsecomp.nn.eager.calls import EagerProduct, _Product, eager_product
+from sparsecomp.nn.eager.probe import probe
 from sparsecomp.packing.quantize import quantize
 from tests.sparse_layers import PATTERNS, TOLERANCE, assert_right, make
 
 pytestmark = pytest.mark.skipif(isinstance(cpu.native(), str), reason=str(cpu.native()))
+FOUND: Any = probe()
+past_the_dispatcher = pytest.mark.skipif(isinstance(FOUND, str), reason=str(FOUND))
 CASES = 12  # random ones of every pattern, dtype and activation
 
 
@@ -42,20 +44,17 @@ def without_functions(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
     else:
         monkeypatch.setattr(cpu.native(), "torch_functions", lambda table, tensor: None)
-    cpu._torch_functions.cache_clear()
+    probe.cache_clear()
     yield
-    cpu._torch_functions.cache_clear()
+    probe.cache_clear()
 
 
 def _is_native(product: EagerProduct) -> bool:
     return type(product).__name__ == "builtin_function_or_method"
 
 
-def _native_and_twin(kernel: Kernel, activation: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    native = eager_product(kernel, activation)
-    with monkeypatch.context() as patch:
-        patch.setattr(cpu, "_torch_functions", lambda: None)
-        twin = eager_product(kernel, activation)
+def _native_and_twin(kernel: Kernel, activation: str) -> tuple[Any, Any]:
+    native, twin = eager_product(kernel, activation), _Product(kernel, activation, FOUND)
     assert _is_native(native) and not _is_native(twin)
     return native, twin
 
@@ -89,16 +88,14 @@ def _assert_same_bits(native: Any, twin: Any, x: Tensor, bias: Tensor | None) ->
     [*((pattern, False) for pattern in PATTERNS), *((pattern, True) for pattern in PATTERNS if "block" not in pattern)],
 )
 @pytest.mark.usefixtures("native")
-def test_native_and_twin_give_the_same_bits(
-    pattern: str, dtype: torch.dtype, quantized: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_native_and_twin_give_the_same_bits(pattern: str, dtype: torch.dtype, quantized: bool) -> None:
     random.seed(f"{pattern} {dtype} {quantized}")
     for _ in range(CASES):
         out, columns = random.choice([1, 5, 24, 33]), random.choice([1, 3, 16, 40, 65])
         layer = make(out, columns, pattern, dtype, backend="cpu")
         if quantized:
             layer = SparseLinear.from_packed(quantize(layer.packed()), layer.bias, backend="cpu")
-        native, twin = _native_and_twin(layer.kernel, random.choice(ACTIVATIONS), monkeypatch)
+        native, twin = _native_and_twin(layer.kernel, random.choice(ACTIVATIONS))
         for x in _inputs(columns, dtype):
             _assert_same_bits(native, twin, x, random.choice([None, layer.bias]))
 
@@ -106,11 +103,9 @@ def test_native_and_twin_give_the_same_bits(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(0, 40), (24, 0), (0, 0)])
 @pytest.mark.usefixtures("native")
-def test_weights_without_rows_or_columns(
-    shape: tuple[int, int], activation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_without_rows_or_columns(shape: tuple[int, int], activation: str) -> None:
     layer = SparseLinear(shape[1], shape[0], backend="cpu", activation=activation)
-    native, twin = _native_and_twin(layer.kernel, activation, monkeypatch)
+    native, twin = _native_and_twin(layer.kernel, activation)
     for x in (torch.randn(shape[1]), torch.randn(3, shape[1]), torch.randn(2, 0, shape[1])):
         _assert_same_bits(native, twin, x, layer.bias)
 
@@ -126,10 +121,10 @@ def test_a_result_beyond_all_memory_is_refused(rows: tuple[int, ...]) -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_two_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_give_the_same_bits() -> None:
     before = torch.get_num_threads()
     layer = make(768, 512, backend="cpu")
-    native, twin = _native_and_twin(layer.kernel, "gelu", monkeypatch)
+    native, twin = _native_and_twin(layer.kernel, "gelu")
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -138,10 +133,12 @@ def test_two_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None
         torch.set_num_threads(before)
 
 
+@past_the_dispatcher
 @pytest.mark.usefixtures("without_functions")
 def test_a_torch_without_the_functions_takes_the_twin() -> None:
-    layer = make(backend="cpu")
-    assert not _is_native(layer._eager)
+    layer, found = make(backend="cpu"), probe()
+    assert not isinstance(found, str) and found.extension is None and found.in_python
+    assert not _is_native(layer._eager) and isinstance(layer._eager, _Product)
     for x in (torch.randn(40), torch.randn(3, 40), torch.randn(2, 3, 40), torch.randn(0, 40), torch.randn(40, 3).t()):
         assert_right(layer, x)
     with pytest.raises(ModelError, match="dtype"):
@@ -231,7 +228,7 @@ def test_modes_transforms_and_levels_are_seen() -> None:
 
     def ask(rows: Tensor) -> Tensor:
         answers.append(layer._eager(x, layer.bias, None))
-        assert not nobody_watches()
+        assert not FOUND.watch.nobody()
         return rows
 
     for mode in (_Functions(), _Dispatch(), torch.autocast("cpu", torch.bfloat16), FakeTensorMode()):
@@ -245,7 +242,7 @@ def test_modes_transforms_and_levels_are_seen() -> None:
         ask(x)
     torch.jit.trace(ask, (x,), check_trace=False)
     assert answers and answers == [None] * len(answers)
-    assert nobody_watches() and layer._eager(x, layer.bias, None) is not None
+    assert FOUND.watch.nobody() and layer._eager(x, layer.bias, None) is not None
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
@@ -280,6 +277,7 @@ def test_scales_of_another_type_are_not_read() -> None:
             layer(torch.randn(3, 40))
 
 
+@past_the_dispatcher
 @pytest.mark.parametrize("part", [0, 1, 2])
 @pytest.mark.parametrize(
     "replaced",
@@ -295,7 +293,7 @@ def test_a_weight_replaced_by_hand_is_refused_wherever_it_is_read(part: int, rep
     tensors, x = list(layer.kernel.tensors), torch.randn(3, 40)
     tensors[part] = replaced(tensors[part])
     kernel = dataclasses.replace(layer.kernel, tensors=tuple(tensors))
-    backend, twin, wanting = cpu.CpuBackend(), _Product(kernel, "none"), nn.Parameter(torch.zeros(24))
+    backend, twin, wanting = cpu.CpuBackend(), _Product(kernel, "none", FOUND), nn.Parameter(torch.zeros(24))
     reads: list[Callable[[], object]] = [
         lambda: backend.run(kernel, x, None),
         lambda: backend.dense(kernel),

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from sparsecomp.backends import cpu
 from sparsecomp.backends.base import Kernel
-from sparsecomp.nn.eager import watch
+from sparsecomp.nn.eager.probe import probe
 from tests.sparse_layers import make
 
-pytestmark = pytest.mark.skipif(isinstance(cpu.native(), str), reason=str(cpu.native()))
+FOUND: Any = probe()
+pytestmark = pytest.mark.skipif(isinstance(FOUND, str) or FOUND.extension is None, reason=str(FOUND))
 
 
 # functions of torch by the names that these tests give them, in the order in which the extension takes them
@@ -32,14 +33,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 LEVELS = vars(torch.autograd.forward_ad)
 
 
-def functions(
-    native: Any, *, watchers: Any = watch.WATCHERS, keys: Any = (), levels: Any = LEVELS, **replaced: Any
-) -> Any:
+def functions(native: Any, *, watchers: Any = None, keys: Any = (), levels: Any = LEVELS, **replaced: Any) -> Any:
     """The extension's hold of torch, with some of its functions replaced."""
     table = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
-    keys = keys or (watch.included, watch.raw, watch.PLAIN)
+    watch = FOUND.watch
+    keys = watchers or watch.watchers, *(keys or (watch.included, watch.raw, watch.plain))
     given = {**FUNCTIONS, **replaced}
-    return native.torch_functions(table, Tensor, nn.Parameter, watchers, *keys, levels, *given.values())
+    return native.torch_functions(table, Tensor, nn.Parameter, *keys, levels, *given.values())
 
 
 def product_of(native: Any, kernel: Kernel, **replaced: Any) -> Any:
@@ -81,7 +81,7 @@ def test_a_table_of_another_version_is_not_used(native: Any) -> None:
 
 
 def test_what_torch_raises_is_heard(native: Any) -> None:
-    kernel = make(backend="cpu").kernel
+    kernel, watch = make(backend="cpu").kernel, FOUND.watch
 
     def bad(*_: object) -> None:
         raise KeyboardInterrupt
@@ -89,12 +89,12 @@ def test_what_torch_raises_is_heard(native: Any) -> None:
     x = torch.randn(40, 3).t()
     references = sys.getrefcount(x)
     replaced: list[dict[str, Any]] = [{name: bad} for name in FUNCTIONS]
-    replaced += [{"watchers": (*watch.WATCHERS, bad)}]
-    replaced += [{"keys": (bad, watch.raw, watch.PLAIN)}, {"keys": (watch.included, bad, watch.PLAIN)}]
+    replaced += [{"watchers": (*watch.watchers, bad)}]
+    replaced += [{"keys": (bad, watch.raw, watch.plain)}, {"keys": (watch.included, bad, watch.plain)}]
     for each in replaced:
         with pytest.raises(KeyboardInterrupt):
             product_of(native, kernel, **each)(x, None, None)
-    for each in ({"levels": {"_current_level": "high"}}, {"keys": (watch.included, str, watch.PLAIN)}):
+    for each in ({"levels": {"_current_level": "high"}}, {"keys": (watch.included, str, watch.plain)}):
         with pytest.raises(TypeError):
             product_of(native, kernel, **each)(x, None, None)
     assert product_of(native, kernel, levels={})(x, None, None) is None
@@ -102,8 +102,8 @@ def test_what_torch_raises_is_heard(native: Any) -> None:
 
 
 def test_keys_that_are_not_known_are_for_the_dispatcher(native: Any) -> None:
-    kernel, x = make(backend="cpu").kernel, torch.randn(3, 40)
-    for plain, runs in (((0, 1), False), ((0, watch.PLAIN[0]), True), ((watch.PLAIN[0], 2**64 - 1), True)):
+    kernel, x, watch = make(backend="cpu").kernel, torch.randn(3, 40), FOUND.watch
+    for plain, runs in (((0, 1), False), ((0, watch.plain[0]), True), ((watch.plain[0], 2**64 - 1), True)):
         product = product_of(native, kernel, keys=(watch.included, watch.raw, plain))
         assert (product(x, None, None) is not None) is runs
 
@@ -132,7 +132,7 @@ def backend_product(kernel: Kernel, calls: list[Any]) -> Any:
         calls.append((x, bias, dense_above))
         return "otherwise"
 
-    return cpu.CpuBackend().eager(kernel, "none", otherwise)
+    return cpu.eager_product(FOUND.extension, kernel, "none", otherwise)
 
 
 @pytest.mark.usefixtures("native")
@@ -146,7 +146,7 @@ def test_nothing_is_leaked() -> None:
     results: list[weakref.ref[Tensor]] = []
 
     def once() -> None:
-        product = cpu.CpuBackend().eager(kernel, activation, lambda *given: calls.append(given))
+        product = cpu.eager_product(FOUND.extension, kernel, activation, lambda *given: calls.append(given))
         assert product is not None
         with torch.no_grad():
             for given in (x, strided, deep, deep[:0], sparse, x.half(), None):
@@ -159,7 +159,7 @@ def test_nothing_is_leaked() -> None:
         for broken in ((), (kernel.tensors[0],), (*kernel.tensors, bias, bias)):
             with pytest.raises(TypeError):
                 cpu.native().eager_product(  # type: ignore[union-attr]
-                    cpu._torch_functions(), False, kernel.arguments, 0, broken, 0, None
+                    FOUND.extension, False, kernel.arguments, 0, broken, 0, None
                 )
         calls.clear()
 
@@ -289,7 +289,7 @@ def test_a_weight_or_bias_that_no_longer_fits_is_not_read(native: Any, function:
 )
 def test_wrong_facts_are_refused(native: Any, change: dict[int, Any], error: type[Exception]) -> None:
     kernel = make(backend="cpu").kernel
-    facts = [cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 0, None]
+    facts = [FOUND.extension, False, kernel.arguments, 0, kernel.tensors, 0, None]
     for index, value in change.items():
         facts[index] = value
     with pytest.raises(error):
@@ -298,6 +298,7 @@ def test_wrong_facts_are_refused(native: Any, change: dict[int, Any], error: typ
         native.eager_product(*facts[:-1])
     with pytest.raises(TypeError, match="torch_functions takes"):
         native.torch_functions(1, 2)
+    watch = FOUND.watch
     with pytest.raises(IndexError):
         functions(native, keys=(watch.included, watch.raw, ()))
     with pytest.raises(TypeError):
@@ -309,7 +310,7 @@ def test_wrong_facts_are_refused(native: Any, change: dict[int, Any], error: typ
 @pytest.mark.usefixtures("native")
 def test_an_unknown_activation_is_an_error_of_the_library(native: Any) -> None:
     kernel, x = make(backend="cpu").kernel, torch.randn(3, 40)
-    product = native.eager_product(cpu._torch_functions(), False, kernel.arguments, 0, kernel.tensors, 99, None)
+    product = native.eager_product(FOUND.extension, False, kernel.arguments, 0, kernel.tensors, 99, None)
     references = sys.getrefcount(x)
     with torch.no_grad(), pytest.raises(RuntimeError):
         product(x, None, None)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsecomp.backends.base import EagerProduct, Kernel
+from sparsecomp.backends.base import Kernel
 from sparsecomp.errors import ModelError
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
-from sparsecomp.nn.eager.calls import eager_product
+from sparsecomp.nn.eager.calls import EagerProduct, eager_product
 from sparsecomp.packing.format import pack
 from sparsecomp.patterns import parse
 from tests.sparse_layers import PATTERNS, TOLERANCE, assert_right, expected, make

@@ -5,30 +5,59 @@ Takes a Kernel and gives a function. Knows nothing of modules.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsecomp.backends.base import EagerProduct, Kernel
+from sparsecomp.backends import cpu
+from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.registry import backends
 from sparsecomp.nn import operators as ops
-from sparsecomp.nn.eager.watch import nobody_watches
+from sparsecomp.nn.eager.probe import Functions, probe, warn_of_a_mistake
+
+# (x [..., in], bias, dense_above) -> y [..., out], or None if the dispatcher has to see the call
+EagerProduct = Callable[[Tensor, Tensor | None, int | None], Tensor | None]
 
 _is_grad_enabled = torch.is_grad_enabled
 
 
 def eager_product(kernel: Kernel, activation: str) -> EagerProduct:
-    """What gives y = activation(x W^T + bias) at once for plain tensors of the kernel, and None for all others."""
-    product = _Product(kernel, activation)
-    return backends()[kernel.backend].eager(kernel, activation, product) or product
+    """What gives y = activation(x W^T + bias) at once for plain tensors of the kernel, and None for all others.
+
+    It gives None for all where ``probe`` has a reason against it.
+    """
+    found = probe()
+    if isinstance(found, str):
+        warn_of_a_mistake()
+        return _dispatched
+    product = _Product(kernel, activation, found)
+    plain = all(type(tensor) is Tensor for tensor in kernel.tensors)
+    if found.extension is None or kernel.backend != "cpu" or not plain:
+        return product
+    native: EagerProduct = cpu.eager_product(found.extension, kernel, activation, product)
+    return native
+
+
+def why_dispatched() -> str | None:
+    """Why every call goes through the dispatcher, as a note for people; None where calls go past it."""
+    found = probe()
+    if not isinstance(found, str):
+        return None
+    return f"every call goes through torch's dispatcher, which takes longer: {found}"
+
+
+def _dispatched(x: Tensor, bias: Tensor | None, dense_above: int | None) -> None:
+    """The product of no call."""
 
 
 class _Product:
-    """The product of any backend; that of a backend's own ``eager`` must be the same."""
+    """The product of any backend; the extension's is the same for those of the CPU."""
 
-    def __init__(self, kernel: Kernel, activation: str) -> None:
+    def __init__(self, kernel: Kernel, activation: str, functions: Functions) -> None:
+        self._nobody_watches = functions.watch.nobody
         backend = backends()[kernel.backend]
         self._kernel, self._activation = kernel, activation
         self._run = backend.run if activation == "none" else partial(backend.run_activated, activation=activation)
@@ -37,7 +66,7 @@ class _Product:
 
     def __call__(self, x: Tensor, bias: Tensor | None, dense_above: int | None) -> Tensor | None:
         """y [..., out], or None if the dispatcher has to see the call, or to repair or name an argument."""
-        if type(x) is not Tensor or not nobody_watches():
+        if type(x) is not Tensor or not self._nobody_watches():
             return None
         kernel, shape = self._kernel, x.shape
         out, columns = kernel.shape

@@ -1,71 +1,103 @@
-"""Who wants to see an eager call: modes, autocast, transforms, traces and dual levels. Knows only torch."""
+"""Who wants to see an eager call: modes of dispatcher and functions, transforms, traces, autocast, dual levels.
+
+Takes what torch keeps to itself, and raises where that is not as it is known. Knows nothing of kernels.
+"""
 
 from __future__ import annotations
 
-import threading
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
-# Each gives something true while it watches. The levels of forward-mode differentiation have no such function: one is
-# active where forward_ad._current_level is not negative.
-WATCHERS: tuple[Callable[[], object], ...] = (
-    torch._C._is_torch_function_mode_enabled,
-    torch._C._is_any_autocast_enabled,
-)
-
-# The keys that this thread adds to every call of the dispatcher. Modes, transforms of torch.func and traces add some,
-# those too that are not known yet; autocast takes one away from those that are left out.
-included: Callable[[], object] = torch._C._dispatch_tls_local_include_set
-raw: Callable[..., int] = torch._C.DispatchKeySet.raw_repr
+# Keys that a thread adds to every call of the dispatcher where nothing watches. Modes, transforms and traces add some,
+# those too that no list names.
+_ADDED = {"BackendSelect", "ADInplaceOrView"}
+_ADDED_IN_INFERENCE_MODE = {"BackendSelect"}
+# What it leaves out until somebody wants it. Only autocast watches by a key that is no longer left out.
+_LEFT_OUT = "Autocast"
 
 
-def _plain_keys() -> tuple[int, int]:
-    """What they come to where nothing watches, as in a thread that begins, outside and inside inference mode."""
-    found: list[int] = []
+@dataclass(frozen=True)
+class Watch:
+    """The functions that tell whether an eager call is watched.
 
-    def look() -> None:
-        found.append(raw(included()))
-        with torch.inference_mode():
-            found.append(raw(included()))
+    Each of ``watchers`` gives something true while it watches. ``raw(included())`` is an integer for the keys that this
+    thread adds, and ``plain`` what it is where nothing watches, outside and inside inference mode. ``levels`` is the
+    namespace in which ``_current_level`` is negative outside all levels of forward-mode differentiation.
+    """
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    outside, inside = found
+    watchers: tuple[Callable[[], object], ...]
+    included: Callable[[], object]
+    raw: Callable[[Any], int]
+    plain: tuple[int, int]
+    levels: dict[str, Any] = field(repr=False)
+
+    def nobody(self) -> bool:
+        """Whether no mode, transform, trace or dual level wants to see this call: the dispatcher may be bypassed."""
+        for watches in self.watchers:  # any() costs 0.2 us more
+            if watches():
+                return False
+        return self.raw(self.included()) in self.plain and self.levels["_current_level"] < 0
+
+
+def find() -> Watch:
+    """The functions of this torch; LookupError, AttributeError and others where it is not as it is known."""
+    watchers = torch._C._is_torch_function_mode_enabled, torch._C._is_any_autocast_enabled
+    included, raw = torch._C._dispatch_tls_local_include_set, torch._C.DispatchKeySet.raw_repr
+    levels = vars(forward_ad)
+    if not isinstance(levels["_current_level"], int):
+        raise LookupError("the level of forward-mode differentiation is no integer")
+    with ThreadPoolExecutor(1) as thread:  # nothing watches a thread that begins
+        plain = tuple(raw(keys) for keys in thread.submit(_plain_keys).result())
+        watch = Watch(watchers, included, raw, (plain[0], plain[1]), levels)
+        thread.submit(_require_noticed, watch).result()
+    return watch
+
+
+def _names(keys: object) -> set[str]:
+    return set(re.findall(r"\w+", str(keys))[1:])  # after the name of the class
+
+
+def _plain_keys() -> tuple[Any, Any]:
+    """The keys that this new thread adds, outside and inside inference mode; LookupError for others than are known."""
+    outside, left_out = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch.inference_mode():
+        inside = torch._C._dispatch_tls_local_include_set()
+    known = _names(outside) == _ADDED and _names(inside) == _ADDED_IN_INFERENCE_MODE
+    if not known or not all(name.startswith(_LEFT_OUT) for name in _names(left_out)):
+        raise LookupError(
+            f"a new thread adds the keys {outside}, in inference mode {inside}, and leaves out {left_out}"
+        )
     return outside, inside
 
 
-PLAIN = _plain_keys()
+def _require_noticed(watch: Watch) -> None:
+    """LookupError if one of torch's ways to watch the calls of a thread is not noticed, or one is that is not there."""
+    if watch.levels["_current_level"] < 0 and not watch.nobody():
+        raise LookupError("something watches the calls of a new thread")
+    modes: dict[str, AbstractContextManager[Any]] = {
+        "a mode of functions": torch.device("cpu"),
+        "a mode of the dispatcher": TorchDispatchMode(),  # type: ignore[no-untyped-call]
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+    }
+    noticed = {}
+    for name, mode in modes.items():
+        with mode:
+            noticed[name] = not watch.nobody()
 
+    def ask(row: Tensor) -> Tensor:
+        noticed["a transform"] = not watch.nobody()
+        return row
 
-def nobody_watches() -> bool:
-    """Whether no mode, transform, trace or dual level wants to see this call: the dispatcher may then be bypassed."""
-    for watches in WATCHERS:  # any() costs 0.2 us more
-        if watches():
-            return False
-    return raw(included()) in PLAIN and forward_ad._current_level < 0
-
-
-def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a transform of torch.func, or a level of forward-mode differentiation, has one of them in hand.
-
-    By what torch promises: what a transform wraps is plain by its type and has no memory, a dual number has a tangent.
-    """
-    return any(each is not None and (_wrapped(each) or _dual(each)) for each in tensors)
-
-
-def _wrapped(tensor: Tensor) -> bool:
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided:
-        return False
-    try:
-        tensor.data_ptr()
-    except RuntimeError:
-        return True
-    return False
-
-
-def _dual(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+    torch.func.vmap(ask)(torch.zeros(1, device="cpu", dtype=torch.float32))
+    missed = [name for name, seen in noticed.items() if not seen]
+    if missed:
+        raise LookupError(f"{' and '.join(missed)} would not be noticed")
