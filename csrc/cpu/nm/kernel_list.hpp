@@ -1,5 +1,5 @@
 // The N:M patterns that have kernels of their own: the one list that the kernels of each instruction set are made and
-// chosen from, and that tests/kernels takes its cases from. Knows nothing of instructions.
+// chosen from, and that tests/csrc takes its cases from. Knows nothing of instructions.
 //
 // A kernel that knows N walks over the slots of a step without a loop. A pattern that is not listed has the kernels of
 // its M, which read N from the weight; a family may have none of these.

@@ -91,7 +91,7 @@ template <class Values, int M, int N, int NB>
 void micro(const PermuteArgs& args) {
   using Step = StepGeometry<M, N>;
   constexpr int kBits = Step::kBits, kWordSlots = Step::kWordSlots;
-  static_assert(Step::kSlots <= kWordSlots, "kernels of their own read one index word");
+  static_assert(Step::kSlots <= kWordSlots, "kernels of their own read the positions of a step from one index word");
   const Geometry& g = *args.geometry;
   const uint8_t* values = args.values;
   const uint8_t* metadata = args.metadata;

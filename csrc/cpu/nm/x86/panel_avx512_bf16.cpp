@@ -17,6 +17,7 @@ struct DotRows {
   SPARSECOMP_INLINE static void run(const PanelArgs& args, int row) {
     constexpr int64_t kWidth = int64_t{C} * Avx512::kLanes;
     using Step = StepGeometry<M, N>;
+    static_assert(Step::kSlots % 2 == 0, "kernels of their own take slots in pairs: 16 N / M must be even");
     const Geometry& g = *args.geometry;
     const uint8_t* values = args.values + row * 4;
     const uint8_t* metadata = args.metadata;

@@ -35,7 +35,8 @@ inline __m512i slot_columns(__m512i word, int base) {
 // The shape of one step, known at compile time where N is (N = 0: any N, read from the geometry).
 template <int M, int N, class Base>
 struct StepShape : StepGeometry<M, N> {
-  static_assert(StepShape::kSlots <= StepShape::kWordSlots, "kernels of their own read one index word");
+  static_assert(StepShape::kSlots <= StepShape::kWordSlots,
+                "kernels of their own read the positions of a step from one index word");
 
   Base bases[kMostSpan][kStep + 1];  // of the steps in a register of x: for each slot, the first column of its group
 
@@ -99,7 +100,7 @@ void micro(const PermuteArgs& args) {
   const int full_words = Shape::kStatic ? Shape::kFullWords : g.full_words;
   const int rest_bytes = Shape::kStatic ? Shape::kRestBytes : g.rest_bytes;
   constexpr int kBlockBytes = Shape::kStatic ? Shape::kSlots * Product::kWeightBytes * kTile : 0;
-  static_assert(kBlockBytes % 64 == 0, "whole lines");
+  static_assert(kBlockBytes % 64 == 0, "kernels of their own take whole lines of values: 4 must divide 16 N / M");
   const int64_t value_bytes = Shape::kStatic ? kBlockBytes : g.value_bytes;
   const int64_t metadata_bytes = Shape::kStatic ? Shape::kMetadataBytes : g.metadata_bytes;
   const uint8_t* values = args.values;
