@@ -12,19 +12,23 @@ CUDA_SOURCES := $(wildcard cmake/* csrc/cuda/*) sparsecomp/backends/gpu/cutlass/
 CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/csrc/*.[ch]pp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tritons demo test defaults eager-off lint bench sanitize nightly clean
+.PHONY: help setup tritons demo quick test test-all defaults eager-off lint bench sanitize nightly clean
 
+# Times are those of two idle cores once the environment is there; making it takes some minutes more.
 help:
 	@echo 'make demo      the whole job on a real model, beside other engines and dense int8 (under 5 minutes)'
-	@echo 'make test      lint, types and tests'
-	@echo 'make defaults  the tests again, while torch has another default device and dtype'
-	@echo 'make eager-off the tests of the layer again, with every call through the dispatcher of torch'
-	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound'
-	@echo 'make tritons   the oldest and the newest Triton, for the GPU tests; make test includes it'
-	@echo 'make lint      ruff, mypy --strict, clang-format'
-	@echo 'make sanitize  the kernel tests under AddressSanitizer and UBSan'
+	@echo 'make quick     the unit tests of the Python package; nothing is compiled (under 90 seconds)'
+	@echo 'make test      the tests (under 12 minutes)'
+	@echo 'make test-all  all that a change must pass: lint, every test once, the reruns below (under 40 minutes)'
+	@echo 'make lint      ruff, mypy --strict, clang-format, clang-tidy (3 minutes)'
+	@echo 'make defaults  the tests again, while torch has another default device and dtype (4 minutes)'
+	@echo 'make eager-off the tests of layers again, with every call through the dispatcher of torch (4 minutes)'
+	@echo 'make sanitize  the C++ tests under AddressSanitizer and UBSan, with their whole output (4 minutes)'
 	@echo 'make nightly   10^5 random products against float64 on every instruction set of this machine; every Triton'
+	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound (20 minutes)'
+	@echo 'make tritons   the oldest and the newest Triton, for the GPU tests; make test-all includes it'
 	@echo 'make .cutlass  the headers of CUTLASS, to be carried along to a GPU machine without a network (docs/gpu.md)'
+	@echo 'make setup     the environment alone; every target begins with it'
 	@echo 'make clean     remove everything the other targets made'
 
 setup: $(READY)
@@ -62,17 +66,26 @@ tritons: $(READY)
 demo: $(READY)
 	$(BIN)/python -m bench.demo $(ARGS)
 
-test: lint tritons
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+# a folder of tests belongs to make quick if the package has a room of its name; a slow test in it is marked
+ROOMS := $(patsubst sparsecomp/%/__init__.py,tests/%,$(wildcard sparsecomp/*/__init__.py))
+quick: $(READY)
+	$(PYTEST) -m 'not slow and not exhaustive' $(wildcard $(ROOMS) tests/house tests/test_*.py)
+
+test: $(READY)
+	$(PYTEST) -m 'not exhaustive'
+
+test-all: lint tritons
+	$(PYTEST)
+	$(MAKE) defaults eager-off
 
 # Only tests in which the package makes tensors; a command has its process to itself.
 defaults: $(READY)
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --other-defaults tests \
-	  --ignore tests/csrc --ignore tests/kernels --ignore tests/cli --ignore tests/bench
+	$(PYTEST) --other-defaults $(filter-out tests/cli tests/benchmark,$(wildcard $(ROOMS) tests/test_*.py))
 
 # What a layer does on a torch that is not known: its tests, without the way past the dispatcher.
 eager-off: $(READY)
-	SPARSECOMP_EAGER=off $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests/nn \
+	SPARSECOMP_EAGER=off $(PYTEST) tests/nn \
 	  tests/modules tests/files tests/backends tests/test_compiler.py tests/test_end_to_end.py \
 	  --ignore tests/nn/test_eager_hidden.py --ignore tests/nn/test_eager_binding.py
 
@@ -89,7 +102,7 @@ lint: $(READY)
 bench: $(VENV)/.bench
 	$(BIN)/python -m sparsecomp.cli.main bench --output auto $(or $(ARGS),--goals)
 
-# The same program runs in make test where the compiler has the sanitizers; here its whole output is shown.
+# The same programs run in make test-all where the compiler has the sanitizers; here its whole output is shown.
 sanitize: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake --workflow --preset sanitize
 
@@ -103,7 +116,7 @@ nightly: tritons
 	printf '%s\n' avx512_bf16 avx512 avx2 neon reference | xargs -P2 -I @ sh -c \
 	  'export SPARSECOMP_ISA=@; for each in nm_test "random_test --count $(NIGHTLY_COUNT) --seed $(NIGHTLY_SEED)"; do \
 	  build/nightly/$$each || [ $$? -eq 77 ] || exit 1; done'
-	@# the whole compile matrix with every Triton; make test takes a part of it for the others
+	@# the whole compile matrix with every Triton; make test-all takes a part of it for the others
 	for version in $(TRITONS); do \
 	  PYTHONPATH=$(VENV)/tritons/$$version SPARSECOMP_TEST_TRITON=$$version \
 	  $(BIN)/python -m pytest -q -n auto tests/kernels -k machine_code || exit 1; \

@@ -28,7 +28,7 @@ class Product:
     def load(self, shape: tuple[int, int], dtype: str, copies: int) -> None:
         """Draw ``copies`` weights and a bias of values that the dtype holds exactly, and bring them into its form."""
         self.clear()  # what was loaded before would double the memory
-        generator = torch.Generator().manual_seed(shape[0] * 31 + shape[1])
+        generator = torch.Generator(device="cpu").manual_seed(shape[0] * 31 + shape[1])
         weights = [_random(shape, dtype, generator, shape[1] ** -0.5) for _ in range(copies)]
         bias = _random(shape[:1], dtype, generator, 1.0)
         pattern = self._engine.pattern
@@ -50,7 +50,9 @@ class Product:
         assert self._operands is not None and self._loaded is not None
         self._runner = self._sampler = None
         weight, bias = self._operands.weights[copies - 1], self._operands.bias
-        x = _random((batch, weight.shape[1]), self._operands.dtype, torch.Generator().manual_seed(batch), 1.0)
+        x = _random(
+            (batch, weight.shape[1]), self._operands.dtype, torch.Generator(device="cpu").manual_seed(batch), 1.0
+        )
         self._runner = runner = self._loaded.bind(x, self._threads, copies)
         self._sampler = Sampler(runner.call, after_sleep=self._threads > 1)
         runner.call()
@@ -73,4 +75,6 @@ class Product:
 
 
 def _random(shape: tuple[int, ...], dtype: str, generator: torch.Generator, scale: float) -> Tensor:
-    return (torch.randn(shape, generator=generator) * scale).to(DTYPES[dtype]).float()
+    return (
+        (torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32) * scale).to(DTYPES[dtype]).float()
+    )

@@ -39,7 +39,7 @@ def built(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("program", ["common_test", "nm_test", "block_test", "random_test"])
 def test_neon_under_an_emulator(built, monkeypatch, program):
     monkeypatch.setenv("SPARSECOMP_ISA", "neon")

@@ -24,7 +24,7 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kernels_under_sanitizers(tmp_path):
     cmake, ctest, compiler = _tool("cmake"), _tool("ctest"), _tool("c++", "g++", "clang++")
     if cmake is None or ctest is None or compiler is None:

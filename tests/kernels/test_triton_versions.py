@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 FEWEST_TESTS = 150
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_evidence_holds(version: str, evidence: dict[str, Evidence]) -> None:
     found = evidence[version].result()
@@ -33,6 +34,7 @@ def test_it_is_this_triton() -> None:
     assert Path(triton.__file__).parents[1].name == expected or EXPECTED not in os.environ
 
 
+@pytest.mark.exhaustive
 def test_another_triton_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Evidence(VERSIONS[0])
     if not run.folder.is_dir():
