@@ -241,7 +241,9 @@ def _timed_batch(texts: Sequence[str], batch: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and print its report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", default="demo-out", help="folder for the report and the files (default demo-out)")
     parser.add_argument("--pattern", default="2:4", help='of the encoder\'s layers, such as "8:16" (default 2:4)')
     arguments = parser.parse_args(argv)
