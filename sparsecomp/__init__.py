@@ -5,13 +5,12 @@ The public names and nothing else. Each is imported when it is first used, so th
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from sparsecomp import errors
-from sparsecomp.moved import OldNames
+from sparsecomp.moved import answer_for_old_names
 
 if TYPE_CHECKING:
     from sparsecomp.compiler import compile
@@ -84,7 +83,7 @@ _HOME = {
     "verify_onnx": "onnx",
 }
 
-sys.meta_path.append(OldNames())
+answer_for_old_names()
 
 
 def __getattr__(name: str) -> object:

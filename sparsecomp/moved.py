@@ -1,14 +1,12 @@
 """Modules under the names they had when whole models were pickled by version 0.1.0, so that these files still load.
 
-Takes an old name, gives a module that answers for its new place. Nothing is imported before it is asked for.
+Takes old names, gives modules that answer for their new places. Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # of classes that a pickled model names: where they were -> where they are
@@ -21,19 +19,17 @@ MOVED = {
 }
 
 
-class OldNames(MetaPathFinder, Loader):
-    """Finds the modules of ``MOVED``."""
+class Moved(ModuleType):
+    """A module that looks its names up in another."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The spec of an old name, None for all other names."""
-        return ModuleSpec(fullname, self, is_package=fullname == "sparsecomp.pack") if fullname in MOVED else None
+    def __getattr__(self, name: str) -> object:
+        """What the module at the new place has under that name."""
+        if name.startswith("__"):  # whoever walks over all modules asks for these
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(import_module(MOVED[self.__name__]), name)
 
-    def create_module(self, spec: ModuleSpec) -> None:
-        """A plain new module will do."""
 
-    def exec_module(self, module: ModuleType) -> None:
-        """Let the module give what the one at the new place has."""
-        target = import_module(MOVED[module.__name__])
-        module.__dict__["__getattr__"] = lambda name: getattr(target, name)
+def answer_for_old_names() -> None:
+    """Put the modules in their old places; they never become attributes, so that ``sparsecomp.pack`` stays itself."""
+    for name in MOVED:
+        sys.modules.setdefault(name, Moved(name))

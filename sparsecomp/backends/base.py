@@ -58,7 +58,6 @@ def numbers_why_not(numbers: Numbers, known: Sequence[Numbers]) -> str | None:
 class Backend(ABC):
     """A family of kernels. Stateless; one instance is registered under its name.
 
-    ``by_name_only`` is why nobody gets it without asking for it by name: it computes less exactly than others do.
     ``sparse``: the kernels multiply the packed weight, so that they are worth measuring beside a dense product.
     ``of_a_vendor``: the kernels are torch's or the GPU vendor's, who answer for the architectures they run on.
     """
@@ -66,7 +65,6 @@ class Backend(ABC):
     name: ClassVar[str]
     sparse: ClassVar[bool] = True
     fuses_activations: ClassVar[bool] = False
-    by_name_only: ClassVar[str | None] = None
     of_a_vendor: ClassVar[bool] = False
 
     @abstractmethod
@@ -80,6 +78,13 @@ class Backend(ABC):
     @abstractmethod
     def supports(self, request: Request) -> str | None:
         """None if the backend runs this request here, else the reason why not."""
+
+    def by_name_only(self, request: Request) -> str | None:
+        """Why nobody gets it for this request without asking for it by name; None if it is taken unasked.
+
+        It is asked of requests that the backend supports.
+        """
+        return None
 
     def nearest(self, request: Request) -> bool:
         """Whether no other backend for that device runs more weights of that kind: its refusal is the one to tell."""

@@ -28,13 +28,13 @@ _ADAPTERS = (
     ("sparsecomp.backends.gpu.triton_vnm", "TritonVnmBackend"),
     ("sparsecomp.backends.gpu.triton", "TritonBackend"),
     ("sparsecomp.backends.gpu.gluon", "GluonBackend"),
-    ("sparsecomp.backends.gpu.gluon", "GluonTf32Backend"),
-    ("sparsecomp.backends.gpu.gluon", "GluonInt8Backend"),
     ("sparsecomp.backends.gpu.cutlass.backend", "CutlassBackend"),
     ("sparsecomp.backends.gpu.cutlass.e4m3", "CutlassFp8Backend"),
     ("sparsecomp.backends.gpu.cutlass.e4m3", "CutlassFp8TensorBackend"),
-    ("sparsecomp.backends.gpu.gluon_wgmma", "GluonWgmmaBackend"),
     ("sparsecomp.backends.gpu.triton_block", "TritonBlockBackend"),
+    ("sparsecomp.backends.gpu.experimental.gluon_numbers", "GluonTf32Backend"),
+    ("sparsecomp.backends.gpu.experimental.gluon_numbers", "GluonInt8Backend"),
+    ("sparsecomp.backends.gpu.experimental.gluon_wgmma", "GluonWgmmaBackend"),
     ("sparsecomp.backends.cpu", "CpuBackend"),
     ("sparsecomp.backends.dense", "DenseBackend"),
     ("sparsecomp.backends.reference", "ReferenceBackend"),
@@ -51,7 +51,7 @@ def backends() -> Mapping[str, Backend]:
 def explain(request: Request) -> list[tuple[str, str | None]]:
     """Each backend's answer to a request, in order of preference: its name, and None or the reason why not."""
     return [
-        (name, backend.missing() or backend.supports(request) or backend.by_name_only)
+        (name, backend.missing() or backend.supports(request) or backend.by_name_only(request))
         for name, backend in backends().items()
     ]
 

@@ -13,7 +13,8 @@ import torch
 from sparsecomp import SparseLinear
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends.gpu import cuda
-from sparsecomp.backends.gpu.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.gpu.experimental.gluon_numbers import GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.gpu.gluon import GluonBackend
 from sparsecomp.backends.registry import choose, explain
 from sparsecomp.errors import BackendError, PatternError
 from sparsecomp.machine.request import Request

@@ -21,7 +21,7 @@ from sparsecomp.backends.choice import Choice
 from sparsecomp.backends.cpu import CpuBackend
 from sparsecomp.backends.explain import Explanation, explain_kernel
 from sparsecomp.backends.gpu import cuda
-from sparsecomp.backends.registry import choose, explain, prepared
+from sparsecomp.backends.registry import backends, choose, explain, prepared, sparse_backends
 from sparsecomp.errors import BackendError, PatternError
 from sparsecomp.machine import bound as cost
 from sparsecomp.machine.bound import Bound
@@ -161,6 +161,30 @@ def test_a_gpu_without_memory_for_measuring_has_no_bound(pretend: Pretend, monke
     explanation = explain_kernel(_kernel("triton", "cuda:0"), 1, Choice(NM))
     assert explanation.bound is None and "the bound is unknown" in str(explanation)
     assert cost.known_bounds({1: _request()}, detect("cpu"), {1: True}) == {}
+
+
+@pytest.mark.parametrize(
+    ("capability", "path"),
+    [((8, 0), "gluon"), ((8, 9), "gluon"), ((9, 0), "cutlass"), ((10, 0), None), ((12, 0), None)],
+)
+def test_one_way_to_the_sparse_tensor_cores_is_taken_unasked(
+    pretend: Pretend, capability: tuple[int, int], path: str | None
+) -> None:
+    pretend(capability)
+    for name in ("gluon", "cutlass", "gluon_wgmma"):
+        reason = backends()[name].by_name_only(_request())
+        if name == path:
+            assert reason is None
+        else:
+            assert reason is not None and f'backend="{name}"' in reason and (path or "before hardware") in reason
+    assert ("gluon" in sparse_backends(_request())) == (path == "gluon")
+
+
+@pytest.mark.parametrize("cusparselt", [True, False])
+def test_torchs_own_kernel_stands_in_where_there_is_no_cusparselt(pretend: Pretend, cusparselt: bool) -> None:
+    pretend((8, 6), cusparselt=cusparselt)
+    assert (backends()["semi_structured"].by_name_only(_request()) is None) == (not cusparselt)
+    assert "semi_structured" not in sparse_backends(_request()) or not cusparselt
 
 
 # --- Triton, its compiler and its versions ----------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.choice import Choice
 from sparsecomp.backends.dense import DenseBackend
 from sparsecomp.backends.gpu import cuda
-from sparsecomp.backends.gpu.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.gpu.experimental.gluon_numbers import GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.gpu.gluon import GluonBackend
 from sparsecomp.backends.gpu.triton import TritonBackend
 from sparsecomp.backends.registry import choose, explain
 from sparsecomp.machine.request import Request

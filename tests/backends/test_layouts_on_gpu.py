@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sparsecomp.backends.base import Backend
 from sparsecomp.backends.gpu import cuda, cusparselt, gluon, triton
-from sparsecomp.backends.gpu.gluon_wgmma import GluonWgmmaBackend
+from sparsecomp.backends.gpu.experimental.gluon_wgmma import GluonWgmmaBackend
 from sparsecomp.backends.gpu.triton import TritonBackend
 from sparsecomp.backends.registry import backends
 from sparsecomp.errors import BackendError, PatternError

@@ -25,8 +25,8 @@ def request_of(pattern: str = "2:4", dtype: torch.dtype = torch.float32, device:
 
 
 def test_backends_are_named_as_they_are_listed() -> None:
-    gpu = ["cusparselt", "semi_structured", "triton_vnm", "triton", "gluon", "gluon_tf32", "gluon_int8"]
-    gpu += ["cutlass", "cutlass_fp8", "cutlass_fp8_tensor", "gluon_wgmma", "triton_block"]
+    gpu = ["cusparselt", "semi_structured", "triton_vnm", "triton", "gluon"]
+    gpu += ["cutlass", "cutlass_fp8", "cutlass_fp8_tensor", "triton_block", "gluon_tf32", "gluon_int8", "gluon_wgmma"]
     assert list(backends()) == [*gpu, "cpu", "dense", "reference"]
     assert all(backend.name == name for name, backend in backends().items())
 

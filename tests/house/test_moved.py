@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from importlib import import_module
 
 import pytest
 
+import sparsecomp as sc
 from sparsecomp.moved import MOVED
 
 
@@ -35,6 +37,11 @@ def test_a_process_that_imported_nothing_finds_them() -> None:
     code = "import pickle; print(pickle.loads(b'csparsecomp.pack.format\\nPackedWeight\\n.').__module__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "sparsecomp.packing.format", done.stderr
+
+
+def test_an_old_name_never_hides_a_public_function() -> None:
+    import_module("sparsecomp.pack.format")
+    assert callable(sc.pack) and inspect.getmodule(sc.pack) is import_module("sparsecomp.packing.format")
 
 
 def test_other_old_names_are_not_there() -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.backends.base import Backend
-from sparsecomp.backends.gpu.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
-from sparsecomp.backends.gpu.gluon_wgmma import FLAG, GluonWgmmaBackend
+from sparsecomp.backends.gpu.experimental.gluon_numbers import GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.gpu.experimental.gluon_wgmma import FLAG, GluonWgmmaBackend
+from sparsecomp.backends.gpu.gluon import GluonBackend
 from sparsecomp.backends.gpu.triton import TritonBackend
 from sparsecomp.backends.gpu.triton_block import TritonBlockBackend
 from sparsecomp.backends.gpu.triton_vnm import TritonVnmBackend

@@ -10,8 +10,9 @@ from sparsecomp import SparseLinear
 from sparsecomp.activations import activate
 from sparsecomp.backends.base import Backend
 from sparsecomp.backends.gpu.cusparselt import CusparseltBackend
-from sparsecomp.backends.gpu.gluon import GluonBackend, GluonInt8Backend, GluonTf32Backend
-from sparsecomp.backends.gpu.gluon_wgmma import FLAG
+from sparsecomp.backends.gpu.experimental.gluon_numbers import GluonInt8Backend, GluonTf32Backend
+from sparsecomp.backends.gpu.experimental.gluon_wgmma import FLAG
+from sparsecomp.backends.gpu.gluon import GluonBackend
 from sparsecomp.backends.gpu.triton import TritonBackend
 from sparsecomp.backends.gpu.triton_block import TritonBlockBackend
 from sparsecomp.backends.gpu.triton_vnm import TritonVnmBackend

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from sparsecomp.activations import activate
-from sparsecomp.backends.gpu import gluon_wgmma
-from sparsecomp.backends.gpu.gluon_wgmma import FLAG, GluonWgmmaBackend
+from sparsecomp.backends.gpu.experimental import gluon_wgmma
+from sparsecomp.backends.gpu.experimental.gluon_wgmma import FLAG, GluonWgmmaBackend
 from sparsecomp.errors import BackendError
 from sparsecomp.kernels import sparse_wgmma
 from sparsecomp.kernels.sparse_mma import ACTIVATIONS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecomp.backends.gpu.gluon_wgmma import FLAG, GluonWgmmaBackend
+from sparsecomp.backends.gpu.experimental.gluon_wgmma import FLAG, GluonWgmmaBackend
 from sparsecomp.kernels.sparse_wgmma_config import CONFIGS, WgmmaConfig
 from sparsecomp.packing.format import pack
 from sparsecomp.packing.layouts.fragments import to_fragments

@@ -16,6 +16,8 @@ from torch import Tensor
 MINIMUM_CAPABILITY = (8, 0)
 MINIMUM_TRITON = (3, 6)
 NEWEST_GLUON = (3, 9)
+# the project's own kernel for the sparse tensor cores by the major number of the compute capability
+SPARSE_CORE_PATHS = {8: "gluon", 9: "cutlass"}
 CHECKED_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 
 
@@ -55,6 +57,20 @@ def uncertified(device: str) -> str | None:
         f"not certified on sm_{capability[0]}{capability[1]}: the kernels are compiled and checked for {names}; "
         f"compare results with layer.to_linear() first"
     )
+
+
+def not_the_path(name: str, device: str) -> str | None:
+    """None if the backend ``name`` is the project's way to the sparse tensor cores of that device, else the reason.
+
+    There is one on each architecture until a run on hardware decides between them.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    path = SPARSE_CORE_PATHS.get(capability[0])
+    if path == name:
+        return None
+    on = f"sm_{capability[0]}{capability[1]}"
+    instead = f"{path} is" if path else "none is before hardware has decided"
+    return f'is not the way to the sparse tensor cores of {on} that is taken unasked ({instead}): backend="{name}"'
 
 
 def missing_triton() -> str | None:

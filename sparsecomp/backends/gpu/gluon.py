@@ -16,16 +16,13 @@ from torch import Tensor
 
 from sparsecomp.backends.base import Backend, Kernel
 from sparsecomp.backends.gpu import cuda
-from sparsecomp.backends.gpu.cuda import missing_cuda, missing_gluon, too_old
+from sparsecomp.backends.gpu.cuda import missing_cuda, missing_gluon, not_the_path, too_old
 from sparsecomp.errors import BackendError
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import PackedWeight, pack, scales_of
 from sparsecomp.packing.layouts.fragments import fragments_why_not, from_fragments, to_fragments
-from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import NM, Pattern, row_nm
-from sparsecomp.patterns.numbers import FLOAT, INT8
-
-_WITHOUT_SCALES = "has no kernel for {} weights without row scales; quantise them (quantized=True)"
+from sparsecomp.patterns.numbers import FLOAT
 
 
 class GluonBackend(Backend):
@@ -49,6 +46,10 @@ class GluonBackend(Backend):
             return f"runs on cuda, not on {request.device}"
         reason = self._unfit(request.pattern, request.values_dtype, request.shape)
         return reason or self.missing() or too_old(request.device)
+
+    def by_name_only(self, request: Request) -> str | None:
+        """Another of the project's backends is the way to the sparse tensor cores of other architectures."""
+        return not_the_path(self.name, request.device)
 
     def _unfit(self, pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
         return fragments_why_not(pattern, dtype, shape, self._weight_dtypes)
@@ -96,56 +97,6 @@ class GluonBackend(Backend):
         arguments = (x, fragments, metadata, bias, kernel.shape[0], activation)
         y: Tensor = _kernels().sparse_mma_linear(*arguments, scales=scales[0] if scales else None)
         return y
-
-
-class GluonTf32Backend(GluonBackend):
-    """The same kernel for fp32 weights in pattern 1:2, which is what the tensor cores take of fp32; 2:4 is not 1:2.
-
-    Weights and x are rounded to tf32 (to nearest, 10 bits of mantissa) in registers and summed in fp32; the weight that
-    is kept, and given back, is the fp32 one.
-    """
-
-    name = "gluon_tf32"
-    by_name_only = 'rounds fp32 to the 10 bits of tf32, so it is taken by name only: backend="gluon_tf32"'
-    _weight_dtypes = (torch.float32,)
-
-
-class GluonInt8Backend(GluonBackend):
-    """The same kernel for 2:4 int8 weights with row scales and for x rounded to int8, with a scale for each token.
-
-    x, the output and the bias stay in the layer's dtype. A token's scale is its largest magnitude / 127 (dynamic,
-    symmetric); sums of int8 products are exact, and scales, bias and activation are applied in fp32.
-    """
-
-    name = "gluon_int8"
-    by_name_only = 'rounds activations to int8, token by token, so it is taken by name only: backend="gluon_int8"'
-    _weight_dtypes = (torch.int8,)
-
-    def supports(self, request: Request) -> str | None:
-        """None if the kernel runs this request, else the reason why not: int8 weights with row scales only."""
-        if request.numbers != INT8:
-            return _WITHOUT_SCALES.format(request.dtype)
-        return super().supports(request)
-
-    def prepare(self, packed: PackedWeight) -> Kernel:
-        """Fragments and metadata int32 as ``to_fragments`` gives them, and the scales fp32 [out].
-
-        Raises BackendError for a weight that ``supports`` refuses.
-        """
-        if packed.numbers != INT8:
-            raise BackendError(f"the {self.name} backend {_WITHOUT_SCALES.format(packed.values.dtype)}")
-        return super().prepare(packed)
-
-    def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
-        """What ``prepare`` makes of the packed weight, quantised row by row."""
-        return self.prepare(quantize(pack(weight, pattern)))
-
-    def restore(self, kernel: Kernel) -> PackedWeight:
-        """The canonical form with its scales, byte for byte the one that ``prepare`` was given."""
-        fragments, metadata, scales = kernel.tensors
-        integers = from_fragments(fragments, metadata, kernel.pattern, kernel.shape, torch.int8)
-        parts = integers.values, integers.metadata, scales
-        return PackedWeight.of(parts, kernel.pattern, kernel.shape, kernel.dtype, kernel.numbers)
 
 
 def fragments(packed: PackedWeight) -> tuple[Tensor, Tensor]:

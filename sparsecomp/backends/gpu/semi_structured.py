@@ -49,6 +49,12 @@ class SemiStructuredBackend(Backend):
         reason = _unfit(request.pattern, request.values_dtype, request.shape)
         return reason or self.missing() or _other_gpu(request.device)
 
+    def by_name_only(self, request: Request) -> str | None:
+        """It stands in where torch has no cuSPARSELt."""
+        if not torch.backends.cusparselt.is_available():
+            return None
+        return f'stands in where torch has no cuSPARSELt, which is here: backend="{self.name}"'
+
     def prepare(self, packed: PackedWeight) -> Kernel:
         """Values [out, in/2] as packed, and metadata int16 [out, in/16] in sm_80 order.
 

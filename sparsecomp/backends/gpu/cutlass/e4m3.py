@@ -42,8 +42,11 @@ class CutlassFp8Backend(Backend):
 
     name = "cutlass_fp8"
     fuses_activations = True
-    by_name_only = 'rounds weights and activations to fp8, so it is taken by name only: backend="cutlass_fp8"'
     _per_row: ClassVar[bool] = True
+
+    def by_name_only(self, request: Request) -> str | None:
+        """It rounds weights and activations."""
+        return f'rounds weights and activations to fp8, so it is taken by name only: backend="{self.name}"'
 
     def missing(self) -> str | None:
         """None if there is a GPU of compute capability 9.0 and the kernels are compiled or can be, else the reason."""
@@ -113,7 +116,6 @@ class CutlassFp8TensorBackend(CutlassFp8Backend):
     """The same with one scale for the whole weight and one for all of x: less exact, one factor to read."""
 
     name = "cutlass_fp8_tensor"
-    by_name_only = 'rounds weights and activations to fp8, so it is taken by name only: backend="cutlass_fp8_tensor"'
     _per_row = False
 
 

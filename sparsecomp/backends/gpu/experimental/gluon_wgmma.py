@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp.backends.base import Backend, Kernel
-from sparsecomp.backends.gpu.cuda import missing_cuda, missing_gluon
+from sparsecomp.backends.gpu.cuda import missing_cuda, missing_gluon, not_the_path
 from sparsecomp.backends.gpu.cutlass.backend import missing_hopper, other_gpu
 from sparsecomp.backends.gpu.gluon import fragments
 from sparsecomp.errors import BackendError
@@ -49,6 +49,10 @@ class GluonWgmmaBackend(Backend):
             return f"runs on cuda, not on {request.device}"
         reason = _unfit(request.pattern, request.values_dtype, request.shape)
         return reason or self.missing() or other_gpu(request.device)
+
+    def by_name_only(self, request: Request) -> str | None:
+        """``cutlass`` is the way to the sparse tensor cores of Hopper."""
+        return not_the_path(self.name, request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """Fragments int32 [R/16, C/32, 128] and metadata int32 [R/64, C/64, 128], R and C rounded up to 64.
