@@ -22,6 +22,7 @@ from sparsecomp.nn import SparseLinear
 from sparsecomp.packing import pack
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.planning.planner import Patterns, Plan, plan
+from sparsecomp.planning.selection import choices_of, choose_patterns, made_elsewhere
 from sparsecomp.planning.summary import Summary, summarise
 from sparsecomp.reporting.terminal import progress
 from sparsecomp.swap import share_bias, swap
@@ -43,11 +44,11 @@ def compile(
 ) -> nn.Module:
     """Replace linear layers of ``model`` by packed SparseLinears, in place, and return the model.
 
-    With a Plan its decisions are followed. With a pattern a plan is made first (``batch`` and ``max_error`` as in
-    ``plan``), and layers in which dense torch is faster stay dense, untouched; ``where="everywhere"`` packs every layer
-    without measuring. A mapping from names and globs on names to patterns is read as ``prune`` reads it: layers that
-    none matches stay dense. ``report(model)`` gives the plan, ``summary(model)`` the result. Where nothing was packed
-    a UserWarning says so, with the reason.
+    With a Plan its decisions are followed; a UserWarning tells of one that another machine made. With a pattern a plan
+    is made first (``batch`` and ``max_error`` as in ``plan``), and layers in which dense torch is faster stay dense,
+    untouched; ``where="everywhere"`` packs every layer without measuring. A mapping from names and globs on names to
+    patterns is read as ``prune`` reads it: layers that none matches stay dense. ``report(model)`` gives the plan,
+    ``summary(model)`` the result. Where nothing was packed a UserWarning says so, with the reason.
 
     Weights must fit their pattern already (PatternError names the layer and group that do not, also for layers that
     turn out to stay dense, so that the answer does not depend on a measurement), unless ``method`` names a pruning
@@ -62,6 +63,8 @@ def compile(
     found = require_layers(find_linears(model, only, skip))
     if isinstance(plan_or_pattern, Plan):
         decided: Plan | None = plan_or_pattern
+        if (warning := made_elsewhere(plan_or_pattern)) is not None:
+            warnings.warn(warning, stacklevel=2)
     elif where == "faster":
         decided = plan(
             model, plan_or_pattern, batch=batch, only=only, skip=skip, calibration=calibration, max_error=max_error
@@ -115,8 +118,6 @@ def summary(model: nn.Module, batch: Sequence[int] = (1, 32)) -> Summary:
 
 def _choices(decided: Plan | None, pattern: Plan | Patterns, found: LayerTable) -> dict[str, Choice]:
     """How each layer to be packed is to run."""
-    from sparsecomp.planning.selection import choices_of, choose_patterns
-
     if decided is None:
         if isinstance(pattern, Mapping):
             if "auto" in pattern.values():

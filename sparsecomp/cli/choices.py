@@ -126,7 +126,7 @@ def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[
     return {name: chosen[name] for name in found if name in chosen}
 
 
-def override_note(chosen: Mapping[str, Pattern], recorded: Mapping[str, str] | None) -> str | None:
+def override_note(chosen: Mapping[str, Pattern], recorded: Mapping[str, str] | None, option: str) -> str | None:
     """A sentence on layers that get another pattern than ``prune`` noted for them; None where there are none."""
     from sparsecomp.patterns import parse
 
@@ -138,7 +138,7 @@ def override_note(chosen: Mapping[str, Pattern], recorded: Mapping[str, str] | N
     if not changed:
         return None
     said = ", ".join(f"{listed(names)}: {before}, now {after}" for (before, after), names in changed.items())
-    return f"note: --pattern overrides what prune noted with the weights ({said})"
+    return f"note: {option} overrides what prune noted with the weights ({said})"
 
 
 def times_note() -> str:

@@ -25,6 +25,8 @@ example: sparsecomp compile shop.models:build --pattern 2:4 \\
 
 The plan is printed first: each layer's times, in dense torch and sparse, and whether it goes sparse. Layers in which
 dense torch is faster stay dense, unless --everywhere. Times are kept in a cache; SPARSECOMP_CACHE=off measures anew.
+--plan follows a plan that "sparsecomp plan --output" wrote: it says which layers go sparse, in which patterns and by
+which kernels, and nothing is measured.
 Without --method the weights must fit the pattern already. For
 weights that "sparsecomp prune" wrote, --pattern may be left out: the layers it pruned are packed, in the patterns it
 noted, and the layers it left dense stay dense. Read the file with
@@ -45,6 +47,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     parser.add_argument("--method", help="prune first: magnitude, wanda, sparsegpt, fast, balanced, ...")
     parser.add_argument("--everywhere", action="store_true", help="pack layers in which dense is faster, too")
     parser.add_argument("--batch", metavar="LIST", type=counts, help="rows of x to plan for (default 1,128)")
+    parser.add_argument("--plan", metavar="FILE", help='follow this plan, of "sparsecomp plan --output FILE"')
     parser.add_argument("--all", action="store_true", help="a row for each layer, where equal ones share one else")
     parser.add_argument(
         "--require-sparse", action="store_true", help="fail, with exit code 1 and no file, if no layer is packed"
@@ -58,9 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     import sparsecomp as sc
     from sparsecomp.models.layers import find_linears, require_layers
+    from sparsecomp.planning.selection import choices_of
 
     given = choices.read_patterns(arguments.pattern or [])
     choices.check_method(arguments.method, arguments.calibration)
+    if arguments.plan is not None and (unused := _beside_a_plan(arguments)):
+        raise UsageError(f"{unused} decides what --plan has decided; leave one of them out")
+    followed = None if arguments.plan is None else sc.Plan.load(arguments.plan)
     if arguments.everywhere and (arguments.batch or arguments.all):
         option = "--batch" if arguments.batch else "--all"
         raise UsageError(f"{option} is for the plan, which --everywhere does without; leave one of them out")
@@ -73,16 +80,19 @@ def run(arguments: argparse.Namespace) -> int:
     recorded = noted
     # who names a method and a pattern wants them everywhere
     noted = None if given and arguments.method else noted
-    if not given and noted is None:
+    if followed is None and not given and noted is None:
         raise UsageError("--pattern is missing, and the weights do not note any; give one, such as --pattern 2:4")
-    chosen = choices.by_layer(found, choices.without_auto(given, model), noted)
+    if followed is None:
+        chosen = choices.by_layer(found, choices.without_auto(given, model), noted)
+    else:
+        chosen = {name: choice.pattern for name, choice in choices_of(followed, found).items()}
     if "" in chosen:
         raise ModelError(
             f'"{arguments.model}" is one linear layer itself, which cannot be replaced in place; return it inside '
             "another module, such as nn.Sequential(layer)"
         )
     choices.check_finite(found, list(chosen))
-    choices.say(choices.override_note(chosen, recorded))
+    choices.say(choices.override_note(chosen, recorded, "--pattern" if followed is None else "--plan"))
     if arguments.method is None:
         choices.check_fit(found, chosen)
     else:
@@ -94,8 +104,11 @@ def run(arguments: argparse.Namespace) -> int:
         choices.check_calibration(arguments.method, calibration, list(chosen))
         prepared: dict[str, Any] = {"calibration": calibration, "method": arguments.method}
         prepared |= {"only": arguments.only, "skip": arguments.skip}
-        plan = None
-        if not arguments.everywhere:
+        plan = None if followed is None else _of_model(followed, found)
+        if plan is not None:
+            print(plan.text(every=arguments.all))
+            print(wrap(f"the plan and its times are those of {arguments.plan}"))
+        elif not arguments.everywhere:
             plan = sc.plan(
                 model,
                 choices.exactly(chosen),
@@ -124,6 +137,21 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"packed {len(packed)} of {len(every)} layers{'' if packed else ': the model runs dense, as before'}")
     print(f"wrote {arguments.output}: {size / 1e6:.1f} MB; the dense weights take {dense / 1e6:.1f} MB")
     return 0
+
+
+def _beside_a_plan(arguments: argparse.Namespace) -> str | None:
+    """The option that decides what a plan has decided, None where there is none."""
+    given = {"--pattern": arguments.pattern, "--batch": arguments.batch, "--everywhere": arguments.everywhere}
+    return next((option for option, value in given.items() if value), None)
+
+
+def _of_model(plan: Plan, found: LayerTable) -> Plan:
+    """The plan of a file, without layers that are left out here; layers that it does not have say so."""
+    layers = tuple(layer for layer in plan if layer.name in found)
+    decided = {layer.name for layer in plan}
+    left = {name: "the plan does not have it" for name in found if name not in decided}
+    skipped = {layer.name: found.skipped[layer.name] for layer in plan if layer.name in found.skipped}
+    return dataclasses.replace(plan, layers=layers, skipped={**left, **plan.skipped, **skipped})
 
 
 def _name_dense(plan: Plan, found: LayerTable, noted: bool) -> Plan:

@@ -7,7 +7,7 @@ import json
 
 from sparsecomp.cli import choices, hub, models
 from sparsecomp.cli.compile import BATCHES
-from sparsecomp.cli.parser import counts
+from sparsecomp.cli.parser import counts, output_file
 from sparsecomp.reporting.terminal import wrap
 
 _EXAMPLE = """\
@@ -15,7 +15,8 @@ example: sparsecomp plan shop.models:build --pattern 2:4 --batch 1,32
 
 Dense torch and the sparse kernel are timed at every batch, once for all layers of one shape and dtype. A layer goes
 sparse if sparse is slower at no batch and faster in the mean of them. "bound" is what the measured peaks of this
-machine allow at most. Weights need not be pruned yet. Times are kept in a cache for the next run;
+machine allow at most. Weights need not be pruned yet. --output writes the plan as a file, which "sparsecomp compile
+--plan FILE" and sparsecomp.Plan.load(FILE) follow without measuring again. Times are kept in a cache for the next run;
 SPARSECOMP_CACHE=off measures anew. --json prints the plan as JSON, all times in seconds.
 """
 
@@ -28,6 +29,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     parser.add_argument("--batch", metavar="LIST", type=counts, help="rows of x to plan for (default 1,128)")
     models.add_selection(parser)
     parser.add_argument("--all", action="store_true", help="a row for each layer, where equal ones share one else")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", type=output_file(".json"), help="write the plan as well, for compile --plan"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON: a row for each layer, and totals")
     return parser
 
@@ -45,12 +49,16 @@ def run(arguments: argparse.Namespace) -> int:
         plan = sc.plan(
             model, choices.exactly(chosen), batch=arguments.batch or BATCHES, only=arguments.only, skip=arguments.skip
         )
+    if arguments.output is not None:
+        plan.save(arguments.output)
     if arguments.json:
         facts = {"sparsecomp": sc.__version__, "model": arguments.model, "class": type(model).__name__}
         print(json.dumps({**facts, **plan.to_dict(), "totals": plan.totals()}, indent=1, allow_nan=False))
         return 0
     print(plan.text(every=arguments.all))
     print(wrap(choices.times_note()))
+    if arguments.output is not None:
+        print(f'wrote {arguments.output}, which "sparsecomp compile --plan {arguments.output}" follows')
     choices.say(choices.router_note(model, {name: chosen[name] for name in plan.sparse}))
     choices.say(choices.head_note(model, {name: chosen[name] for name in plan.sparse}, None, False))
     return 0

@@ -67,11 +67,11 @@ class Summary:
         prefer, and the rows of input from which the product is dense.
         """
         rows: dict[tuple[object, ...], list[str]] = {}
-        planned = any(w.backend is not None or w.dense_above is not None for w in self.layers)
+        planned = any(map(_runs, self.layers))
         for w in self.layers:
             facts = w.pattern, f"{w.shape[0]}x{w.shape[1]}", w.dtype, "yes" if w.bias else "no", w.activation
             sizes = (w.dense_nbytes, w.nbytes)
-            runs = (w.backend or "", w.dense_above or "") if planned else ()
+            runs = (_runs(w),) if planned else ()
             rows.setdefault((*facts, *sizes, *runs, w.name if every else ""), []).append(w.name)
         title = (
             f"{self.path}: format {self.format_version}, written by sparsecomp {self.package_version}; "
@@ -79,10 +79,16 @@ class Summary:
             f"{self.nbytes} bytes of weights ({self.dense_nbytes} dense)"
         )
         columns = ["layer", "pattern", ">out x in", "dtype", "?bias", "?activation", ">dense bytes", ">bytes"]
-        columns += ["?kernel", "?>dense from"] if planned else []
+        columns += ["?kernel"] if planned else []
         drawn = table(columns, [(label(names), *facts[:-1]) for facts, names in rows.items()], title=title)
         names = [wrap(f"{label(each)}: {listed(each)}") for each in rows.values() if len(numbered(each)) > 1]
         return "\n".join([drawn, *names, *(f"{name}: {text}" for name, text in self.metadata.items())])
+
+
+def _runs(layer: SavedLayer) -> str:
+    """What a plan had found for a layer, in words; "" for nothing."""
+    rows = "" if layer.dense_above is None else f"dense from {layer.dense_above} rows"
+    return ", ".join(filter(None, (layer.backend, rows)))
 
 
 def save(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from sparsecomp.backends.choice import Choice
-from sparsecomp.errors import ModelError, PatternError
+from sparsecomp.errors import BackendError, ModelError, PatternError
+from sparsecomp.machine.device import detect
 from sparsecomp.models.layers import LayerTable, check_globs
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.planning.plan import Plan
+
+_UNITS = {"cpu": "cores", "cuda": "SMs"}
 
 
 def choose_patterns(
@@ -45,6 +48,21 @@ def choices_of(plan: Plan, found: LayerTable) -> dict[str, Choice]:
                 f'the plan has a layer "{layer.name}" of shape {layer.shape}, which this model lacks; plan this model'
             )
     return {layer.name: layer.choice for layer in plan if layer.choice is not None and layer.name in found}
+
+
+def made_elsewhere(plan: Plan) -> str | None:
+    """A sentence on a plan that was made for another machine than this one, which it names; None for one of here."""
+    try:
+        here = detect(plan.device.place)
+    except BackendError:
+        here = detect("cpu")
+    if here.fingerprint == plan.device.fingerprint:
+        return None
+    there, this = (f"{each.name} ({each.isa}, {each.cores} {_UNITS[each.kind]})" for each in (plan.device, here))
+    return (
+        f"the plan was made on another machine, {there}, and this is {this}; its times do not hold here, so that other "
+        "layers may be worth making sparse: plan on this machine"
+    )
 
 
 def _deciding(found: LayerTable, patterns: Mapping[str, Pattern]) -> dict[str, str]:

@@ -271,6 +271,8 @@ def test_doctor_and_inspect_speak_json(capsys: pytest.CaptureFixture[str]) -> No
         "activation": "none",
         "nbytes": held["layers"][0]["nbytes"],
         "dense_nbytes": 48 * 32 * 4,
+        "backend": None,
+        "dense_above": None,
     }
 
 

@@ -124,7 +124,7 @@ def test_inspect_shows_what_was_planned(path: Path, monkeypatch: pytest.MonkeyPa
     shown = inspect(path)
     assert (shown.layers[0].backend, shown.layers[0].dense_above) == ("reference", 8)
     assert (shown.layers[1].backend, shown.layers[1].dense_above) == (None, None)
-    for width, words in ((120, ["kernel", "dense from", "reference"]), (60, ["left out at 60 columns"])):
+    for width, words in ((120, ["kernel", "reference, dense from 8 rows"]), (60, ["left out at 60 columns"])):
         monkeypatch.setenv("COLUMNS", str(width))
         text = str(shown)
         assert max(map(len, text.splitlines()[2:])) <= width and all(word in text for word in words)
