@@ -16,6 +16,8 @@ from tests.other_defaults import PAST_MODES, TRACED, other_defaults
 TESTS = Path(__file__).parent
 # tensors are small there: on more than one thread the tests would only wait for their threads
 ONE_THREAD = ("methods", "models", "pruning")
+# fixtures that compile: what asks for one is slow
+COMPILING = {"twins", "simulated", "own_cache"}
 
 
 @pytest.fixture
@@ -54,6 +56,8 @@ def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # waits for processes of its own: begun first, they go on beside all the others
     items.sort(key=lambda item: item.path.name != "test_triton_versions.py")
+    for item in (each for each in items if COMPILING & set(getattr(each, "fixturenames", ()))):
+        item.add_marker(pytest.mark.slow)
     # few rows are enough there; the warning of them has tests of its own
     for item in (each for each in items if each.path.parent.name == "pruning"):
         item.add_marker(pytest.mark.filterwarnings("ignore:.*calibration rows for each input:UserWarning"))

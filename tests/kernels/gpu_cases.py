@@ -35,12 +35,16 @@ class Case:
 def with_every_triton(
     cases: Iterable[tuple[Any, ...]], chosen: Callable[..., bool] = lambda *case: True
 ) -> list[ParameterSet]:
-    """The cases of a compile matrix, ``chosen(*case)`` of them marked ``every_triton``; ``make nightly`` runs all.
+    """The cases of a compile matrix, ``chosen(*case)`` of them marked ``every_triton``, the others ``exhaustive``.
 
-    A case begins with the compute capability; 80 stands for 86 and 89 as well.
+    A case begins with the compute capability; 80 stands for 86 and 89 as well. ``make nightly`` runs all with each
+    Triton.
     """
     return [
-        pytest.param(*case, marks=pytest.mark.every_triton if case[0] in (80, 90) and chosen(*case) else ())
+        pytest.param(
+            *case,
+            marks=pytest.mark.every_triton if case[0] in (80, 90) and chosen(*case) else pytest.mark.exhaustive,
+        )
         for case in cases
     ]
 
