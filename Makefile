@@ -85,8 +85,8 @@ defaults: $(READY)
 
 # What a layer does on a torch that is not known: its tests, without the way past the dispatcher.
 eager-off: $(READY)
-	SPARSECOMP_EAGER=off $(PYTEST) tests/nn \
-	  tests/modules tests/files tests/backends tests/test_compiler.py tests/test_end_to_end.py \
+	SPARSECOMP_EAGER=off $(PYTEST) tests/nn tests/modules tests/files tests/test_compiler.py \
+	  tests/backends/test_registry.py tests/backends/test_cpu_blocks.py tests/backends/test_torch_backends.py \
 	  --ignore tests/nn/test_eager_hidden.py --ignore tests/nn/test_eager_binding.py
 
 lint: $(READY)

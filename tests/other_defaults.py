@@ -75,7 +75,7 @@ def other_defaults() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     # a new SparseLinear is to follow the defaults, as nn.Linear does; the tests' own are made for the CPU
     asked = mock.patch.multiple(
-        "sparsecomp.nn.torch", get_default_device=lambda: torch.device("cpu"), get_default_dtype=lambda: torch.float32
+        "torch", get_default_device=lambda: torch.device("cpu"), get_default_dtype=lambda: torch.float32
     )
     compiled = mock.patch("torch.compile", _not_traced)
     try:

@@ -1,8 +1,9 @@
 // Python module `_native`: the C ABI with pointers as integers, and what csrc/eager adds. Stable ABI of Python 3.10.
 //
-// The module and csrc/eager change nothing of theirs after it was made, and count on the GIL where they borrow from
-// Python's containers. They say nothing to an interpreter without one, since it cannot load them: it has no stable ABI
-// of Python 3.10, and its headers refuse to compile for it.
+// What the module and csrc/eager hold does not change after it was made, so two threads may use one product. Where they
+// borrow a reference from a container of Python's they count on the GIL. An interpreter without a GIL cannot load them:
+// it has no stable ABI of Python 3.10, and its headers refuse Py_LIMITED_API. Built for one in another way, the module
+// has no slot Py_mod_gil, so that the interpreter would turn its GIL on.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

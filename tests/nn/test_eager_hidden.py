@@ -121,6 +121,7 @@ PAST = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "way"), [*((each, "dispatcher") for each in DISPATCHER), *((each, "past it") for each in PAST)]
 )
