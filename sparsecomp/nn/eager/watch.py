@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Keys that a thread adds to every call of the dispatcher where nothing watches. Modes, transforms and traces add some,
@@ -84,7 +85,7 @@ def _require_noticed(watch: Watch) -> None:
     if watch.levels["_current_level"] < 0 and not watch.nobody():
         raise LookupError("something watches the calls of a new thread")
     modes: dict[str, AbstractContextManager[Any]] = {
-        "a mode of functions": torch.device("cpu"),
+        "a mode of functions": TorchFunctionMode(),  # a default device is one, but entering it is for all threads
         "a mode of the dispatcher": TorchDispatchMode(),  # type: ignore[no-untyped-call]
         "autocast": torch.autocast("cpu", torch.bfloat16),
     }
