@@ -1,29 +1,34 @@
-"""Wires plan -> prune -> pack -> swap. Takes a model and a Plan or pattern, gives it with SparseLinears in place.
+"""Wires plan -> solve -> pack -> swap. Takes a model and a Plan or pattern, gives it with SparseLinears in place.
 
-Has no logic of its own: the plan decides, prune changes weights, pack refuses those that do not fit.
+Has no logic of its own: the plan decides, ``pruning`` solves weights, pack refuses those that do not fit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsecomp.backends.choice import Choice
-from sparsecomp.errors import CalibrationError, ModelError, SparsecompError
+from sparsecomp.errors import ModelError, naming
+from sparsecomp.methods.registry import get_method
 from sparsecomp.models.batches import eager
 from sparsecomp.models.calibration import Calibration
-from sparsecomp.models.layers import Globs, LayerTable, find_linears, require_layers
+from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
+from sparsecomp.modules.snapshot import outside_inference_mode
 from sparsecomp.nn import SparseLinear
-from sparsecomp.packing import pack
-from sparsecomp.patterns import Pattern, parse
+from sparsecomp.nn.linear import check_linear
+from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.check import check_weight
 from sparsecomp.planning.planner import Patterns, Plan, plan
 from sparsecomp.planning.selection import choices_of, choose_patterns, made_elsewhere
 from sparsecomp.planning.summary import Summary, summarise
+from sparsecomp.pruning.checkpoint import Checkpoint
+from sparsecomp.pruning.model import check_calibration
+from sparsecomp.pruning.solve import Solved, make_jobs, solve, warn_of_notes, warn_of_thin
 from sparsecomp.reporting.terminal import progress
 from sparsecomp.swap import share_bias, swap
 
@@ -52,11 +57,13 @@ def compile(
 
     Weights must fit their pattern already (PatternError names the layer and group that do not, also for layers that
     turn out to stay dense, so that the answer does not depend on a measurement), unless ``method`` names a pruning
-    method; ``calibration`` gives the Gram matrices where the method needs them.
+    method. It then prunes exactly as ``prune(model, ..., method, calibration)`` would, and a UserWarning tells what
+    that would report: notes of the method, and layers with few calibration rows. For held-out statistics, an example
+    batch, masks or a checkpoint call ``prune`` first and ``compile`` without a method.
 
     Of a model that torch.compile wrapped, the layers of the eager model are replaced; it is compiled again when called.
 
-    Raises the errors of ``plan`` and ``prune_weight``, and ModelError for a plan of another model. The model is
+    Raises the errors of ``plan`` and ``prune``, and ModelError for a plan of another model. The model is
     untouched if anything is raised.
     """
     given, model = model, eager(model)
@@ -75,14 +82,21 @@ def compile(
         raise ModelError(f'where="{where}" is not known; use "faster" or "everywhere"')
     choices = _choices(decided, plan_or_pattern, found)
     if method is None and decided is not None and isinstance(plan_or_pattern, str | Pattern | Mapping):
-        _check_fit(decided, found)
-    if method is not None and calibration is not None:
-        from sparsecomp.pruning.solve import warn_of_thin_statistics
-
-        warn_of_thin_statistics(method, calibration, choices)
+        _check_dense(decided, found)
+    for name, choice in choices.items():
+        with naming(name):
+            check_linear(found[name].as_linear(), choice.pattern)
+    weights: dict[str, Tensor] = {}
+    if method is not None:
+        solved = _solved(found, choices, method, calibration)
+        weights = {name: each.weight for name, each in solved.items()}
+        warn_of_thin(each.report for each in solved.values())
+        warn_of_notes(each.report for each in solved.values())
+        del solved
     layers = {
-        name: _sparse(found, name, choice, method, calibration)
-        for name, choice in progress(list(choices.items()), "pruning and packing" if method else "packing")
+        # as a weight is packed its dense form goes
+        name: _packed(found[name], weights.pop(name, None), choice)
+        for name, choice in progress(list(choices.items()), "packing")
     }
     swap(model, layers)
     if decided is not None:
@@ -118,48 +132,37 @@ def summary(model: nn.Module, batch: Sequence[int] = (1, 32)) -> Summary:
 
 def _choices(decided: Plan | None, pattern: Plan | Patterns, found: LayerTable) -> dict[str, Choice]:
     """How each layer to be packed is to run."""
-    if decided is None:
-        if isinstance(pattern, Mapping):
-            if "auto" in pattern.values():
-                raise ModelError('where="everywhere" takes named patterns; pattern "auto" needs where="faster"')
-            return {name: Choice(each) for name, each in choose_patterns(found, pattern)[0].items()}
-        if isinstance(pattern, Plan) or (isinstance(pattern, Sequence) and not isinstance(pattern, str)):
-            raise ModelError('where="everywhere" packs every layer in one pattern; give one, or use where="faster"')
-        if pattern == "auto":
-            raise ModelError('where="everywhere" takes a named pattern; pattern "auto" needs where="faster"')
-        return dict.fromkeys(found, Choice(parse(pattern)))
-    return choices_of(decided, found)
+    if decided is not None:
+        return choices_of(decided, found)
+    if isinstance(pattern, Plan) or (isinstance(pattern, Sequence) and not isinstance(pattern, str)):
+        raise ModelError('where="everywhere" packs every layer in one pattern; give one, or use where="faster"')
+    if "auto" in (pattern.values() if isinstance(pattern, Mapping) else (pattern,)):
+        raise ModelError('where="everywhere" takes named patterns; pattern "auto" needs where="faster"')
+    return {name: Choice(each) for name, each in choose_patterns(found, pattern)[0].items()}
 
 
-def _check_fit(decided: Plan, found: LayerTable) -> None:
+def _check_dense(decided: Plan, found: LayerTable) -> None:
     """PatternError for a layer that was tried, stays dense and would not have fitted."""
     for layer in decided:
         if layer.choice is None and layer.tried is not None:
-            with _naming(layer.name):
-                pack(found[layer.name].get_weight(), layer.tried.pattern)
+            with naming(layer.name):
+                check_weight(found[layer.name].get_weight(), layer.tried.pattern)
 
 
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the layer's name before the message of an error."""
-    try:
-        yield
-    except SparsecompError as error:
-        raise type(error)(f"{name}: {error}") from error
+def _solved(
+    found: LayerTable, choices: Mapping[str, Choice], method: str, calibration: Calibration | None
+) -> dict[str, Solved]:
+    """What ``prune`` would write; nothing is written."""
+    patterns = {name: choice.pattern for name, choice in choices.items()}
+    with outside_inference_mode():
+        check_calibration(get_method(method), list(patterns), calibration)
+        jobs = make_jobs(found, patterns, method, calibration or {}, {}, {})
+        return solve(jobs, (), Checkpoint(None), f"pruning ({method})")
 
 
-def _sparse(
-    found: LayerTable,
-    name: str,
-    choice: Choice,
-    method: str | None,
-    calibration: Calibration | None,
-) -> SparseLinear:
-    if calibration is not None and name not in calibration and method is not None:
-        raise CalibrationError(f'calibration has no layer "{name}"; calibrate this model or use skip')
-    gram = None if calibration is None or method is None else calibration[name].gram
-    with _naming(name), torch.no_grad():
-        linear = found[name].as_linear()
-        layer = SparseLinear.following(linear, choice, method, gram)
+def _packed(ref: LinearRef, weight: Tensor | None, choice: Choice) -> SparseLinear:
+    with naming(ref.name), torch.no_grad():
+        linear = ref.as_linear(weight)
+        layer = SparseLinear.following(linear, choice)
     share_bias(linear, layer)
     return layer

@@ -1,5 +1,10 @@
 """The errors a user can meet. Every message is one sentence: what was got, what is allowed, how to fix it."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SparsecompError(Exception):
     """Base of every error this package raises on purpose."""
@@ -27,3 +32,12 @@ class ModelError(SparsecompError, ValueError):
 
 class MethodError(SparsecompError, ValueError):
     """A pruning method that does not exist, or that lacks what it needs."""
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the name of a layer, "" being the model itself, before the message of an error raised within."""
+    try:
+        yield
+    except SparsecompError as error:
+        raise type(error)(f"{name or 'the model'}: {error}") from error

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from sparsecomp.errors import SparsecompError
+from sparsecomp.errors import naming
 from sparsecomp.models.layers import replace_layer
 from sparsecomp.modules.carry import carry_over
 from sparsecomp.nn import SparseLinear
@@ -58,7 +58,5 @@ def share_bias(old: nn.Module, layer: SparseLinear) -> None:
 
 def adopt(old: nn.Module, layer: SparseLinear, name: str) -> None:
     """Give ``layer`` what ``old`` has beside its weight; ModelError, with the name, for what it cannot have."""
-    try:
+    with naming(name):
         carry_over(old, layer, layer.reserved_names(), shared=True)
-    except SparsecompError as error:
-        raise type(error)(f"{name or 'the model'}: {error}") from error

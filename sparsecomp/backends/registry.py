@@ -12,12 +12,14 @@ from functools import lru_cache
 from importlib import import_module
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from sparsecomp.backends.base import Backend, Kernel, Weight
 from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import BackendError, ModelError
 from sparsecomp.machine.request import Request
+from sparsecomp.packing.format import require_packable
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.numbers import FLOAT
 
@@ -86,14 +88,21 @@ def choose(request: Request) -> str:
     )
 
 
+# tensors made under inference_mode could never be part of a graph afterwards
+@torch.inference_mode(False)
+@torch.no_grad()
 def prepared(weight: Weight, choice: Choice) -> Kernel:
     """The layout of a weight, packed or dense [out, in] and fitting the pattern chosen, for its device and dtype.
 
     By the backend chosen: if it is pinned its errors are the caller's, else the first that runs the weight takes its
     place where it does not; one that cannot prepare it after all is named in a warning, and the next is tried.
-    Raises ModelError if the one pinned is unknown or does not run the weight, BackendError if none could prepare it.
+    Raises ModelError if the one pinned is unknown or does not run the weight, BackendError if none could prepare it,
+    PatternError for a dense weight that ``pack`` refuses.
     """
     pattern = choice.pattern
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
+        require_packable(weight, pattern)
     if weight.device.type == "meta":
         return _prepare("dense", weight, pattern)
     numbers = FLOAT if isinstance(weight, Tensor) else weight.numbers

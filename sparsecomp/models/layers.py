@@ -88,13 +88,17 @@ class LinearRef:
         with torch.inference_mode(self.parameter.is_inference()), torch.no_grad():
             self.parameter.copy_(weight if self.kind == "linear" else weight.t())
 
-    def as_linear(self) -> nn.Linear:
-        """This layer as nn.Linear: the module itself, or for Conv1D a new module on the same memory."""
-        if isinstance(self.module, nn.Linear):
+    def as_linear(self, weight: Tensor | None = None) -> nn.Linear:
+        """This layer as nn.Linear: the module itself, or for Conv1D a new module on the same memory.
+
+        With ``weight`` [out, in], a new module that has it in the place of the layer's own, and the same bias.
+        """
+        if weight is None and isinstance(self.module, nn.Linear):
             return self.module
         out, columns = self.shape
         linear = nn.Linear(columns, out, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.get_weight(), requires_grad=self.parameter.requires_grad)
+        values = self.get_weight() if weight is None else weight
+        linear.weight = nn.Parameter(values, requires_grad=self.parameter.requires_grad)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.module.training)
 

@@ -1,7 +1,7 @@
 """The product as a function of arrays of any library: NumPy, CuPy, JAX and whatever speaks DLPack, without copies.
 
-Takes arrays that speak ``__dlpack__`` or ``__cuda_array_interface__`` and gives arrays of the same library. Knows of
-modules only how they prepare a weight for a kernel.
+Takes arrays that speak ``__dlpack__`` or ``__cuda_array_interface__`` and gives arrays of the same library. Knows
+no modules.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sparsecomp.activations import require_activation
+from sparsecomp.backends import registry
 from sparsecomp.backends.base import Kernel
+from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError
-from sparsecomp.nn import SparseLinear
 from sparsecomp.nn import operators as ops
-from sparsecomp.packing.format import PackedWeight, pack
-from sparsecomp.patterns import Pattern
+from sparsecomp.packing.format import PackedWeight
+from sparsecomp.patterns import Pattern, parse
 from sparsecomp.patterns.numbers import weights_name
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, BufferError, AttributeError, AssertionError, ImportError)
@@ -35,8 +36,9 @@ def prepare(weight: Any, pattern: str | Pattern = "2:4", *, backend: str | None 
     not fit.
     """
     with _stream(weight):
-        packed = weight if isinstance(weight, PackedWeight) else pack(as_tensor(weight, "weight"), pattern)
-        kernel = SparseLinear.from_packed(packed, backend=backend).kernel
+        source = weight if isinstance(weight, PackedWeight) else as_tensor(weight, "weight")
+        own = source.pattern if isinstance(source, PackedWeight) else parse(pattern)
+        kernel = registry.prepared(source, Choice.asked(own, backend))
         _finish(kernel.tensors[0])
     return kernel
 

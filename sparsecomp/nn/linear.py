@@ -25,7 +25,7 @@ from sparsecomp.modules.readonly import PackedParameter
 from sparsecomp.nn import operators as ops
 from sparsecomp.nn.eager.calls import eager_product, why_dispatched
 from sparsecomp.nn.packed_module import PackedModule
-from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.format import PackedWeight, pack, require_packable
 from sparsecomp.packing.move import zero_weight
 from sparsecomp.packing.quantize import in_numbers
 from sparsecomp.patterns import Pattern, parse
@@ -172,25 +172,14 @@ class SparseLinear(PackedModule):
         quantized: bool = False,
     ) -> SparseLinear:
         """As ``of_weight_and_bias``, by what was decided: the pattern, the backend and when the product is dense."""
-        if not isinstance(linear, nn.Linear):
-            raise ModelError(
-                f"from_linear takes an nn.Linear, got {type(linear).__name__}; sparsecomp.compile knows which other "
-                f"layers of a model can be packed"
-            )
-        if reason := why_not_carried(linear, nn.Linear):
-            raise ModelError(f"from_linear cannot pack this layer: {reason}")
+        check_linear(linear, choice.pattern)
         weight = linear.weight.detach()
-        if weight.dtype == torch.float64:
-            allowed = ", ".join(map(str, FLOAT_DTYPES))
-            raise ModelError(f"the weight is torch.float64, which has no sparse kernel; convert it to one of {allowed}")
         if method is not None:
             from sparsecomp.methods.weight import prune_weight
 
-            weight = prune_weight(weight, choice.pattern, method=method, gram=gram).weight.to(weight.dtype)
-        # on a GPU a backend may make its layout of the dense weight in one pass
-        source: Weight = weight
-        if quantized or not weight.is_cuda:
-            source = in_numbers(pack(weight, choice.pattern), INT8 if quantized else FLOAT)
+            weight = prune_weight(weight, choice.pattern, method=method, gram=gram).weight
+        # a backend may make its layout of the dense weight in one pass
+        source = in_numbers(pack(weight, choice.pattern), INT8) if quantized else weight
         return cls.of_choice(source, choice, linear.bias, activation).train(linear.training)
 
     def to_linear(self) -> nn.Linear:
@@ -330,3 +319,18 @@ class SparseLinear(PackedModule):
             f"pattern={self.pattern}, {activation}dtype={self.dtype}, {weights}kernel={self.kernel.backend}, "
             f"bytes={self.kernel.nbytes} of {dense} dense{copy}"
         )
+
+
+def check_linear(linear: nn.Linear, pattern: str | Pattern) -> None:
+    """Raises ModelError or PatternError for a layer that ``from_linear`` refuses whatever its weights are."""
+    if not isinstance(linear, nn.Linear):
+        raise ModelError(
+            f"from_linear takes an nn.Linear, got {type(linear).__name__}; sparsecomp.compile knows which other "
+            f"layers of a model can be packed"
+        )
+    if reason := why_not_carried(linear, nn.Linear):
+        raise ModelError(f"from_linear cannot pack this layer: {reason}")
+    if linear.weight.dtype == torch.float64:
+        allowed = ", ".join(map(str, FLOAT_DTYPES))
+        raise ModelError(f"the weight is torch.float64, which has no sparse kernel; convert it to one of {allowed}")
+    require_packable(linear.weight, parse(pattern))

@@ -181,9 +181,7 @@ class PackedModule(nn.Module):
 
     def _prepared(self, weight: Weight) -> Kernel:
         """The layout of ``weight``, packed or dense, for its device and dtype; nothing of the module changes."""
-        # tensors made under inference_mode could never be part of a graph afterwards
-        with torch.inference_mode(False), torch.no_grad():
-            return registry.prepared(weight, self.choice)
+        return registry.prepared(weight, self.choice)
 
     def _hold(self, kernel: Kernel, shared: bool = False) -> None:
         """Make ``kernel`` the module's only weight."""

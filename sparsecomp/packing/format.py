@@ -190,6 +190,17 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
     Raises PatternError for a weight that breaks the pattern, naming the first offending group; nothing is dropped.
     """
     pattern = parse(pattern)
+    require_packable(weight, pattern)
+    weight = weight.detach()
+    _check_finite(weight)
+    check_weight(weight, pattern)
+    if isinstance(pattern, Block):
+        return _pack_block(weight, pattern)
+    return _pack_nm(weight, _stored_nm(pattern), pattern)
+
+
+def require_packable(weight: Tensor, pattern: Pattern) -> None:
+    """Raises PatternError for a weight or a pattern that ``pack`` refuses whatever the values are."""
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise PatternError(f"pack takes a weight of shape [out, in], got {got}; reshape it to two dimensions")
@@ -203,12 +214,6 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedWeight:
             f'"{pattern}" is a mask-only pattern and has no packed form; '
             "keep the layer dense or choose an N:M or block pattern"
         )
-    weight = weight.detach()
-    _check_finite(weight)
-    check_weight(weight, pattern)
-    if isinstance(pattern, Block):
-        return _pack_block(weight, pattern)
-    return _pack_nm(weight, _stored_nm(pattern), pattern)
 
 
 def scales_of(packed: PackedWeight) -> tuple[Tensor, ...]:

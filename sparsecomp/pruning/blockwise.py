@@ -1,6 +1,6 @@
 """Prune block after block, each seeing the pruned blocks before it, and tune each to what the dense block returned.
 
-Takes a model and batches. Knows how blocks follow each other; layers are solved in ``layerwise``.
+Takes a model and batches. Knows how blocks follow each other; layers are solved in ``solve``.
 """
 
 from __future__ import annotations
@@ -248,11 +248,10 @@ class _Run:
             torch.manual_seed(self.seed)
             grams = self._calibrate(block, calls, rows, self.train)
             held_out = self._calibrate(block, calls, rows, self.held_out)
-            method = get_method(self.method)
-            check_calibration(method, list(block.patterns), grams)
-            jobs = make_jobs(block.layers, block.patterns, self.method, grams, held_out, block.masks)
-            what = f"{block.name} ({self.method})"
-            solved = solve(jobs, block.hidden, Checkpoint(None), what, self.show_progress)
+        check_calibration(get_method(self.method), list(block.patterns), grams)
+        jobs = make_jobs(block.layers, block.patterns, self.method, grams, held_out, block.masks)
+        what = f"{block.name} ({self.method})"
+        solved = solve(jobs, block.hidden, Checkpoint(None), what, self.show_progress, self.seed)
         for each in solved.values():
             each.write()
         masks = {name: each.mask for name, each in solved.items()}

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsecomp.errors import CalibrationError, ModelError
@@ -71,19 +70,11 @@ def prune(
         chosen = get_method(method)
         found = require_layers(find_linears(model, only, skip))
         patterns, skipped = choose_patterns(found, pattern)
-        for what, statistics in (("calibration", calibration), ("held_out", held_out)):
-            if statistics is not None and not isinstance(statistics, Mapping):
-                raise CalibrationError(
-                    f"{what} is a {type(statistics).__name__}, not statistics by layer; "
-                    "pass sc.calibrate(model, batches)"
-                )
-        check_calibration(chosen, list(patterns), calibration)
+        check_calibration(chosen, list(patterns), calibration, held_out)
         given = check_masks(masks, patterns, found)
         hidden, unpermuted = permutable(model, example, method, found, patterns, given)
         jobs = make_jobs(found, patterns, method, calibration or {}, held_out or {}, given)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            solved = solve(jobs, hidden, Checkpoint(checkpoint), f"pruning ({method})", show_progress)
+        solved = solve(jobs, hidden, Checkpoint(checkpoint), f"pruning ({method})", show_progress, seed)
         report = write(method, solved, skipped, unpermuted)
     warn_of_thin(report.layers.values())
     return replace(report, provenance=describe(model, skipped, seed=seed))
@@ -153,8 +144,18 @@ def _why_not(hidden: Hidden, patterns: Mapping[str, Pattern], masks: Mapping[str
     return None
 
 
-def check_calibration(method: Method, names: list[str], calibration: Mapping[str, LayerStatistics] | None) -> None:
-    """CalibrationError naming the layers whose statistics the method needs and that have none."""
+def check_calibration(
+    method: Method,
+    names: list[str],
+    calibration: Mapping[str, LayerStatistics] | None,
+    held_out: Mapping[str, LayerStatistics] | None = None,
+) -> None:
+    """CalibrationError for what is no statistics by layer, and naming the layers that lack those the method needs."""
+    for what, statistics in (("calibration", calibration), ("held_out", held_out)):
+        if statistics is not None and not isinstance(statistics, Mapping):
+            raise CalibrationError(
+                f"{what} is a {type(statistics).__name__}, not statistics by layer; pass sc.calibrate(model, batches)"
+            )
     if not method.needs_gram:
         return
     if calibration is None:

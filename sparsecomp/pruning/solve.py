@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sparsecomp.errors import SparsecompError
+from sparsecomp.errors import naming
 from sparsecomp.methods.error import relative_error
 from sparsecomp.methods.order import search
-from sparsecomp.methods.registry import get_method
 from sparsecomp.methods.weight import PrunedWeight, prune_weight
 from sparsecomp.models.calibration import ENOUGH_ROWS, LayerStatistics
 from sparsecomp.models.graph import Hidden
@@ -97,8 +95,11 @@ def solve(
     checkpoint: Checkpoint,
     description: str,
     show_progress: bool = True,
+    seed: int = 0,
 ) -> dict[str, Solved]:
     """Solve every job; nothing is written. ``hidden`` are the permutations to try, each kept only where it helps.
+
+    Methods run with torch's generator at ``seed``; the caller's generator is left as it was.
 
     Raises what ``prune_weight`` raises, with the layer's name.
     """
@@ -106,12 +107,14 @@ def solve(
     solved: dict[str, Solved] = {}
     orders: dict[str, Tensor] = {}
     items = list(jobs.items())
-    for name, job in progress(items, description, len(items)) if show_progress else items:
-        with naming(name):
-            solved[name] = _solve_one(name, job, consumers.get(name), checkpoint)
-        order = solved[name].columns
-        if order is not None:
-            orders.update(dict.fromkeys(consumers[name].producers, order))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, job in progress(items, description, len(items)) if show_progress else items:
+            with naming(name):
+                solved[name] = _solve_one(name, job, consumers.get(name), checkpoint)
+            order = solved[name].columns
+            if order is not None:
+                orders.update(dict.fromkeys(consumers[name].producers, order))
     for name, order in orders.items():
         each = solved[name]
         rows = order.to(each.weight.device)
@@ -122,38 +125,32 @@ def solve(
 def warn_of_thin(reports: Iterable[LayerReport]) -> None:
     """One UserWarning if layers were fitted to so few rows that their errors say little of other data."""
     every = list(reports)
-    thin = {each.name: (each.rows or 0, each.shape[1]) for each in every if each.few_rows}
-    _warn_of_thin(thin, len(every), "so that their errors look better than they are")
-
-
-def warn_of_thin_statistics(method: str, calibration: Mapping[str, LayerStatistics], names: Iterable[str]) -> None:
-    """The same warning before layers ``names`` are pruned by ``method``, which tells of no errors."""
-    if not get_method(method).needs_gram:
-        return
-    found = {name: calibration[name] for name in names if name in calibration}
-    thin = {name: (each.tokens, len(each.gram)) for name, each in found.items() if each.rows_per_input < ENOUGH_ROWS}
-    _warn_of_thin(thin, len(found), "so that their weights are fitted to these rows and not to other data")
-
-
-def _warn_of_thin(thin: Mapping[str, tuple[int, int]], every: int, what: str) -> None:
-    """``thin`` are rows and inputs by the name of the layer."""
+    thin = [each for each in every if each.few_rows]
     if thin:
-        worst, (rows, inputs) = min(thin.items(), key=lambda each: each[1][0] / max(each[1][1], 1))
+        worst = min(thin, key=lambda each: each.rows_per_input or 0.0)
         warnings.warn(
-            f"{len(thin)} of {every} pruned layers have fewer than {ENOUGH_ROWS} calibration rows for each "
-            f'input ("{worst}" has {rows} for {inputs}), {what}; calibrate with more batches',
+            f"{len(thin)} of {len(every)} pruned layers have fewer than {ENOUGH_ROWS} calibration rows for each "
+            f'input ("{worst.name}" has {worst.rows} for {worst.shape[1]}), so that they are fitted to these rows and '
+            "their errors look better than they are; calibrate with more batches",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Put the layer's name before the message of an error."""
-    try:
-        yield
-    except SparsecompError as error:
-        raise type(error)(f"{name or 'the model'}: {error}") from error
+def warn_of_notes(reports: Iterable[LayerReport]) -> None:
+    """One UserWarning with what the methods noted, for callers that hand no report on."""
+    noted: dict[str, list[str]] = {}
+    for each in reports:
+        for note in each.notes:
+            noted.setdefault(note, []).append(each.name or "the model")
+    if noted:
+        told = [f"{note} ({len(names)} layers, the first {names[0]})" for note, names in noted.items()]
+        warnings.warn(
+            f"pruning noted: {'; '.join(told)}; sc.prune returns a report of every layer, and takes held_out and "
+            "example batches",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoint) -> Solved:

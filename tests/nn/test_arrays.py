@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import sparsecomp as sc
+from sparsecomp.backends import registry
 from sparsecomp.errors import ModelError, PatternError
 from sparsecomp.nn import arrays as interchange
 from sparsecomp.nn.arrays import as_tensor, like
@@ -218,10 +219,11 @@ def test_a_weight_is_prepared_on_its_arrays_stream_and_then_awaited(monkeypatch:
         noted.append("left")
 
     monkeypatch.setattr(interchange, "_stream", stream)
-    monkeypatch.setattr(interchange, "pack", lambda *given: noted.append("packed") or sc.pack(*given))
+    prepared = registry.prepared
+    monkeypatch.setattr(registry, "prepared", lambda *given: noted.append("prepared") or prepared(*given))
     monkeypatch.setattr(interchange, "_finish", lambda tensor: noted.append("finished"))
     sc.prepare(_weight())
-    assert noted == ["entered", "packed", "finished", "left"]
+    assert noted == ["entered", "prepared", "finished", "left"]
 
 
 def test_finishing_waits_for_the_gpu_alone(current: Stream) -> None:
