@@ -27,6 +27,7 @@ from sparsecomp.methods.weight import prune_weight
 from sparsecomp.models.calibration import calibrate
 from sparsecomp.nn import SparseLinear
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT
 from sparsecomp.planning import measure as tune
 from sparsecomp.planning.planner import plan
 from sparsecomp.pruning import prune
@@ -245,7 +246,7 @@ def test_the_backend_of_the_plan_is_taken_and_kept(monkeypatch: pytest.MonkeyPat
         want = net(x)
     decided = plan(net, "2:4", batch=1, measure=False)
     (layer,) = decided
-    fastest = replace(decided, layers=(replace(layer, choice=Choice(parse("2:4"), "reference")),))
+    fastest = replace(decided, layers=(replace(layer, choice=Choice(parse("2:4"), FLOAT, "reference")),))
     fast = compile(net, fastest)[0]
     with torch.no_grad():
         torch.testing.assert_close(net(x), want)

@@ -1,4 +1,4 @@
-"""How one layer is to run: pattern, backend, and from how many rows on by a dense product. Knows no backend.
+"""How one layer is to run: pattern, numbers, backend, and from how many rows on by a dense product. Knows no backend.
 
 A plan holds one for each layer, a packed layer follows one, a saved file keeps it.
 """
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from sparsecomp.errors import ModelError
 from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.numbers import FLOAT, Numbers
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The decision about a layer.
+    """The decision about a layer, whose weight is kept in ``pattern`` and stored in ``numbers``.
 
     ``backend`` is the name of the one to take, None for the first that runs the weight. Where it does not run, another
     one takes its place, unless it is ``pinned``: somebody asked for it by name. ``dense_above`` is the number of rows
@@ -24,6 +25,7 @@ class Choice:
     """
 
     pattern: Pattern
+    numbers: Numbers = FLOAT
     backend: str | None = None
     dense_above: int | None = None
     pinned: bool = False
@@ -41,9 +43,11 @@ class Choice:
         )
 
     @classmethod
-    def asked(cls, pattern: Pattern, backend: str | None, preferred: str | None = None) -> Choice:
+    def asked(
+        cls, pattern: Pattern, numbers: Numbers, backend: str | None = None, preferred: str | None = None
+    ) -> Choice:
         """What a caller asks for who names a backend, which is then pinned, or one that is preferred, or neither."""
-        return cls(pattern, preferred if backend is None else backend, pinned=backend is not None)
+        return cls(pattern, numbers, preferred if backend is None else backend, pinned=backend is not None)
 
 
 def unpacks(dense_above: int | None, batch: int) -> bool:

@@ -169,9 +169,10 @@ def _choices(text: str, layers: Mapping[str, PackedWeight]) -> dict[str, Choice]
     planned = decoded(Mapping[str, Mapping[str, Any]], json.loads(text), where)
     if strange := [name for name in planned if name not in layers]:
         raise FormatError(f"{where} has layers that are not in the file: {some(strange)}; save it again")
-    found = {name: Choice(packed.pattern) for name, packed in layers.items()}
+    found = {name: Choice(packed.pattern, packed.numbers) for name, packed in layers.items()}
     for name, entry in planned.items():
-        facts = {**entry, "pattern": str(layers[name].pattern), "pinned": False}
+        packed = layers[name]
+        facts = {**entry, "pattern": str(packed.pattern), "numbers": str(packed.numbers), "pinned": False}
         found[name] = decoded(Choice, facts, f"{where}.{name}")
     return found
 

@@ -264,9 +264,10 @@ def _new_layer(
     choice = contents.choices[name]
     if isinstance(old, SparseLinear):
         weight = packed.to(old.device)
-        if old.choice != Choice(old.pattern):
+        if old.choice != Choice(old.pattern, old.numbers):
             alike = (old.pattern, old.numbers) == (packed.pattern, packed.numbers)
-            choice = old.choice if alike else replace(old.choice, pattern=packed.pattern, dense_above=None)
+            own = replace(old.choice, pattern=packed.pattern, numbers=packed.numbers)
+            choice = own if alike else replace(own, dense_above=None)
         try:
             layer = type(old).of_choice(weight, choice, bias, activation)
         except SparsecompError as error:  # a backend that was pinned need not run every pattern

@@ -21,7 +21,7 @@ from sparsecomp.errors import ModelError
 from sparsecomp.nn import operators as ops
 from sparsecomp.packing.format import PackedWeight
 from sparsecomp.patterns import Pattern, parse
-from sparsecomp.patterns.numbers import weights_name
+from sparsecomp.patterns.numbers import FLOAT, weights_name
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, BufferError, AttributeError, AssertionError, ImportError)
 
@@ -37,8 +37,8 @@ def prepare(weight: Any, pattern: str | Pattern = "2:4", *, backend: str | None 
     """
     with _stream(weight):
         source = weight if isinstance(weight, PackedWeight) else as_tensor(weight, "weight")
-        own = source.pattern if isinstance(source, PackedWeight) else parse(pattern)
-        kernel = registry.prepared(source, Choice.asked(own, backend))
+        own = (source.pattern, source.numbers) if isinstance(source, PackedWeight) else (parse(pattern), FLOAT)
+        kernel = registry.prepared(source, Choice.asked(*own, backend))
         _finish(kernel.tensors[0])
     return kernel
 

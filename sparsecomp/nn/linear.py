@@ -74,7 +74,7 @@ class SparseLinear(PackedModule):
         place = torch.device(device) if device is not None else torch.get_default_device()
         packed = zero_weight(parse(pattern), (out_features, in_features), place, dtype, INT8 if quantized else FLOAT)
         parameter = nn.Parameter(torch.zeros(out_features, device=place, dtype=dtype)) if bias else None
-        self._build(packed, Choice.asked(packed.pattern, backend), parameter, activation)
+        self._build(packed, Choice.asked(packed.pattern, packed.numbers, backend), parameter, activation)
 
     def _build(self, weight: Weight, choice: Choice, bias: nn.Parameter | None, activation: str) -> None:
         self.out_features, self.in_features = weight.shape
@@ -98,13 +98,13 @@ class SparseLinear(PackedModule):
 
         ``backend`` pins one backend by name; otherwise the first one that runs the weight on its device is taken.
         """
-        return cls.of_choice(packed, Choice.asked(packed.pattern, backend), bias, activation)
+        return cls.of_choice(packed, Choice.asked(packed.pattern, packed.numbers, backend), bias, activation)
 
     @classmethod
     def of_choice(
         cls, weight: Weight, choice: Choice, bias: Tensor | None = None, activation: str = "none"
     ) -> SparseLinear:
-        """A layer of a weight [out, in], packed or dense, that fits the pattern of ``choice``, and follows it."""
+        """A layer that follows ``choice``, of a weight [out, in], packed or dense, in its pattern and its numbers."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         parameter = None
@@ -158,8 +158,8 @@ class SparseLinear(PackedModule):
         preferred: str | None = None,
     ) -> SparseLinear:
         """As ``from_linear``, without what the layer has beside weight and bias; who swaps layers carries that over."""
-        choice = Choice.asked(parse(pattern), backend, preferred)
-        return cls.following(linear, choice, method, gram, activation, quantized)
+        choice = Choice.asked(parse(pattern), INT8 if quantized else FLOAT, backend, preferred)
+        return cls.following(linear, choice, method, gram, activation)
 
     @classmethod
     def following(
@@ -169,9 +169,8 @@ class SparseLinear(PackedModule):
         method: str | None = None,
         gram: Tensor | None = None,
         activation: str = "none",
-        quantized: bool = False,
     ) -> SparseLinear:
-        """As ``of_weight_and_bias``, by what was decided: the pattern, the backend and when the product is dense."""
+        """As ``of_weight_and_bias``, by what was decided: pattern, numbers, backend and when the product is dense."""
         check_linear(linear, choice.pattern)
         weight = linear.weight.detach()
         if method is not None:
@@ -179,7 +178,7 @@ class SparseLinear(PackedModule):
 
             weight = prune_weight(weight, choice.pattern, method=method, gram=gram).weight
         # a backend may make its layout of the dense weight in one pass
-        source = in_numbers(pack(weight, choice.pattern), INT8) if quantized else weight
+        source = in_numbers(pack(weight, choice.pattern), choice.numbers) if choice.numbers.has_scales else weight
         return cls.of_choice(source, choice, linear.bias, activation).train(linear.training)
 
     def to_linear(self) -> nn.Linear:

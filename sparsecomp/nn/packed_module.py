@@ -46,10 +46,11 @@ def _parameter_of(weights: str, shape: tuple[int, int], dtype: torch.dtype, *par
     return PackedParameter.of(Source(*facts, packed.unpack, lambda: (_parameter_of, _parts_of(packed))))
 
 
-def _choice_of_older(state: dict[str, Any]) -> Choice:
+def _choice_of_older(state: dict[str, Any], numbers: Numbers) -> Choice:
     """The choice in the state of a module that was pickled before it held one, whose attributes are taken out."""
     pattern, rows = state.pop("pattern"), state.pop("dense_above")
-    return replace(Choice.asked(pattern, state.pop("_wanted"), state.pop("_preferred", None)), dense_above=rows)
+    asked = Choice.asked(pattern, numbers, state.pop("_wanted"), state.pop("_preferred", None))
+    return replace(asked, dense_above=rows)
 
 
 def _kind(kernel: Kernel) -> tuple[object, ...]:
@@ -280,7 +281,7 @@ class PackedModule(nn.Module):
         """Prepare the layout anew for this machine."""
         state = dict(state)
         packed = state.pop("packed")
-        choice = state.pop("choice", None) or _choice_of_older(state)
+        choice = state.pop("choice", None) or _choice_of_older(state, packed.numbers)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._layout, self.choice = (), choice
         self._hold(self._prepared(packed))

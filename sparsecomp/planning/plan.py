@@ -16,6 +16,7 @@ from sparsecomp.errors import FormatError
 from sparsecomp.machine.bound import Bound
 from sparsecomp.machine.device import Device
 from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.numbers import FLOAT
 from sparsecomp.planning.overview import Row, draw, grouped
 from sparsecomp.reporting.codec import decoded, plain
 from sparsecomp.reporting.figures import microseconds
@@ -73,8 +74,8 @@ class LayerPlan:
             state = dict(state)
             pattern, tried, backend = state.pop("pattern"), state.pop("tried"), state.pop("backend", None)
             above = state.pop("dense_above", None)
-            state["choice"] = None if pattern is None else Choice(pattern, backend, above)
-            state["tried"] = None if tried is None else Choice(tried, backend, above)
+            state["choice"] = None if pattern is None else Choice(pattern, FLOAT, backend, above)
+            state["tried"] = None if tried is None else Choice(tried, FLOAT, backend, above)
         self.__dict__.update(state)
 
     @classmethod
@@ -90,6 +91,7 @@ class LayerPlan:
             "name": self.name,
             "shape": list(self.shape),
             "pattern": None if self.choice is None else str(self.choice.pattern),
+            "numbers": None if self.choice is None else str(self.choice.numbers),
             "backend": self.backend,
             "reason": self.reason,
             "dense_seconds": plain(self.dense),

@@ -177,7 +177,7 @@ def _try(
             return "the bound is unknown: measuring the peaks of the device needs more memory than is free"
         mean = statistics.geometric_mean([each.value for each in bounds.values()])
         refusal = None if mean > min_speedup else f"even the bound is only {mean:.2f}x"
-        return _Trial(Choice(pattern, names[0]), {}, {}, bounds, mean, refusal)
+        return _Trial(Choice(pattern, backend=names[0]), {}, {}, bounds, mean, refusal)
     trials: list[_Trial] = []
     failures: list[str] = []
     for name in names:
@@ -219,7 +219,7 @@ def _measured(
         refusal = f"dense is faster at batch {worst}: {pattern} reaches {ratios[worst]:.2f}x"
     elif mean <= min_speedup:
         refusal = f"{pattern} reaches {mean:.2f}x in the mean, not above {min_speedup:g}x"
-    return _Trial(Choice(pattern, name, above), dense, sparse, bounds, mean, refusal)
+    return _Trial(Choice(pattern, backend=name, dense_above=above), dense, sparse, bounds, mean, refusal)
 
 
 def _dense_above(measured: Mapping[int, Measurement]) -> int | None:

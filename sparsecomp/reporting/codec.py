@@ -1,4 +1,4 @@
-"""Frozen values <-> JSON values: dataclasses as objects, tuples as arrays, patterns by their names.
+"""Frozen values <-> JSON values: dataclasses as objects, tuples as arrays, patterns and numbers by their names.
 
 Takes a value, or JSON values and the type they are of. Knows no report and writes no file.
 """
@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sparsecomp.errors import FormatError, PatternError, SparsecompError
 from sparsecomp.patterns import Pattern, parse
+from sparsecomp.patterns.numbers import Numbers, parse_numbers
 
 _PATTERNS = get_args(Pattern)
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -20,7 +21,7 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 def plain(value: Any) -> Any:
     """The value as JSON values. A number that is not finite becomes null, another kind of value its text."""
-    if isinstance(value, _PATTERNS):
+    if isinstance(value, (*_PATTERNS, Numbers)):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
@@ -36,20 +37,21 @@ def plain(value: Any) -> Any:
 def decoded(kind: Any, value: Any, where: str = "", keys: Mapping[str, str] = MappingProxyType({})) -> Any:
     """The value of type ``kind`` of which ``plain`` made these JSON values.
 
-    ``kind`` is a dataclass, a tuple, a Mapping, a Literal, a Pattern, int, float, str or bool, or one of them or None.
-    ``keys`` are those of a dataclass's fields that stand under another key than their name; keys that it has no field
-    for are ignored. Raises FormatError that names the place, as ``where`` begins it, what stands there and what may.
+    ``kind`` is a dataclass, a tuple, a Mapping, a Literal, a Pattern, Numbers, int, float, str or bool, or one of them
+    or None. ``keys`` are those of a dataclass's fields that stand under another key than their name; keys that it has
+    no field for are ignored. Raises FormatError that names the place, as ``where`` begins it, what stands there and
+    what may.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         if value is None and NoneType in inner:
             return None
         others = [each for each in inner if each is not NoneType]
-        return _pattern(value, where) if set(others) <= set(_PATTERNS) else decoded(others[0], value, where)
+        return _named(Pattern, value, where) if set(others) <= set(_PATTERNS) else decoded(others[0], value, where)
     if kind is Any:
         return value
-    if kind in _PATTERNS:
-        return _pattern(value, where)
+    if kind in _PATTERNS or kind is Numbers:
+        return _named(kind, value, where)
     if origin is tuple:
         kinds = inner
         if isinstance(value, list):
@@ -99,11 +101,12 @@ def _key(kind: type, key: str, where: str) -> Any:
         raise _refused(f"a key of {where}", key, _WORDS[kind]) from None
 
 
-def _pattern(value: Any, where: str) -> Pattern:
+def _named(kind: Any, value: Any, where: str) -> Pattern | Numbers:
     if not isinstance(value, str):
-        raise _refused(where, value, 'the name of a pattern, such as "2:4"')
+        named = 'numbers, such as "float"' if kind is Numbers else 'a pattern, such as "2:4"'
+        raise _refused(where, value, f"the name of {named}")
     try:
-        return parse(value)
+        return parse_numbers(value) if kind is Numbers else parse(value)
     except PatternError as error:
         raise FormatError(f"{where}: {error}") from error
 

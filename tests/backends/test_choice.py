@@ -18,6 +18,7 @@ from sparsecomp.machine.request import Request
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT, INT8
 
 PATTERN = parse("2:4")
 
@@ -28,9 +29,9 @@ def layer_of(choice: Choice) -> SparseLinear:
 
 
 def test_a_name_pins_and_a_preference_does_not() -> None:
-    assert Choice.asked(PATTERN, None) == Choice(PATTERN)
-    assert Choice.asked(PATTERN, None, "cpu") == Choice(PATTERN, "cpu")
-    assert Choice.asked(PATTERN, "cpu", "dense") == Choice(PATTERN, "cpu", pinned=True)
+    assert Choice.asked(PATTERN, FLOAT, None) == Choice(PATTERN)
+    assert Choice.asked(PATTERN, FLOAT, None, "cpu") == Choice(PATTERN, FLOAT, "cpu")
+    assert Choice.asked(PATTERN, FLOAT, "cpu", "dense") == Choice(PATTERN, FLOAT, "cpu", pinned=True)
 
 
 @pytest.mark.parametrize("wrong", [4.0, "8", 1 << 63, [1]])
@@ -45,25 +46,38 @@ def test_unpacking_begins_at_that_number_of_rows() -> None:
 
 
 def test_a_layer_follows_its_choice_and_takes_it_along() -> None:
-    choice = Choice(PATTERN, "reference", 4)
+    choice = Choice(PATTERN, FLOAT, "reference", 4)
     layer = layer_of(choice)
     assert (layer.choice, layer.kernel.backend, layer.dense_above, layer.pattern) == (choice, "reference", 4, PATTERN)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin.choice == choice and twin.kernel.backend == "reference"
     assert "from 4 rows on" in layer.explain(4).reason and layer.explain(3).reason.startswith("the fastest")
     layer.dense_above = 7
-    assert layer.choice == Choice(PATTERN, "reference", 7)
+    assert layer.choice == Choice(PATTERN, FLOAT, "reference", 7)
     layer.to(torch.bfloat16)
-    assert layer.choice == Choice(PATTERN, "reference")  # rows were measured with float32
+    assert layer.choice == Choice(PATTERN, FLOAT, "reference")  # rows were measured with float32
+
+
+def test_a_layer_stores_its_weight_in_the_numbers_chosen() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(40, 24)
+    layer = SparseLinear.following(linear, Choice(PATTERN, INT8), "magnitude")
+    assert layer.numbers == INT8 and layer.choice == Choice(PATTERN, INT8)
+    twin = SparseLinear.from_linear(linear, "2:4", "magnitude", quantized=True)
+    assert twin.choice == layer.choice and torch.equal(twin.packed().values, layer.packed().values)
+    assert (
+        SparseLinear.from_packed(layer.packed()).choice == SparseLinear(40, 24, quantized=True).choice == layer.choice
+    )
+    assert pickle.loads(pickle.dumps(layer)).choice == layer.choice
 
 
 def test_rows_measured_with_another_backend_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReferenceBackend, "supports", lambda self, request: "cannot")
-    layer = layer_of(Choice(PATTERN, "reference", 4))
-    assert layer.kernel.backend != "reference" and layer.choice == Choice(PATTERN, "reference")
-    assert layer_of(Choice(PATTERN, None, 4)).dense_above == 4
+    layer = layer_of(Choice(PATTERN, FLOAT, "reference", 4))
+    assert layer.kernel.backend != "reference" and layer.choice == Choice(PATTERN, FLOAT, "reference")
+    assert layer_of(Choice(PATTERN, FLOAT, None, 4)).dense_above == 4
     with pytest.raises(ModelError, match='backend "reference" cannot'):
-        layer_of(Choice(PATTERN, "reference", pinned=True))
+        layer_of(Choice(PATTERN, FLOAT, "reference", pinned=True))
 
 
 def test_a_layer_pickled_before_it_held_a_choice_is_read() -> None:
@@ -75,7 +89,7 @@ def test_a_layer_pickled_before_it_held_a_choice_is_read() -> None:
     old = SparseLinear.__new__(SparseLinear)
     nn.Module.__init__(old)
     old.__setstate__(state)
-    assert old.choice == Choice(PATTERN, "reference", 16) and old.kernel.backend == "reference"
+    assert old.choice == Choice(PATTERN, FLOAT, "reference", 16) and old.kernel.backend == "reference"
     assert torch.equal(old.weight, layer.weight) and "_wanted" not in vars(old)
 
 

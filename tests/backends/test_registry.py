@@ -82,7 +82,7 @@ def test_unknown_isa_is_a_reason_not_a_traceback() -> None:
 def test_a_dense_weight_that_fits_gives_the_layout_of_its_packed_form(wanted: str | None) -> None:
     weight = prune_weight(torch.randn(24, 40), "2:4").weight
     pattern = parse("2:4")
-    choice = Choice.asked(pattern, wanted)
+    choice = Choice.asked(pattern, FLOAT, wanted)
     made, twin = prepared(weight, choice), prepared(pack(weight, pattern), choice)
     assert (made.backend, made.shape, made.dtype) == (twin.backend, (24, 40), torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(made.tensors, twin.tensors, strict=True))

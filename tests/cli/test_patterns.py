@@ -229,7 +229,7 @@ def test_plan_is_a_verb_with_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["model"] == "shop:headed" and plan["batches"] == [1, 4] and plan["class"] == "Sequential"
     assert [layer["name"] for layer in plan["layers"]] == BLOCKS
     facts = {"name", "shape", "pattern", "backend", "reason", "dense_seconds", "sparse_seconds"}
-    facts |= {"other_backends", "bound", "dense_above", "error", "pinned", "tried", "limits"}
+    facts |= {"other_backends", "bound", "dense_above", "error", "numbers", "pinned", "tried", "limits"}
     for layer in plan["layers"]:
         assert layer.keys() == facts
         assert layer["dense_seconds"].keys() == layer["sparse_seconds"].keys() == {"1", "4"}

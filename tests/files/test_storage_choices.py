@@ -21,10 +21,11 @@ from sparsecomp.files.storage import inspect, load, save
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT, INT8
 from tests.files.saved_models import packed
 
 PATTERN = parse("2:4")
-PLANNED = Choice(PATTERN, "reference", 8)
+PLANNED = Choice(PATTERN, FLOAT, "reference", 8)
 KEY = "sparsecomp.choices"
 
 
@@ -74,15 +75,22 @@ def test_another_backend_takes_its_place_where_it_does_not_run(path: Path, monke
 
 
 def test_a_sparse_layer_keeps_a_choice_of_its_own(path: Path) -> None:
-    own = Choice(PATTERN, "dense", 3)
-    for before, after in ((own, own), (Choice(PATTERN), PLANNED), (Choice(PATTERN, "dense", 3, True),) * 2):
+    own = Choice(PATTERN, FLOAT, "dense", 3)
+    for before, after in ((own, own), (Choice(PATTERN), PLANNED), (Choice(PATTERN, FLOAT, "dense", 3, True),) * 2):
         assert load(path, into=nn.Sequential(layer_of(before), packed(1)))[0].choice == after
-    other = load(path, into=nn.Sequential(layer_of(Choice(parse("1:4"), "dense", 3)), packed(1)))[0]
-    assert other.choice == Choice(PATTERN, "dense")  # rows were measured with 1:4
+    other = load(path, into=nn.Sequential(layer_of(Choice(parse("1:4"), FLOAT, "dense", 3)), packed(1)))[0]
+    assert other.choice == Choice(PATTERN, FLOAT, "dense")  # rows were measured with 1:4
+
+
+def test_the_numbers_of_a_choice_are_those_of_the_weight(tmp_path: Path) -> None:
+    layer = SparseLinear.following(nn.Linear(16, 4), Choice(PATTERN, INT8, "dense"), "magnitude")
+    save(nn.Sequential(layer), tmp_path / "m")
+    for into in (nn.Linear(16, 4), layer_of(Choice(PATTERN, FLOAT, "dense", 3)), SparseLinear(16, 4, quantized=True)):
+        assert load(tmp_path / "m", into=nn.Sequential(into))[0].choice == Choice(PATTERN, INT8, "dense")
 
 
 def test_a_pinned_backend_is_of_the_process_that_pinned_it(tmp_path: Path) -> None:
-    save(nn.Sequential(layer_of(Choice(PATTERN, "reference", 8, pinned=True))), tmp_path / "m")
+    save(nn.Sequential(layer_of(Choice(PATTERN, FLOAT, "reference", 8, pinned=True))), tmp_path / "m")
     assert KEY not in header_of(tmp_path / "m")
 
 

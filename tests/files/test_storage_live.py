@@ -12,6 +12,7 @@ from sparsecomp.files import storage
 from sparsecomp.files.storage import load, save
 from sparsecomp.nn import SparseLinear
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT
 from tests.files.saved_models import Beside, assert_refused, packed
 
 NAN = float("nan")
@@ -150,7 +151,7 @@ def test_a_preferred_backend_goes_on_being_preferred(tmp_path):
     linear.weight.data = packed(2).weight.clone()
     model = nn.Sequential(SparseLinear.from_linear(linear, "2:4", preferred="reference"))
     load(tmp_path / "m", into=model)
-    assert model[0].choice == Choice(parse("2:4"), "reference") and model[0].kernel.backend == "reference"
+    assert model[0].choice == Choice(parse("2:4"), FLOAT, "reference") and model[0].kernel.backend == "reference"
 
 
 class Head(nn.Module):

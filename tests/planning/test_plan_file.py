@@ -15,11 +15,12 @@ from sparsecomp.errors import FormatError
 from sparsecomp.machine.bound import Bound
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.patterns import parse
+from sparsecomp.patterns.numbers import FLOAT, INT8
 from sparsecomp.planning.plan import LayerPlan, Plan
 
 TIMES = {1: 1.1e-5, 128: 2 / 3}
 BOUND = {1: Bound(1.5, "memory", 3e-6, 2e-6), 128: Bound(2.0, "compute", 1e-3, 5e-4)}
-CHOICE = Choice(parse("8:16"), "cpu", 128)
+CHOICE = Choice(parse("8:16"), FLOAT, "cpu", 128)
 SPARSE = LayerPlan("up", (48, 32), CHOICE, "2.00x", CHOICE, TIMES, TIMES, BOUND, 0.25, {"triton": TIMES})
 TRIED = replace(CHOICE, pattern=parse("2:4@v4"), dense_above=None)
 DENSE = LayerPlan("down", (32, 48), None, "dense is faster", TRIED, TIMES, {}, {})
@@ -39,6 +40,8 @@ def test_a_plan_comes_back_exactly(device: Device, tmp_path: Path) -> None:
     made.save(tmp_path / "plan.json")
     again = Plan.load(str(tmp_path / "plan.json"))
     assert again == made and again.to_dict() == made.to_dict() and str(again) == str(made)
+    stored = replace(CHOICE, numbers=INT8)
+    assert Plan.from_dict(replace(made, layers=(replace(SPARSE, choice=stored),)).to_dict())["up"].choice == stored
     pinned = replace(made, layers=(replace(SPARSE, choice=replace(CHOICE, pinned=True)),), weights=None)
     assert Plan.from_dict(pinned.to_dict()) == pinned
 
@@ -86,6 +89,8 @@ def _with(path: tuple[str | int, ...], value: Any) -> Any:
         (("layers", 0, "name"), ..., r'layers\[0\] has no "name"'),
         (("layers", 0, "shape"), [1, 2, 3], r"layers\[0\].shape is \[1, 2, 3\], where a list of 2 belongs"),
         (("layers", 0, "pattern"), "4:2", r"layers\[0\].pattern: .*4:2"),
+        (("layers", 0, "numbers"), "int5", r"layers\[0\].numbers: .*int5"),
+        (("layers", 0, "numbers"), 8, r"layers\[0\].numbers is 8, where the name of numbers"),
         (("layers", 0, "dense_above"), "8", r"layers\[0\].dense_above is '8', where a whole number belongs"),
         (("layers", 1, "tried"), "2:4", r"layers\[1\].tried is '2:4', where an object belongs"),
         (("layers", 1, "dense_seconds", "1"), "fast", r"layers\[1\].dense_seconds.1 is 'fast', where a number belongs"),
