@@ -193,7 +193,7 @@ def _prune(
 
 def _batches(arguments: argparse.Namespace, settings: Tuning) -> tuple[list[Any], list[Any]]:
     """The batches to learn from, and those to judge by where something asks for them."""
-    from sparsecomp.pruning.tuning import split
+    from sparsecomp.models.batches import split
 
     if arguments.calibration is None:
         return [], []

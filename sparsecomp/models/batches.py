@@ -1,6 +1,6 @@
-"""How a batch enters a model: the plain eager model, its caches off, and a clear error where a batch does not fit.
+"""How batches enter a model and leave it: split, run in the plain eager model, caches off, with clear errors.
 
-Takes any ``nn.Module`` and a batch of any kind. Knows nothing of layers, statistics or pruning.
+Takes any ``nn.Module`` and batches of any kind. Knows nothing of layers, statistics or pruning.
 """
 
 from __future__ import annotations
@@ -89,6 +89,33 @@ def require_batches(batches: object, what: str = "batches") -> None:
         raise CalibrationError(f"{what} is one {type(batches).__name__}, not an iterable of batches; pass [batch]")
 
 
+def split(
+    batches: Iterable[Any], held_out: Iterable[Any] | None, share: float
+) -> tuple[list[Any], list[int], list[int]]:
+    """All batches, the indices of those to train on, and of those to hold out: the given ones, or a share.
+
+    A share is evenly spread over the batches; at least one is held out and one trained on. Raises CalibrationError
+    where that cannot be.
+    """
+    require_batches(batches)
+    batches = list(batches)
+    count = len(batches)
+    if held_out is not None:
+        require_batches(held_out, "held_out")
+        others = list(held_out)
+        if not batches or not others:
+            raise CalibrationError(f"got {count} batches and {len(others)} held out; both must hold at least one")
+        return [*batches, *others], list(range(count)), list(range(count, count + len(others)))
+    if count < 2:
+        raise CalibrationError(
+            f"tuning got {count} batch{'' if count == 1 else 'es'}; it needs at least 2, one to hold out: "
+            "pass smaller batches"
+        )
+    number = min(max(1, round(count * share)), count - 1)
+    chosen = {(2 * i + 1) * count // (2 * number) for i in range(number)}
+    return batches, [i for i in range(count) if i not in chosen], sorted(chosen)
+
+
 def arguments(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments that a batch stands for; CalibrationError for a batch of another kind."""
     if isinstance(batch, Tensor):
@@ -116,6 +143,17 @@ def run_batch(model: nn.Module, batch: Any, index: int, forward: Forward | None 
     who = f"{type(model).__name__}.forward{taken}"
     with _telling(batch, index, who, "repair that batch, or say with forward=lambda model, batch: ... how it is run"):
         return model(*args, **kwargs)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states of what a block returns: the tensor, or the first of a tuple. Raises ModelError for others."""
+    value = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise ModelError(
+            f"a block returns a {type(value).__name__}, not hidden states as a tensor or first in a tuple; "
+            "blocks of this model cannot be pruned one after the other"
+        )
+    return value
 
 
 @contextmanager

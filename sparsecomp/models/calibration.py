@@ -6,19 +6,19 @@ Takes a model and an iterable of batches, gives a ``Calibration``. Knows nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsecomp.errors import CalibrationError
-from sparsecomp.models.batches import Forward, eager, entering, fresh, require_batches, run_batch
+from sparsecomp.models.batches import Forward, eager, entering, evaluating, fresh, require_batches, run_batch
 from sparsecomp.models.layers import Globs, LayerTable, find_linears, require_layers
 from sparsecomp.models.reads import noting_reads
 from sparsecomp.models.recorder import Recorder
-from sparsecomp.models.rows import RowMask, RowMasks
+from sparsecomp.models.rows import RowMask, RowMasks, RowSource
 from sparsecomp.modules.snapshot import ModuleState
 from sparsecomp.reporting.terminal import progress
 
@@ -135,19 +135,6 @@ def calibrate(
     return replace(found, read=tuple(name for name in layers if name in read))
 
 
-class RowSource(Protocol):
-    """Tells which rows of layer inputs count."""
-
-    def learn(self, batch: Any, run: Callable[[Any], object]) -> None:
-        """May run a part of the batch first."""
-
-    def reading(self, index: int, batch: Any) -> AbstractContextManager[None]:
-        """The batch is run within."""
-
-    def of(self, name: str, x: Tensor) -> Tensor | None:
-        """A mask over the leading dimensions of the layer's input; None counts every row."""
-
-
 def collect(
     model: nn.Module,
     layers: LayerTable,
@@ -184,23 +171,19 @@ def collect(
 
 @contextmanager
 def _recording(model: nn.Module, layers: LayerTable, recorder: Recorder) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
     precision = torch.get_float32_matmul_precision()
     handles = [
         layer.module.register_forward_pre_hook(recorder.hook(name, layer.shape[1]), with_kwargs=True)
         for name, layer in layers.items()
     ]
     try:
-        model.eval()
         # a Gram of TF32 or bf16 products would lose what the sums keep
         torch.set_float32_matmul_precision("highest")
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
         torch.set_float32_matmul_precision(precision)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecomp.errors import CalibrationError, ModelError
-from sparsecomp.models.batches import Forward, fresh, run_batch
+from sparsecomp.models.batches import Forward, first_tensor, fresh, run_batch
 from sparsecomp.models.blocks import Blocks
 from sparsecomp.models.layers import LinearRef
 from sparsecomp.models.rows import RowMasks
@@ -98,17 +98,6 @@ class Chain:
     def last_uses(self) -> dict[Place, str]:
         """Which block is the last to take what is at a place."""
         return {place: name for name, calls in self.calls.items() for call in calls for place in call.links}
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states of what a block returns: the tensor, or the first of a tuple. Raises ModelError for others."""
-    value = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise ModelError(
-            f"a block returns a {type(value).__name__}, not hidden states as a tensor or first in a tuple; "
-            "blocks of this model cannot be pruned one after the other"
-        )
-    return value
 
 
 def capture(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparsecomp.errors import CalibrationError
 from sparsecomp.models.batches import fresh
 from sparsecomp.models.layers import check_globs
-from sparsecomp.modules.snapshot import ModuleState
+from sparsecomp.modules.snapshot import ModuleState, tensors_of
 
 Masks = Tensor | Mapping[str, Tensor | None] | None
 RowMask = Callable[[Any], Masks]
@@ -30,6 +30,19 @@ _TEXT = ("input_ids", "inputs_embeds")
 # come with the ids, or do not reach a layer's input
 _BESIDE_TEXT = ("token_type_ids", "position_ids", "cache_position")
 _ASK = "pass mask=lambda batch: ... that gives the mask of the layer inputs, or a mapping from globs on names to masks"
+
+
+class RowSource(Protocol):
+    """Tells which rows of layer inputs count."""
+
+    def learn(self, batch: Any, run: Callable[[Any], object]) -> None:
+        """May run a part of the batch first."""
+
+    def reading(self, index: int, batch: Any) -> AbstractContextManager[None]:
+        """The batch is run within."""
+
+    def of(self, name: str, x: Tensor) -> Tensor | None:
+        """A mask over the leading dimensions of the layer's input; None counts every row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +169,7 @@ class RowMasks:
 
     def _noting(self, name: str, mask: Tensor) -> Callable[[nn.Module, Any, Any], None]:
         def note(_module: nn.Module, _args: Any, output: Any) -> None:
-            made = next(_tensors(output), None)
+            made = next(tensors_of(output), None)
             if made is not None:
                 self._note_layout(name, mask, made.shape[:-1])
 
@@ -322,7 +335,7 @@ class _Tracker(TorchFunctionMode):
     def enters_decoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What the decoder takes first has rows of the decoder's, also if it was made of the encoder's ids."""
         first = args[:1] or [kwargs[key] for key in _TEXT if isinstance(kwargs.get(key), Tensor)]
-        for tensor in _tensors(first):
+        for tensor in tensors_of(first):
             self._mark(tensor, frozenset((0,)))
 
     def _mark(self, tensor: Tensor, places: frozenset[int]) -> None:
@@ -332,26 +345,15 @@ class _Tracker(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        places = frozenset[int]().union(*(self.places(each) for each in _tensors((args, kwargs))))
+        places = frozenset[int]().union(*(self.places(each) for each in tensors_of((args, kwargs))))
         result = func(*args, **kwargs)
         if places:
-            for tensor in _tensors(result):
+            for tensor in tensors_of(result):
                 self._mark(tensor, places)
             name = getattr(func, "__name__", "")
             if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
-                for tensor in _tensors(args[:1]):
+                for tensor in tensors_of(args[:1]):
                     self._mark(tensor, places)
-            for tensor in _tensors(kwargs.get("out")):
+            for tensor in tensors_of(kwargs.get("out")):
                 self._mark(tensor, places)
         return result
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        for each in value:
-            yield from _tensors(each)

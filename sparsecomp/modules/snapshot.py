@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -207,7 +207,7 @@ def _is_plain_object(value: Any) -> bool:
     return home not in sys.stdlib_module_names - {"__main__"} and home not in ("torch", "numpy")
 
 
-def tensors_of(value: object) -> Iterable[Tensor]:
+def tensors_of(value: object) -> Iterator[Tensor]:
     """The tensors in a batch: a tensor, or any nesting of mappings, lists and tuples."""
     if isinstance(value, Tensor):
         yield value

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from sparsecomp.errors import ModelError
 from sparsecomp.methods.registry import get_method
-from sparsecomp.models.batches import Forward, eager, entering, evaluating
+from sparsecomp.models.batches import Forward, eager, entering, evaluating, first_tensor, split
 from sparsecomp.models.blocks import Blocks, find_chains
 from sparsecomp.models.calibration import Calibration, collect
-from sparsecomp.models.calls import BlockRows, Blockwise, Chain, capture, first_tensor
+from sparsecomp.models.calls import BlockRows, Blockwise, Chain, capture
 from sparsecomp.models.graph import Hidden
 from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
 from sparsecomp.models.rows import RowMask, RowMasks
@@ -33,7 +33,7 @@ from sparsecomp.pruning.provenance import describe
 from sparsecomp.pruning.refilled import warn_where_refilled
 from sparsecomp.pruning.report import LayerReport, PruneReport
 from sparsecomp.pruning.solve import make_jobs, solve, warn_of_thin
-from sparsecomp.pruning.tuning import Target, Tuning, TuningReport, split, tune, variance
+from sparsecomp.pruning.tuning import Target, Tuning, TuningReport, tune, variance
 
 if TYPE_CHECKING:
     from sparsecomp.planning.planner import Plan

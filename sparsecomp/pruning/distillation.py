@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsecomp.errors import CalibrationError, ModelError
-from sparsecomp.models.batches import Forward, eager, entering, evaluating, fresh, run_batch
+from sparsecomp.models.batches import Forward, eager, entering, evaluating, first_tensor, fresh, run_batch, split
 from sparsecomp.models.blocks import find_chains
-from sparsecomp.models.calls import first_tensor
 from sparsecomp.models.layers import LayerTable, find_linears, require_layers
 from sparsecomp.models.rows import RowMask, RowMasks
 from sparsecomp.modules.snapshot import ModuleState
 from sparsecomp.pruning.learning import Call, tunable
-from sparsecomp.pruning.tuning import Target, Tuning, TuningReport, split, tune, variance
+from sparsecomp.pruning.tuning import Target, Tuning, TuningReport, tune, variance
 
 Output = Callable[[Any, Any], Tensor]
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecomp.errors import CalibrationError, MethodError
-from sparsecomp.models.batches import entering, evaluating, require_batches
+from sparsecomp.errors import MethodError
+from sparsecomp.models.batches import entering, evaluating
 from sparsecomp.modules.snapshot import clone
 from sparsecomp.pruning.learning import Learner, Loss, tunable
 from sparsecomp.reporting.terminal import progress
@@ -94,33 +94,6 @@ class TuningReport:
             f"trained-on {self.train_before:.4g} -> {self.train_after:.4g}; {kept}, {self.seconds:.0f} s"
             + (f" ({self.stopped})" if self.stopped else "")
         )
-
-
-def split(
-    batches: Iterable[Any], held_out: Iterable[Any] | None, share: float
-) -> tuple[list[Any], list[int], list[int]]:
-    """All batches, the indices of those to train on, and of those to hold out: the given ones, or a share.
-
-    A share is evenly spread over the batches; at least one is held out and one trained on. Raises CalibrationError
-    where that cannot be.
-    """
-    require_batches(batches)
-    batches = list(batches)
-    count = len(batches)
-    if held_out is not None:
-        require_batches(held_out, "held_out")
-        others = list(held_out)
-        if not batches or not others:
-            raise CalibrationError(f"got {count} batches and {len(others)} held out; both must hold at least one")
-        return [*batches, *others], list(range(count)), list(range(count, count + len(others)))
-    if count < 2:
-        raise CalibrationError(
-            f"tuning got {count} batch{'' if count == 1 else 'es'}; it needs at least 2, one to hold out: "
-            "pass smaller batches"
-        )
-    number = min(max(1, round(count * share)), count - 1)
-    chosen = {(2 * i + 1) * count // (2 * number) for i in range(number)}
-    return batches, [i for i in range(count) if i not in chosen], sorted(chosen)
 
 
 def tune(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsecomp.errors import CalibrationError, MethodError
+from sparsecomp.models.batches import split
 from sparsecomp.patterns import parse
 from sparsecomp.patterns.project import project
 from sparsecomp.pruning.learning import Call
-from sparsecomp.pruning.tuning import Target, Tuning, TuningReport, split, tune, variance
+from sparsecomp.pruning.tuning import Target, Tuning, TuningReport, tune, variance
 
 
 def masked_linear(
