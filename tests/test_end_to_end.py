@@ -103,6 +103,7 @@ def snippets(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "number"), [(page, i) for page in ("README.md",) for i in range(len(snippets(page)))])
 def test_snippets_work_as_typed(page: str, number: int, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")

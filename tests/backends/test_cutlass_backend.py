@@ -200,6 +200,7 @@ def test_a_gpu_without_a_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert dict(explain(_request()))["cutlass"] == "finds no nvcc"
 
 
+@pytest.mark.slow
 def test_the_adapter_loads_nothing() -> None:
     code = (
         "import sys, sparsecomp.backends.gpu.cutlass.backend as c; c.CutlassBackend();"

@@ -120,6 +120,7 @@ def _made(build: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_cmake_builds_what_the_loader_looks_for(machine: Machine, tmp_path: Path, package: Path) -> None:
     build = tmp_path / "build"
@@ -137,6 +138,7 @@ def test_cmake_builds_what_the_loader_looks_for(machine: Machine, tmp_path: Path
         assert {path.parent for path in libraries((*ONE, *ALL)).values()} == {package}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_a_compiler_that_fails_costs_the_build_only_where_it_was_asked_for(machine: Machine, tmp_path: Path) -> None:
     machine.fail.touch()
@@ -149,6 +151,7 @@ def test_a_compiler_that_fails_costs_the_build_only_where_it_was_asked_for(machi
     assert done.returncode != 0 and "error: no room" in done.stderr
 
 
+@pytest.mark.slow
 def test_cmake_without_tools(machine: Machine, tmp_path: Path) -> None:
     machine.headers("3", "5")
     done = _configured(tmp_path / "build")

@@ -156,6 +156,7 @@ def test_a_gpu_that_is_new_enough_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
     assert GluonBackend().supports(_request()) is None
 
 
+@pytest.mark.slow
 def test_the_adapter_does_not_import_triton() -> None:
     code = "import sys, sparsecomp.backends.gpu.gluon as g; g.GluonBackend(); sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

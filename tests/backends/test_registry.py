@@ -31,6 +31,7 @@ def test_backends_are_named_as_they_are_listed() -> None:
     assert all(backend.name == name for name, backend in backends().items())
 
 
+@pytest.mark.slow
 def test_asking_imports_no_optional_package() -> None:
     code = (
         "import sys; from sparsecomp.backends.registry import backends; backends(); "
@@ -64,6 +65,7 @@ def test_missing_extension_is_a_reason_and_dense_takes_over(monkeypatch: pytest.
         registry.backends()["cpu"].adopt((), parse("2:4"), (8, 8), torch.float32, FLOAT)
 
 
+@pytest.mark.slow
 def test_unknown_isa_is_a_reason_not_a_traceback() -> None:
     code = "from sparsecomp.backends.registry import backends; print(backends()['cpu'].missing())"
     if isinstance(native(), str):

@@ -169,6 +169,7 @@ def test_triton_absent_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TritonBackend().missing() == "Triton 3.5.1 is too old; install 3.6 or newer"
 
 
+@pytest.mark.slow
 def test_the_adapter_does_not_import_triton() -> None:
     code = (
         "import sys, sparsecomp.backends.gpu.triton as t; t.TritonBackend().missing; sys.exit('triton' in sys.modules)"

@@ -76,6 +76,7 @@ def test_other_devices_are_named() -> None:
     assert TritonBlockBackend().supports(request) == "runs on cuda, not on cpu"
 
 
+@pytest.mark.slow
 def test_the_adapter_does_not_import_triton() -> None:
     code = (
         "import sys, sparsecomp.backends.gpu.triton_block as t; "

@@ -97,6 +97,7 @@ def test_only_what_it_takes_is_taken_from_triton(monkeypatch: pytest.MonkeyPatch
     assert backends()["triton_vnm"].fuses_activations
 
 
+@pytest.mark.slow
 def test_the_adapter_does_not_import_triton() -> None:
     code = (
         "import sys, sparsecomp.backends.gpu.triton_vnm as t; t.TritonVnmBackend(); sys.exit('triton' in sys.modules)"

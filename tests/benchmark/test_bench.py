@@ -181,6 +181,7 @@ class Mortal:
         return os.getpid()
 
 
+@pytest.mark.slow
 def test_engines_in_their_own_processes_multiply_the_same_numbers() -> None:
     listed = [engines.TorchEngine(), engines.SparseEngine("2:4"), WrongEngine()]
     ready = [engine for engine in listed if engine.missing("fp32") is None]
@@ -195,6 +196,7 @@ def test_engines_in_their_own_processes_multiply_the_same_numbers() -> None:
         assert all(each.samples >= timing.MIN_REPETITIONS and each.low > 0 for each in timings.values())
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_names_the_engine_and_leaves_the_process_usable() -> None:
     with workers({"unlucky": partial(Product, FailingEngine(), 2)}, 2) as started:
         for _ in range(2):
@@ -202,6 +204,7 @@ def test_an_error_in_a_process_names_the_engine_and_leaves_the_process_usable() 
                 ask_all(started.values(), "load", (8, 16), "fp32", 1)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_an_error_and_the_others_end_with_the_block() -> None:
     with workers({"one": Mortal, "other": Mortal}, 1) as started:
         pid = started["other"].ask("pid")
@@ -236,6 +239,7 @@ class Place:
         return os.environ.get("OMP_PROC_BIND")
 
 
+@pytest.mark.slow
 def test_only_libgomp_teams_are_bound_and_only_where_there_is_one() -> None:
     with workers({"torch": Place, "other": Place}, 2, openmp=["torch"]) as started:
         assert ask_all(started.values(), "bound") == {"torch": "true", "other": None}

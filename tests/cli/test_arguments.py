@@ -253,6 +253,7 @@ def test_warnings_of_the_package_are_one_line_without_its_code(capsys: pytest.Ca
     assert capsys.readouterr().err == "warning: too few rows; name batches: --calibration module:function\n"
 
 
+@pytest.mark.slow
 def test_a_refused_instruction_set_is_said_by_layers_and_by_doctor() -> None:
     code = (
         "import json, warnings, torch, sparsecomp as sc\n"

@@ -101,6 +101,7 @@ def feeds(kind: str, batch: int) -> dict[str, Tensor]:
     return inputs | ({"decoder_input_ids": torch.randint(2, 50, (batch, 3))} if kind == "t5" else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "llama", "t5", "vit"])
 def test_a_folder_is_exported_without_inputs_and_without_its_cache(kind: str) -> None:
     pytest.importorskip("onnxscript")
@@ -122,6 +123,7 @@ def test_a_folder_is_exported_without_inputs_and_without_its_cache(kind: str) ->
     torch.testing.assert_close(torch.from_numpy(got[0]), want.logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_export_says_which_axes_of_a_factorys_inputs_are_fixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +269,7 @@ def test_the_cache_is_off_within_the_block_only() -> None:
     assert [config.use_cache for config in hub._configs(model)] == seen and any(seen)
 
 
+@pytest.mark.slow
 def test_a_folder_is_loaded_as_it_was_saved_whatever_the_defaults() -> None:
     folder(bert)
     code = (

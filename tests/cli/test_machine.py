@@ -39,6 +39,7 @@ def test_a_verb_without_torch_says_how_to_install_it() -> None:
     assert done.stderr.startswith("error: torch cannot be imported (") and "pip install torch" in done.stderr
 
 
+@pytest.mark.slow
 def test_doctor_without_torch_says_what_is_missing() -> None:
     done = without_torch("doctor")
     said = " ".join(done.stdout.split())
@@ -48,6 +49,7 @@ def test_doctor_without_torch_says_what_is_missing() -> None:
     assert facts["torch"] is None and "pip install torch" in facts["refused"] and facts["devices"] == []
 
 
+@pytest.mark.slow
 def test_doctor_tries_packages_and_does_not_believe_their_metadata(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +83,7 @@ def test_a_package_that_crashes_does_so_in_a_process_of_its_own(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_tables_are_drawn_in_any_encoding(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "named.py").write_text(

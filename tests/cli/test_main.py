@@ -169,6 +169,7 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.slow
 def test_doctor_names_every_backend_and_each_reason_once(capsys: pytest.CaptureFixture[str]) -> None:
     from sparsecomp.backends.registry import backends
 
@@ -184,6 +185,7 @@ def test_doctor_names_every_backend_and_each_reason_once(capsys: pytest.CaptureF
     assert code == (0 if compiled else 1)
 
 
+@pytest.mark.slow
 def test_bench_writes_a_result_that_its_report_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from sparsecomp.benchmark.report import comparisons, load_result
 

@@ -64,6 +64,7 @@ def test_a_plan_without_sparse_layers_says_none(
     assert out.count("dense is faster at batch 1: 2:4 reaches 0.50x") <= 3
 
 
+@pytest.mark.slow
 def test_export_shows_equal_layers_once_and_says_when_none_is_sparse(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
     assert main([*PACK, "--pattern", "2:4", "--method", "magnitude"]) == 0
@@ -96,6 +97,7 @@ def test_a_narrow_plan_says_the_mean_once_and_only_where_the_table_has_none(
     assert out.count("1.50x in the mean") == out.count("speedup over the batches") == told
 
 
+@pytest.mark.slow
 def test_bench_leaves_out_cold_weights_that_would_take_thousands_of_copies(capsys: pytest.CaptureFixture[str]) -> None:
     from sparsecomp.benchmark import sweep
 

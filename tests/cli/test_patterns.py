@@ -238,6 +238,7 @@ def test_plan_is_a_verb_with_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert not list(Path().glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_doctor_and_inspect_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", "--quick", "--json"])
     facts = json.loads(capsys.readouterr().out)

@@ -111,6 +111,7 @@ print("as without")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), [("meta", "float32"), ("cpu", "float64"), ("meta", "bfloat16")])
 def test_a_program_with_other_defaults_gets_the_same(device: str, dtype: str, tmp_path: Path) -> None:
     script = tmp_path / "program.py"

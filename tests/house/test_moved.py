@@ -33,6 +33,7 @@ def test_a_class_is_found_at_its_old_place(module: str, name: str) -> None:
     assert found.__name__ == name and found.__module__.startswith("sparsecomp.")
 
 
+@pytest.mark.slow
 def test_a_process_that_imported_nothing_finds_them() -> None:
     code = "import pickle; print(pickle.loads(b'csparsecomp.pack.format\\nPackedWeight\\n.').__module__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

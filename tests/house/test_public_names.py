@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import sparsecomp as sc
 
 RECORD = Path(__file__).with_name("public_names.txt")
@@ -44,6 +46,7 @@ def test_public_names_and_signatures_are_as_recorded() -> None:
     assert now == RECORD.read_text()
 
 
+@pytest.mark.slow
 def test_no_module_hides_a_public_name() -> None:
     code = (
         "import pkgutil, sparsecomp as sc, types\n"

@@ -71,6 +71,7 @@ def test_nothing_ties_the_project_to_one_machine() -> None:
     assert found == []
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     code = (
         "import sys, sparsecomp; sparsecomp.SparseLinear; import torch;"

@@ -133,6 +133,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
         cache.store("some", "a", 1)
 
 
+@pytest.mark.slow
 def test_import_creates_no_cuda_context() -> None:
     code = (
         "import torch, sys, sparsecomp.machine.device, sparsecomp.planning.planner, sparsecomp.compiler; "
