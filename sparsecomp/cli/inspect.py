@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from sparsecomp.cli import pruned
 from sparsecomp.cli.parser import UsageError
 from sparsecomp.errors import PatternError
+from sparsecomp.reporting.codec import plain
 
 _EXAMPLE = """\
 example: sparsecomp inspect packed.safetensors
@@ -63,16 +62,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _json(value: Any, **more: object) -> str:
     """A frozen dataclass as JSON: its fields, and what else is given."""
-    return json.dumps({**_plain(value), **more}, indent=1, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(each) for each in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
+    return json.dumps({**plain(value), **more}, indent=1, allow_nan=False)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from sparsecomp.errors import SparsecompError
+from sparsecomp.reporting.codec import plain
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Provenance:
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON values."""
-        model = vars(self.model) | {"left_dense": dict(self.model.left_dense)}
-        return vars(self) | {"model": model, "versions": dict(self.versions)}
+        facts: dict[str, Any] = plain(self)
+        return facts
 
     def flat(self) -> dict[str, object]:
         """The facts in one row, as columns of a table."""

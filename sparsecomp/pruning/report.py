@@ -16,9 +16,10 @@ from torch import Tensor
 from sparsecomp.errors import FormatError
 from sparsecomp.methods.registry import get_method, methods
 from sparsecomp.models.calibration import ENOUGH_ROWS
-from sparsecomp.patterns import Pattern, parse
+from sparsecomp.patterns import Pattern
 from sparsecomp.pruning.provenance import Provenance
 from sparsecomp.pruning.tuning import TuningReport
+from sparsecomp.reporting.codec import decoded, plain
 from sparsecomp.reporting.figures import geometric_mean
 
 
@@ -61,30 +62,14 @@ class LayerReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
         """The layer that ``to_dict`` told of."""
-        facts = dict(values)
-        facts["shape"] = tuple(facts["shape"])
-        facts["notes"] = tuple(facts["notes"])
-        facts["pattern"] = parse(facts["pattern"])
-        facts["error"] = math.inf if facts["error"] is None else facts["error"]
-        return cls(**facts)
+        error = math.inf if values["error"] is None else values["error"]
+        found: LayerReport = decoded(cls, {**values, "error": error})
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """This layer as JSON values; an error that is not finite is None."""
-        held_out = self.held_out_error
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "pattern": str(self.pattern),
-            "method": self.method,
-            "density": self.density,
-            "error": self.error if math.isfinite(self.error) else None,
-            "measured_on": self.measured_on,
-            "seconds": self.seconds,
-            "held_out_error": held_out if held_out is not None and math.isfinite(held_out) else None,
-            "permuted": self.permuted,
-            "notes": list(self.notes),
-            "rows": self.rows,
-        }
+        facts: dict[str, Any] = plain(self)
+        return facts
 
 
 @dataclass(frozen=True)
@@ -165,13 +150,12 @@ class PruneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values; figures that are not finite are None."""
-        held_out = self.mean_held_out_error
         return {
             "provenance": None if self.provenance is None else self.provenance.to_dict(),
             "method": self.method,
             "patterns": list(self.patterns),
-            "mean_error": self.mean_error if math.isfinite(self.mean_error) else None,
-            "mean_held_out_error": held_out if held_out is not None and math.isfinite(held_out) else None,
+            "mean_error": plain(self.mean_error),
+            "mean_held_out_error": plain(self.mean_held_out_error),
             "weights": self.weights,
             "density": self.density,
             "seconds": self.seconds,
@@ -179,14 +163,7 @@ class PruneReport:
             "skipped": dict(self.skipped),
             "unpermuted": dict(self.unpermuted),
             "tunings": [tuning.to_dict() for tuning in self.tunings],
-            "stages": [
-                {
-                    "name": stage.name,
-                    "seconds": stage.seconds,
-                    "figures": {name: value if math.isfinite(value) else None for name, value in stage.figures.items()},
-                }
-                for stage in self.stages
-            ],
+            "stages": plain(self.stages),
         }
 
     def to_csv(self) -> str:

@@ -18,6 +18,7 @@ from sparsecomp.errors import MethodError
 from sparsecomp.models.batches import entering, evaluating
 from sparsecomp.modules.snapshot import clone
 from sparsecomp.pruning.learning import Learner, Loss, tunable
+from sparsecomp.reporting.codec import plain
 from sparsecomp.reporting.terminal import progress
 
 _WARM_UP = 20
@@ -73,9 +74,8 @@ class TuningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values; a loss that is not finite is None."""
-        values = {key: value for key, value in vars(self).items() if key != "curve"}
-        plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-        return plain | {"curve": [[step, loss if math.isfinite(loss) else None] for step, loss in self.curve]}
+        facts: dict[str, Any] = plain(self)
+        return {**{key: value for key, value in facts.items() if key != "curve"}, "curve": facts["curve"]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TuningReport:
