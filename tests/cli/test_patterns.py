@@ -251,6 +251,7 @@ def test_doctor_and_inspect_speak_json(capsys: pytest.CaptureFixture[str]) -> No
         "onnxruntime_operators",
         "compiled",
         "refused",
+        "eager_calls",
         "packages",
         "package_problems",
     ]
