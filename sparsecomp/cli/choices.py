@@ -209,7 +209,8 @@ def check_finite(found: LayerTable, names: Sequence[str]) -> None:
 
 def check_fit(found: LayerTable, chosen: Mapping[str, Pattern]) -> None:
     """PatternError naming every layer whose weight does not fit its pattern; layers of other dtypes are not asked."""
-    from sparsecomp.packing import pack
+    from sparsecomp.packing.format import require_packable
+    from sparsecomp.patterns.check import check_weight
     from sparsecomp.patterns.numbers import DTYPES
 
     refused: dict[str, str] = {}
@@ -218,7 +219,8 @@ def check_fit(found: LayerTable, chosen: Mapping[str, Pattern]) -> None:
         if weight.dtype not in DTYPES:
             continue
         try:
-            pack(weight, pattern)
+            require_packable(weight, pattern)
+            check_weight(weight, pattern)
         except PatternError as error:
             refused[name] = str(error).split("; prune it first")[0]
     if refused:

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 import sparsecomp as sc
 from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import CalibrationError, MethodError, ModelError, PatternError
-from sparsecomp.machine import timings
 from sparsecomp.methods.registry import _METHODS, Method, Problem, Solution, methods
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
 from sparsecomp.patterns import parse
 from sparsecomp.patterns.project import project
-from sparsecomp.planning import measure
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 METHODS = methods()
@@ -29,11 +27,7 @@ MIXED = {"up": "2:4", "mix": "8:16", "down": "block8x8:0.5"}
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path))
-    monkeypatch.setattr(timings, "_known", {})
-    monkeypatch.setattr(measure, "_BUDGET", 0.0)
-    monkeypatch.setattr(measure, "_COPIES_BYTES", 1 << 16)
+def _seeded() -> None:
     torch.manual_seed(0)
 
 
@@ -94,7 +88,8 @@ def test_of_every_kind_of_pattern(pattern: str) -> None:
     assert same(*both_ways(net, pattern, "fast", calibration))
 
 
-def test_as_a_plan_decides() -> None:
+def test_as_a_plan_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path))
     net, calibration = made()
     plan = sc.plan(net, "2:4", measure=False)
     layers = tuple(
