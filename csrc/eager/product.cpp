@@ -156,15 +156,15 @@ PyObject* run(const Product& p, PyObject* x, dlpack::Tensor x_view, PyObject* bi
   }
   const char* bias_start = bias == Py_None ? nullptr : dlpack::start(bias_view);
   const float* scales = p.count == 3 ? reinterpret_cast<const float*>(dlpack::start(views[2])) : nullptr;
-  const sparsecomp_epilogue epilogue = {scales, bias_start, p.activation};
+  const sparsecomp_epilogue epilogue = {bias_start, p.activation};
   void* result = static_cast<char*>(y_view.data) + y_view.byte_offset;
   const bool released = rows > p.short_rows;
   PyThreadState* thread = released ? PyEval_SaveThread() : nullptr;
   const int code =
       p.block
-          ? sparsecomp_block_linear(&p.blocks, dlpack::start(views[0]), dlpack::start(views[1]), p.dtype,
+          ? sparsecomp_block_linear(&p.blocks, dlpack::start(views[0]), dlpack::start(views[1]), scales, p.dtype,
                                     dlpack::start(x_view), step, rows, &epilogue, result, p.out, thread_count(wanted))
-          : sparsecomp_nm_linear(&p.nm, dlpack::start(views[0]), dlpack::start(views[1]), p.dtype,
+          : sparsecomp_nm_linear(&p.nm, dlpack::start(views[0]), dlpack::start(views[1]), scales, p.dtype,
                                  dlpack::start(x_view), step, rows, &epilogue, result, p.out, thread_count(wanted));
   if (released) PyEval_RestoreThread(thread);
   return code == SPARSECOMP_OK ? y.release() : raise_code(code);

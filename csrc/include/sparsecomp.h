@@ -44,10 +44,9 @@ typedef struct sparsecomp_nm {
   int32_t dtype;
 } sparsecomp_nm;
 
-/* What becomes of the sums before they are rounded and stored: activation(row_scales * sums + bias), in fp32. */
+/* What becomes of the product before it is rounded and stored: activation(x W^T + bias), in fp32. */
 typedef struct sparsecomp_epilogue {
-  const float* row_scales; /* [out_features], or NULL for ones */
-  const void* bias;        /* [out_features] of the dtype of x and y, or NULL */
+  const void* bias; /* [out_features] of the dtype of x and y, or NULL */
   int32_t activation;
 } sparsecomp_epilogue;
 
@@ -74,12 +73,13 @@ SPARSECOMP_API int sparsecomp_nm_unpack(const sparsecomp_nm* weight, const void*
 SPARSECOMP_API int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const void* values, const void* metadata,
                                           void* dense, int threads);
 
-/* y [batch, out_features] = epilogue(x [batch, in_features] W^T); sums are fp32. `dtype` is that of x, the bias and y:
- * the weight's own, or F32, F16 or BF16 for an int8 weight, whose row_scales turn its integers into weights.
+/* y [batch, out_features] = epilogue(x [batch, in_features] W^T); sums are fp32. W is `values` times `scales`
+ * [out_features], one for each row, or `values` alone where scales are NULL. `dtype` is that of x, the bias and y: the
+ * weight's own, or F32, F16 or BF16 for an int8 weight.
  * ldx and ldy are in elements; epilogue may be NULL; threads <= 0 means all cores.
  * y must not overlap what is read. */
 SPARSECOMP_API int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata,
-                                        int32_t dtype, const void* x, int64_t ldx, int64_t batch,
+                                        const float* scales, int32_t dtype, const void* x, int64_t ldx, int64_t batch,
                                         const sparsecomp_epilogue* epilogue, void* y, int64_t ldy, int threads);
 
 /* A block-sparse weight [out_features, in_features]: `kept` whole blocks of rows x cols hold the nonzeros. */
@@ -104,8 +104,9 @@ SPARSECOMP_API int sparsecomp_block_unpack(const sparsecomp_block* weight, const
 SPARSECOMP_API int sparsecomp_block_to_dense(const sparsecomp_block* weight, const void* values, const void* metadata,
                                              void* dense, int threads);
 SPARSECOMP_API int sparsecomp_block_linear(const sparsecomp_block* weight, const void* values, const void* metadata,
-                                           int32_t dtype, const void* x, int64_t ldx, int64_t batch,
-                                           const sparsecomp_epilogue* epilogue, void* y, int64_t ldy, int threads);
+                                           const float* scales, int32_t dtype, const void* x, int64_t ldx,
+                                           int64_t batch, const sparsecomp_epilogue* epilogue, void* y, int64_t ldy,
+                                           int threads);
 
 /* Measured peaks of this machine, for the roofline bound. */
 /* Multiply-adds in registers, each counted as 2, per second: the best of three rounds of so many seconds. */

@@ -143,8 +143,8 @@ void NMLinear::compute(OrtKernelContext* context) const {
     const int64_t chunk = static_cast<int64_t>(index) % r.chunks;
     const int64_t first = r.batch * chunk / r.chunks, last = r.batch * (chunk + 1) / r.chunks;
     const int64_t in = r.self->weight_.in_features, out = r.self->weight_.out_features;
-    const sparsecomp_epilogue epilogue = {nullptr, r.bias + slice.first_row * r.element_bytes, r.self->activation_};
-    const int code = sparsecomp_nm_linear(&slice.weight, slice.values.get(), slice.metadata.get(),
+    const sparsecomp_epilogue epilogue = {r.bias + slice.first_row * r.element_bytes, r.self->activation_};
+    const int code = sparsecomp_nm_linear(&slice.weight, slice.values.get(), slice.metadata.get(), nullptr,
                                           r.self->weight_.dtype, r.x + first * in * r.element_bytes, in, last - first,
                                           &epilogue, r.y + (first * out + slice.first_row) * r.element_bytes, out, 1);
     if (code != SPARSECOMP_OK) r.error = code;

@@ -120,9 +120,9 @@ int to_dense(const Integers<10>& v) {
 template <class Family>
 int linear(const Integers<18>& v) {
   const auto weight = Family::weight(v);
-  const sparsecomp_epilogue epilogue = {Address{v[12]}, Address{v[13]}, narrow(v[14], -1)};
-  return Family::linear(&weight, Address{v[6]}, Address{v[7]}, narrow(v[8], -1), Address{v[9]}, v[10], v[11], &epilogue,
-                        Address{v[15]}, v[16], thread_count(v[17]));
+  const sparsecomp_epilogue epilogue = {Address{v[13]}, narrow(v[14], -1)};
+  return Family::linear(&weight, Address{v[6]}, Address{v[7]}, Address{v[12]}, narrow(v[8], -1), Address{v[9]}, v[10],
+                        v[11], &epilogue, Address{v[15]}, v[16], thread_count(v[17]));
 }
 
 double flops(const Integers<3>& v) {
@@ -172,10 +172,9 @@ PyMethodDef methods[] = {
     of_integers<to_dense<Nm>>(
         "nm_to_dense", "nm_to_dense(" WEIGHT ", values, metadata, dense, threads): layout -> dense weight [out, in]."),
     of_integers<linear<Nm>>(
-        "nm_linear",
-        "nm_linear(" WEIGHT
-        ", values, metadata, x dtype, x, ldx, batch, row_scales or 0, bias or 0, activation, y, ldy, threads):"
-        " y = activation(row_scales * x W^T + bias)."),
+        "nm_linear", "nm_linear(" WEIGHT
+                     ", values, metadata, x dtype, x, ldx, batch, scales or 0, bias or 0, activation, y, ldy, threads):"
+                     " y = activation(x W^T + bias), the rows of W times their scales."),
     of_integers<values_bytes<Block>>("block_values_bytes",
                                      "block_values_bytes(" BLOCK_WEIGHT ") -> int: as nm_values_bytes."),
     of_integers<metadata_bytes<Block>>("block_metadata_bytes",
@@ -190,7 +189,7 @@ PyMethodDef methods[] = {
     of_integers<linear<Block>>(
         "block_linear",
         "block_linear(" BLOCK_WEIGHT
-        ", values, metadata, x dtype, x, ldx, batch, row_scales or 0, bias or 0, activation, y, ldy, threads):"
+        ", values, metadata, x dtype, x, ldx, batch, scales or 0, bias or 0, activation, y, ldy, threads):"
         " as nm_linear."),
     of_integers<flops>(
         "measure_flops",

@@ -167,7 +167,7 @@ def test_epilogue_scales_then_adds_the_bias_then_activates(code, dtype):
         x = torch.randn(batch, columns, generator=generator).to(dtype)
         bias, scales = torch.randn(out, generator=generator).to(dtype), torch.rand(out, generator=generator) / 8
         y = torch.full((batch, out), float("nan"), dtype=dtype)
-        Layout.of(pack(weight, "2:4")).linear(x, bias, y, 2, activation=code, row_scales=scales)
+        Layout.of(pack(weight, "2:4")).linear(x, bias, y, 2, activation=code, scales=scales)
         want = ACTIVATIONS[code](x.double() @ weight.double().T * scales.double() + bias.double())
         torch.testing.assert_close(y.double(), want, rtol=EPSILON[dtype] * 2, atol=1e-5)
 

@@ -83,7 +83,7 @@ class Layout:
         threads: int = 1,
         *,
         activation: int = 0,
-        row_scales: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> None:
         """Rows of x and y may be apart; their strides are passed on."""
         _native.nm_linear(
@@ -94,7 +94,7 @@ class Layout:
             x.data_ptr(),
             x.stride(0),
             x.shape[0],
-            0 if row_scales is None else row_scales.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             activation,
             y.data_ptr(),
@@ -128,7 +128,7 @@ def check_linear(
     x[:, columns:] = float("nan")
     bias = torch.randn(out, generator=generator).to(dtype) if has_bias else None
     y = torch.full((batch, out + gap), float("nan"), dtype=dtype)
-    layout.linear(x, bias, y, threads, row_scales=scales)
+    layout.linear(x, bias, y, threads, scales=scales)
 
     x64, w64 = x[:, :columns].double(), weight.double()
     if scales is not None:

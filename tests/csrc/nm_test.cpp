@@ -74,8 +74,8 @@ int multiply(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& c
   const Isa* isa = dispatch().isa;
   const NmKernels* kernels = dispatch().nm;
   if (!choice || !kernels || g.out == 0 || call.batch == 0)
-    return sparsecomp_nm_linear(&weight, call.values, call.metadata, call.dtype, call.x, call.ldx, call.batch,
-                                &call.epilogue, call.y, call.ldy, call.threads);
+    return sparsecomp_nm_linear(&weight, call.values, call.metadata, call.scales, call.dtype, call.x, call.ldx,
+                                call.batch, &call.epilogue, call.y, call.ldy, call.threads);
   const PanelSet* panels = choice->panels ? kernels->select_panels(g, choice->of) : nullptr;
   if (panels && call.batch >= panels->least_batch) return panel_linear(*isa, *panels, g, call, choice->of);
   return permute_linear(*isa, *kernels->select(g, choice->of), g, call, choice->of);
@@ -120,20 +120,20 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
   Buffer scales(g.out * 4);
   scales.fill_numbers(SPARSECOMP_F32);
   const bool has_scales = uniform(0, 1) == 1;
+  const float* factors = has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr;
   const sparsecomp_epilogue epilogue{
-      has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr, has_bias ? bias.data : nullptr,
+      has_bias ? bias.data : nullptr,
       uniform(0, 1) == 1 ? SPARSECOMP_NO_ACTIVATION : static_cast<int32_t>(uniform(SPARSECOMP_RELU, SPARSECOMP_SILU))};
-  const LinearCall call{values.data, metadata.data, dtype, x.data, ldx, batch, epilogue, y.data, ldy, threads};
+  const LinearCall call{values.data, metadata.data, factors, dtype, x.data, ldx, batch, epilogue, y.data, ldy, threads};
   const int done = multiply(weight, g, call, choice);
   CHECK(done == SPARSECOMP_OK, "%s", name.c_str());
-  reference_linear(g, {values.data, metadata.data, dtype, x.data, ldx, batch, epilogue, want.data, ldy, 1});
+  reference_linear(g, {values.data, metadata.data, factors, dtype, x.data, ldx, batch, epilogue, want.data, ldy, 1});
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t row = 0; row < g.out; ++row) {
       const float got = load_number(y.data, b * ldy + row, dtype);
       const float expected = load_number(want.data, b * ldy + row, dtype);
       const float unit = dtype == SPARSECOMP_F32 ? 1e-5f : dtype == SPARSECOMP_F16 ? 2e-3f : 1.6e-2f;
-      const float factor =
-          (has_scales ? std::fabs(epilogue.row_scales[row]) : 1.0f) * (g.dtype == SPARSECOMP_I8 ? 128.0f : 1.0f);
+      const float factor = (has_scales ? std::fabs(factors[row]) : 1.0f) * (g.dtype == SPARSECOMP_I8 ? 128.0f : 1.0f);
       const float scale = std::fabs(expected) + factor * std::sqrt(static_cast<float>(g.in) + 1) + 1;
       CHECK(std::fabs(got - expected) <= unit * scale, "%s: y[%d][%d] is %g, not %g", name.c_str(), static_cast<int>(b),
             static_cast<int>(row), static_cast<double>(got), static_cast<double>(expected));
@@ -326,7 +326,8 @@ void check_unnamed_columns(int32_t dtype, int32_t n, int32_t mask_rows, int64_t 
   Buffer x(batch * g.in * size), y(batch * g.out * size);
   for (int64_t k = 0; k < batch * g.in; ++k) store_number(k % 16 < 10 ? INFINITY : 1.0f, x.data, k, dtype);
   sparsecomp_nm_pack(&weight, canonical_values.data, canonical_metadata.data, values.data, metadata.data);
-  sparsecomp_nm_linear(&weight, values.data, metadata.data, dtype, x.data, g.in, batch, nullptr, y.data, g.out, 1);
+  sparsecomp_nm_linear(&weight, values.data, metadata.data, nullptr, dtype, x.data, g.in, batch, nullptr, y.data, g.out,
+                       1);
   for (int64_t i = 0; i < batch * g.out; ++i)
     CHECK(load_number(y.data, i, dtype) == static_cast<float>(2 * n), "%d:16@v%d dtype %d batch %d", n, mask_rows,
           dtype, static_cast<int>(batch));
@@ -348,25 +349,30 @@ void check_refusals() {
                             sparsecomp_nm{-1, 8, 2, 4, 1, SPARSECOMP_F32}, sparsecomp_nm{4, 8, 2, 4, 0, SPARSECOMP_F32},
                             sparsecomp_nm{4, 8, 2, 4, 1, 9}}) {
     CHECK(sparsecomp_nm_values_bytes(&bad) == -1, "a bad description has no size");
-    CHECK(sparsecomp_nm_linear(&bad, "", "", SPARSECOMP_F32, "", 8, 1, nullptr, &bad, 4, 1) == SPARSECOMP_INVALID,
+    CHECK(sparsecomp_nm_linear(&bad, "", "", nullptr, SPARSECOMP_F32, "", 8, 1, nullptr, &bad, 4, 1) ==
+              SPARSECOMP_INVALID,
           "refused");
   }
   Buffer y(16);
-  CHECK(sparsecomp_nm_linear(&good, nullptr, nullptr, SPARSECOMP_F32, nullptr, 8, 1, nullptr, y.data, 4, 1) ==
+  CHECK(sparsecomp_nm_linear(&good, nullptr, nullptr, nullptr, SPARSECOMP_F32, nullptr, 8, 1, nullptr, y.data, 4, 1) ==
             SPARSECOMP_INVALID,
         "null weight");
   const int32_t most = 0x7fffffff;
   const sparsecomp_nm huge{most, most, 4, 4, 1, SPARSECOMP_F32};
   CHECK(sparsecomp_nm_values_bytes(&huge) == -1, "its bytes do not fit 64 bits");
-  const sparsecomp_epilogue unknown{nullptr, nullptr, SPARSECOMP_SILU + 1};
-  CHECK(sparsecomp_nm_linear(&good, "", "", SPARSECOMP_F32, "", 8, 1, &unknown, y.data, 4, 1) == SPARSECOMP_INVALID,
+  const sparsecomp_epilogue unknown{nullptr, SPARSECOMP_SILU + 1};
+  CHECK(sparsecomp_nm_linear(&good, "", "", nullptr, SPARSECOMP_F32, "", 8, 1, &unknown, y.data, 4, 1) ==
+            SPARSECOMP_INVALID,
         "activation");
-  CHECK(sparsecomp_nm_linear(&good, "", "", SPARSECOMP_F32, "", 7, 2, nullptr, y.data, 4, 1) == SPARSECOMP_INVALID,
+  CHECK(sparsecomp_nm_linear(&good, "", "", nullptr, SPARSECOMP_F32, "", 7, 2, nullptr, y.data, 4, 1) ==
+            SPARSECOMP_INVALID,
         "short ldx");
-  CHECK(sparsecomp_nm_linear(&good, "", "", SPARSECOMP_BF16, "", 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_UNSUPPORTED,
+  CHECK(sparsecomp_nm_linear(&good, "", "", nullptr, SPARSECOMP_BF16, "", 8, 1, nullptr, y.data, 4, 1) ==
+            SPARSECOMP_UNSUPPORTED,
         "x of another type");
   const sparsecomp_nm bytes{4, 8, 2, 4, 1, SPARSECOMP_I8};
-  CHECK(sparsecomp_nm_linear(&bytes, "", "", SPARSECOMP_I8, "", 8, 1, nullptr, y.data, 4, 1) == SPARSECOMP_UNSUPPORTED,
+  CHECK(sparsecomp_nm_linear(&bytes, "", "", nullptr, SPARSECOMP_I8, "", 8, 1, nullptr, y.data, 4, 1) ==
+            SPARSECOMP_UNSUPPORTED,
         "int8 x");
 }
 

@@ -143,7 +143,8 @@ Weight random_blocks(const Case& c) {
 }
 
 // y of the library, or its error code. Buffers are exactly as large as promised.
-int multiply(const Case& c, const Weight& w, const Buffer& x, const sparsecomp_epilogue& last, Buffer* y) {
+int multiply(const Case& c, const Weight& w, const float* scales, const Buffer& x, const sparsecomp_epilogue& last,
+             Buffer* y) {
   const sparsecomp_nm nm{c.out, c.in, c.n, c.m, c.mask_rows, c.weight_dtype};
   const sparsecomp_block block{c.out, c.in, c.rows, c.cols, w.kept, c.weight_dtype};
   Buffer values(c.block ? sparsecomp_block_values_bytes(&block) : sparsecomp_nm_values_bytes(&nm));
@@ -153,10 +154,10 @@ int multiply(const Case& c, const Weight& w, const Buffer& x, const sparsecomp_e
                          : sparsecomp_nm_pack(&nm, w.values.data(), w.metadata.data(), values.data, metadata.data);
   if (packed != SPARSECOMP_OK) return packed;
   const int64_t ldx = c.in + c.gap_x, ldy = c.out + c.gap_y;
-  return c.block ? sparsecomp_block_linear(&block, values.data, metadata.data, c.dtype, x.data, ldx, c.batch, &last,
-                                           y->data, ldy, c.threads)
-                 : sparsecomp_nm_linear(&nm, values.data, metadata.data, c.dtype, x.data, ldx, c.batch, &last, y->data,
-                                        ldy, c.threads);
+  return c.block ? sparsecomp_block_linear(&block, values.data, metadata.data, scales, c.dtype, x.data, ldx, c.batch,
+                                           &last, y->data, ldy, c.threads)
+                 : sparsecomp_nm_linear(&nm, values.data, metadata.data, scales, c.dtype, x.data, ldx, c.batch, &last,
+                                        y->data, ldy, c.threads);
 }
 
 // As torch.nn.functional defines them.
@@ -198,9 +199,9 @@ void run_case(const Case& c, const std::string& repeat) {
   bias.fill_numbers(c.dtype);
   Buffer scales(c.out * 4);
   scales.fill_numbers(SPARSECOMP_F32);
-  const sparsecomp_epilogue last{c.has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr,
-                                 c.has_bias ? bias.data : nullptr, c.activation};
-  const int code = multiply(c, w, x, last, &y);
+  const float* factors = c.has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr;
+  const sparsecomp_epilogue last{c.has_bias ? bias.data : nullptr, c.activation};
+  const int code = multiply(c, w, factors, x, last, &y);
   CHECK(code == SPARSECOMP_OK, "%s: %s\n  %s", c.text().c_str(), sparsecomp_error_text(code), repeat.c_str());
   std::vector<double> column(static_cast<size_t>(c.in));
   for (int64_t b = 0; b < c.batch; ++b) {
@@ -209,7 +210,7 @@ void run_case(const Case& c, const std::string& repeat) {
     for (int64_t row = 0; row < c.out; ++row) {
       double want = c.has_bias ? static_cast<double>(load_number(bias.data, row, c.dtype)) : 0.0;
       double magnitude = std::fabs(want);
-      const double scale = c.has_scales ? static_cast<double>(last.row_scales[row]) : 1.0;
+      const double scale = c.has_scales ? static_cast<double>(factors[row]) : 1.0;
       const double* weights = w.dense.data() + row * c.in;
       for (int64_t k = 0; k < c.in; ++k) {
         const double term = scale * weights[k] * column[static_cast<size_t>(k)];

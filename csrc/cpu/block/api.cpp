@@ -67,9 +67,9 @@ int sparsecomp_block_to_dense(const sparsecomp_block* weight, const void* values
   return code(blocks_to_dense(g, bytes(values), bytes(metadata), bytes(dense), sparsecomp::resolve_threads(threads)));
 }
 
-int sparsecomp_block_linear(const sparsecomp_block* weight, const void* values, const void* metadata, int32_t dtype,
-                            const void* x, int64_t ldx, int64_t batch, const sparsecomp_epilogue* epilogue, void* y,
-                            int64_t ldy, int threads) {
+int sparsecomp_block_linear(const sparsecomp_block* weight, const void* values, const void* metadata,
+                            const float* scales, int32_t dtype, const void* x, int64_t ldx, int64_t batch,
+                            const sparsecomp_epilogue* epilogue, void* y, int64_t ldy, int threads) {
   BlockGeometry g;
   if (!valid(weight, &g) || batch < 0) return SPARSECOMP_INVALID;
   const sparsecomp_epilogue last = epilogue ? *epilogue : sparsecomp_epilogue{};
@@ -79,7 +79,7 @@ int sparsecomp_block_linear(const sparsecomp_block* weight, const void* values, 
   if (batch > 1 && (ldx < g.in || ldy < g.out)) return SPARSECOMP_INVALID;
   if (!y || !present(g, values, metadata) || (g.in > 0 && !x)) return SPARSECOMP_INVALID;
   const sparsecomp::LinearCall call{
-      bytes(values), bytes(metadata), dtype, x, ldx, batch, last, y, ldy, sparsecomp::resolve_threads(threads)};
+      bytes(values), bytes(metadata), scales, dtype, x, ldx, batch, last, y, ldy, sparsecomp::resolve_threads(threads)};
   const sparsecomp::Dispatch& dispatch = sparsecomp::dispatch();
   if (!dispatch.blocks) return sparsecomp::block_reference(g, call);
   return sparsecomp::block_linear(*dispatch.isa, *dispatch.blocks, g, call);

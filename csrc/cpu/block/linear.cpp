@@ -249,6 +249,7 @@ class BlockRunner {
     args.ld = kSumRows;
     args.rows = static_cast<int>(std::min(next, g_.out) - first);
     args.columns = panel.columns;
+    args.scales = scales_at(call_, first);
     args.epilogue = epilogue_at(call_.epilogue, first, g_.dtype);
     args.y = static_cast<uint8_t*>(call_.y) + (panel.column * call_.ldy + first) * size;
     args.ldy = call_.ldy;

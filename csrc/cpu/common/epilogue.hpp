@@ -82,8 +82,7 @@ void finish_as(const FinishArgs& args) {
   const sparsecomp_epilogue& last = args.epilogue;
   for (int row = 0; row < args.rows; row += V::kLanes) {
     const typename V::Mask all = V::first(V::kLanes), lanes = V::first(args.rows - row);
-    const typename V::Float scale =
-        last.row_scales ? V::load(last.row_scales, row, SPARSECOMP_F32, lanes) : V::set(1.0f);
+    const typename V::Float scale = args.scales ? V::load(args.scales, row, SPARSECOMP_F32, lanes) : V::set(1.0f);
     const typename V::Float bias = last.bias ? V::load(last.bias, row, args.dtype, lanes) : V::set(0.0f);
     for (int b = 0; b < args.columns; ++b) {
       const typename V::Float sum = V::load(args.sums + b * args.ld, row, SPARSECOMP_F32, all);

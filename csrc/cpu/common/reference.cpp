@@ -27,7 +27,7 @@ float activate(float value, int activation) {
 }  // namespace
 
 void reference_finish(const LinearCall& call, float sum, int64_t row, int64_t column) {
-  const float scale = call.epilogue.row_scales ? call.epilogue.row_scales[row] : 1.0f;
+  const float scale = call.scales ? call.scales[row] : 1.0f;
   const float bias = call.epilogue.bias ? load_number(call.epilogue.bias, row, call.dtype) : 0.0f;
   store_number(activate(sum * scale + bias, call.epilogue.activation), call.y, column * call.ldy + row, call.dtype);
 }

@@ -79,9 +79,9 @@ int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const void* values, cons
   });
 }
 
-int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata, int32_t dtype,
-                         const void* x, int64_t ldx, int64_t batch, const sparsecomp_epilogue* epilogue, void* y,
-                         int64_t ldy, int threads) {
+int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata, const float* scales,
+                         int32_t dtype, const void* x, int64_t ldx, int64_t batch, const sparsecomp_epilogue* epilogue,
+                         void* y, int64_t ldy, int threads) {
   Geometry g;
   if (!weight || !make_geometry(*weight, &g) || batch < 0) return SPARSECOMP_INVALID;
   const sparsecomp_epilogue last = epilogue ? *epilogue : sparsecomp_epilogue{};
@@ -91,9 +91,17 @@ int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const 
   if (g.out == 0 || batch == 0) return SPARSECOMP_OK;
   if (batch > 1 && (ldx < g.in || ldy < g.out)) return SPARSECOMP_INVALID;
   if (!y || (g.in > 0 && (!x || !values || !metadata))) return SPARSECOMP_INVALID;
-  const sparsecomp::LinearCall call{
-      static_cast<const uint8_t*>(values), static_cast<const uint8_t*>(metadata), dtype, x, ldx, batch, last, y, ldy,
-      sparsecomp::resolve_threads(threads)};
+  const sparsecomp::LinearCall call{static_cast<const uint8_t*>(values),
+                                    static_cast<const uint8_t*>(metadata),
+                                    scales,
+                                    dtype,
+                                    x,
+                                    ldx,
+                                    batch,
+                                    last,
+                                    y,
+                                    ldy,
+                                    sparsecomp::resolve_threads(threads)};
   const sparsecomp::Dispatch& dispatch = sparsecomp::dispatch();
   if (!dispatch.isa) {
     sparsecomp::reference_linear(g, call);

@@ -252,6 +252,7 @@ class Runner {
         }
         const int64_t row = t * kTile;
         args.rows = static_cast<int>(std::min<int64_t>(kTile, g_.out - row));
+        args.scales = scales_at(call_, row);
         args.epilogue = epilogue_at(call_.epilogue, row, call_.dtype);
         auto* y = static_cast<uint8_t*>(call_.y) + ((start + column) * call_.ldy + row) * size;
         if (!asks_early_ && t + kTilesAhead < tile_end)

@@ -107,8 +107,7 @@ class TaskRunner {
         g_(g),
         call_(call),
         blocking_(make_blocking(kernels, g, call, columns, processor)) {
-    const sparsecomp_epilogue& last = call.epilogue;
-    plain_ = call.dtype == kernels.y_dtype && last.activation == SPARSECOMP_NO_ACTIVATION && !last.row_scales;
+    plain_ = call.dtype == kernels.y_dtype && call.epilogue.activation == SPARSECOMP_NO_ACTIVATION && !call.scales;
   }
 
   // False if there is no memory for the workspace.
@@ -207,6 +206,7 @@ class TaskRunner {
     args.ld = tiles * kTile;
     args.rows = static_cast<int>(std::min<int64_t>(tiles * kTile, g_.out - row));
     args.columns = columns;
+    args.scales = scales_at(call_, row);
     args.epilogue = epilogue_at(call_.epilogue, row, call_.dtype);
     args.y = static_cast<uint8_t*>(call_.y) + (column * call_.ldy + row) * size;
     args.ldy = call_.ldy;
