@@ -113,6 +113,7 @@ assert seen == ["Sequential", "SparseLinear"], seen
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [OWN_CALLS, *(PATCHED_BEFORE.format(name=n) for n in ("_call_impl", "__call__"))])
 def test_in_a_process_of_its_own(program: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

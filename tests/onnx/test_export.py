@@ -11,6 +11,8 @@ from sparsecomp.onnx import export, export_onnx
 from sparsecomp.onnx.function import OPERATORS
 from tests.onnx.onnx_models import Mixed, assert_close, random_sparse_layer, run_reference, run_stock, torch_output
 
+pytestmark = pytest.mark.slow  # every test exports a model
+
 PATTERNS = ["2:4", "1:4", "3:8", "8:16", "5:16", "1:2", "2:2", "2:4@v4", "3:8@v5", "8:2:8"]
 
 

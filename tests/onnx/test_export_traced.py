@@ -12,6 +12,8 @@ from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx import export_onnx, exportable
 from tests.onnx.onnx_models import assert_close, random_sparse_layer, run_stock, torch_output
 
+pytestmark = pytest.mark.slow  # every test exports a model
+
 
 class Scaled(SparseLinear):
     """A subclass with a parameter, a buffer and a forward of its own."""

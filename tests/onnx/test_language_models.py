@@ -11,6 +11,8 @@ from sparsecomp.onnx import export_onnx, session
 from sparsecomp.onnx.capture import CACHE_NOTE
 from tests.onnx.onnx_models import assert_close, random_sparse_layer
 
+pytestmark = pytest.mark.slow  # exports whole models
+
 transformers = pytest.importorskip("transformers")
 
 SIZES = {

@@ -12,6 +12,8 @@ from sparsecomp.onnx import export_onnx, session
 from sparsecomp.onnx.function import OPERATORS
 from tests.onnx.onnx_models import random_sparse_layer
 
+pytestmark = pytest.mark.slow  # starts programs
+
 # the cores each new thread may use, as the kernel tells them
 _MASKS = """
 import os
