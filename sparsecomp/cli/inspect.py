@@ -10,7 +10,6 @@ from typing import Any
 from sparsecomp.cli import pruned
 from sparsecomp.cli.parser import UsageError
 from sparsecomp.errors import PatternError
-from sparsecomp.reporting.codec import plain
 
 _EXAMPLE = """\
 example: sparsecomp inspect packed.safetensors
@@ -62,4 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _json(value: Any, **more: object) -> str:
     """A frozen dataclass as JSON: its fields, and what else is given."""
+    from sparsecomp.reporting.codec import plain
+
     return json.dumps({**plain(value), **more}, indent=1, allow_nan=False)
