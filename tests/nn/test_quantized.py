@@ -20,6 +20,7 @@ from sparsecomp.files.storage import inspect
 from sparsecomp.machine.request import Request
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.nn import SparseLinear
+from sparsecomp.nn import operators as ops
 from sparsecomp.patterns.numbers import INT8
 from tests.sparse_layers import TOLERANCE, make
 
@@ -119,6 +120,23 @@ def test_states_of_the_other_kind_are_refused() -> None:
     state = make().state_dict() | {"scales": torch.ones(24)}
     with pytest.raises(RuntimeError, match=r"torch\.float32 weights, this layer was made with quantized=True"):
         quantised().load_state_dict(state)
+
+
+def test_a_weight_pickled_before_its_name_told_its_numbers_is_int8() -> None:
+    layer = quantised()
+    again, (name, *facts) = layer.weight.__reduce_ex__(2)[:2]
+    assert name == "2:4+int8"
+    for parameter in (again(name, *facts), again("2:4", *facts)):
+        assert torch.equal(parameter.detach(), layer.packed().unpack())
+
+
+def test_the_count_of_tensors_says_nothing_of_numbers() -> None:
+    layer, x = quantised(), torch.randn(2, 40)
+    facts = 24, 40, torch.float32, None
+    y = ops.linear(x, list(layer.kernel.tensors), layer.bias, "cpu", "2:4+int8", *facts)
+    assert torch.equal(y, layer(x))
+    with pytest.raises(BackendError, match="2:4 layout of shape"):
+        ops.linear(x, list(layer.kernel.tensors), layer.bias, "cpu", "2:4", *facts)
 
 
 def test_from_linear_and_the_way_back() -> None:
