@@ -45,22 +45,23 @@ Solve = Callable[[Problem], Solution]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method."""
+    """A registered method; one that ``only_chooses`` leaves the values of kept weights as they are."""
 
     name: str
     solve: Solve
     needs_gram: bool
     description: str
+    only_chooses: bool = False
 
 
 _METHODS: dict[str, Method] = {}
 
 
-def method(name: str, *, needs_gram: bool, description: str) -> Callable[[Solve], Solve]:
+def method(name: str, *, needs_gram: bool, description: str, only_chooses: bool = False) -> Callable[[Solve], Solve]:
     """Register the decorated function as the pruning method ``name``."""
 
     def register(solve: Solve) -> Solve:
-        _METHODS[name] = Method(name, solve, needs_gram, description)
+        _METHODS[name] = Method(name, solve, needs_gram, description, only_chooses)
         return solve
 
     return register

@@ -37,14 +37,16 @@ def ria_scores(weight: Tensor, gram: Tensor) -> Tensor:
     return relative * gram.diagonal().double().pow(0.25)
 
 
-@method("magnitude", needs_gram=False, description="keeps the largest |w|; needs no data")
+@method("magnitude", needs_gram=False, only_chooses=True, description="keeps the largest |w|; needs no data")
 def _magnitude(problem: Problem) -> Solution:
     if problem.mask is not None:
         return Solution(problem.weight, problem.mask)
     return Solution(problem.weight, project(magnitude_scores(problem.weight), problem.pattern))
 
 
-@method("wanda", needs_gram=True, description="keeps the largest |w| times input norm (Sun et al. 2023)")
+@method(
+    "wanda", needs_gram=True, only_chooses=True, description="keeps the largest |w| times input norm (Sun et al. 2023)"
+)
 def _wanda(problem: Problem) -> Solution:
     if problem.mask is not None:
         return Solution(problem.weight, problem.mask)
@@ -52,7 +54,12 @@ def _wanda(problem: Problem) -> Solution:
     return Solution(problem.weight, project(wanda_scores(problem.weight, problem.gram), problem.pattern))
 
 
-@method("ria", needs_gram=True, description="as Wanda, with |w| relative to its row and column (Zhang et al. 2024)")
+@method(
+    "ria",
+    needs_gram=True,
+    only_chooses=True,
+    description="as Wanda, with |w| relative to its row and column (Zhang et al. 2024)",
+)
 def _ria(problem: Problem) -> Solution:
     if problem.mask is not None:
         return Solution(problem.weight, problem.mask)

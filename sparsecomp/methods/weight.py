@@ -15,13 +15,6 @@ from sparsecomp.patterns import Pattern, parse
 from sparsecomp.patterns.check import check_mask
 from sparsecomp.patterns.numbers import LAYER_DTYPES
 
-# isort: off
-# these register their methods, which are listed in this order
-import sparsecomp.methods.scores
-import sparsecomp.methods.obs
-import sparsecomp.methods.presets  # noqa: F401
-# isort: on
-
 _ASYMMETRY = 1e-3
 
 

@@ -1,5 +1,6 @@
 import math
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from hypothesis import strategies as st
 
 from sparsecomp.errors import CalibrationError, MethodError, PatternError
 from sparsecomp.methods.error import relative_error
-from sparsecomp.methods.registry import methods
+from sparsecomp.methods.registry import get_method, methods
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.packing import pack
 
+# methods that keep the values of the weights they choose
+CHOOSERS = [name for name in methods() if get_method(name).only_chooses]
 PATTERNS = ["2:4", "1:4", "8:16", "2:4@v3", "4:2:8", "block3x5:0.4", "unstructured:0.3"]
 
 
@@ -21,7 +24,7 @@ def gram_of(columns, tokens=50, seed=0):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("method", CHOOSERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(7, 19), (1, 1), (0, 8), (4, 0)])
 def test_what_comes_back_fits_and_keeps_the_dtype(pattern, method, dtype, shape):
@@ -89,7 +92,7 @@ def test_error_at_its_edges():
     assert relative_error(tiny, tiny / 2) == pytest.approx(0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("method", CHOOSERS)
 def test_user_masks_in_masks_out(method):
     torch.manual_seed(0)
     w, gram = torch.randn(3, 8), gram_of(8)[1]
@@ -134,7 +137,10 @@ def test_half_precision_scores_are_compared_in_wider_arithmetic():
 
 
 def test_methods_are_listed():
-    assert {"magnitude", "wanda"} <= set(methods())
+    assert {"magnitude", "wanda", "ria"} <= set(CHOOSERS)
+    page = (Path(__file__).parents[2] / "docs" / "masks.md").read_text()
+    assert [name for name in methods() if f"`{name}`" not in page] == [], "say in docs/masks.md what it does"
+    assert all(get_method(name).description for name in methods())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from sparsecomp.methods.registry import get_method, methods
 from sparsecomp.reporting.figures import count_text, error_text, geometric_mean, ratio_text, seconds_text, share_text
 from sparsecomp.reporting.markup import name_text, pairs, section, text
 from sparsecomp.reporting.terminal import quoted
@@ -30,8 +31,6 @@ LEVELS = (
 )
 _SCALE = (0.01, 1.0)
 _PATTERNS_NAMED = 3
-# methods that change no kept weight
-_SCORES = ("magnitude", "wanda", "ria")
 
 
 def level(error: float) -> tuple[str, str]:
@@ -120,7 +119,7 @@ def _of_outputs(report: PruneReport, changed: list[LayerReport]) -> str:
         f"the worst is {name_text(quoted(worst))} with {error_text(errors[worst])}."
         f"{'' if report.tunings else ' ' + advice}</p>"
     ]
-    if judged >= LEVELS[1][0] and report.method in _SCORES:
+    if judged >= LEVELS[1][0] and report.method in methods() and get_method(report.method).only_chooses:
         sentences.append(
             f"<p><code>{text(report.method)}</code> only chooses weights. Methods that also change the kept ones "
             "do better: on the model of the scale below <code>balanced</code> had half the error of "
