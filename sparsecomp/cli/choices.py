@@ -108,7 +108,7 @@ def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[
     Raises ModelError for globs and names that match no layer, PatternError where no layer has a pattern and for one
     that cannot be packed.
     """
-    from sparsecomp.patterns import Unstructured, parse
+    from sparsecomp.patterns import parse
     from sparsecomp.planning.selection import choose_patterns
 
     if recorded is None:
@@ -121,7 +121,7 @@ def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[
     if not chosen:
         raise PatternError("no layer has a pattern; name one in --pattern that matches a layer")
     for pattern in dict.fromkeys(chosen.values()):
-        if isinstance(pattern, Unstructured):
+        if pattern.mask_only:
             raise PatternError(f'"{pattern}" is a mask-only pattern that no kernel runs; choose N:M or block patterns')
     return {name: chosen[name] for name in found if name in chosen}
 

@@ -61,17 +61,17 @@ def sparsegpt_sweep(problem: Objective, pattern: Pattern, mask: Tensor | None = 
     weight = problem.weight.clone()
     upper = problem.inverse_factor
     given = mask
-    if given is None and isinstance(pattern, Block):
+    step = _ranked_together(pattern)
+    if given is None and step is None:
         given = project(weight.abs() / upper.diagonal(), pattern)
     chosen = torch.ones(out, columns, dtype=torch.bool, device=weight.device) if given is None else given.clone()
-    step = pattern.m if isinstance(pattern, NM | VNM) else BLOCK
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         part = weight[:, start:end].clone()
         local = upper[start:end, start:end]
         errors = torch.empty_like(part)
         for column in range(end - start):
-            if given is None and column % step == 0:
+            if given is None and step is not None and column % step == 0:
                 last = min(column + step, end - start)
                 scores = part[:, column:last].abs() / local.diagonal()[column:last]
                 chosen[:, start + column : start + last] = _ranked(scores, pattern, start + column, columns)
@@ -81,6 +81,17 @@ def sparsegpt_sweep(problem: Objective, pattern: Pattern, mask: Tensor | None = 
         weight[:, start:end] = part
         weight[:, end:] -= errors @ upper[start:end, end:]
     return weight * chosen, chosen
+
+
+def _ranked_together(pattern: Pattern) -> int | None:
+    """Columns that are ranked when the pass reaches them; None: all of them before the pass."""
+    match pattern:
+        case NM() | VNM():
+            return pattern.m
+        case Unstructured():
+            return BLOCK
+        case Block():
+            return None
 
 
 def _ranked(scores: Tensor, pattern: Pattern, start: int, columns: int) -> Tensor:

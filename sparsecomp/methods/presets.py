@@ -15,7 +15,7 @@ from sparsecomp.methods.objective import Objective, objective
 from sparsecomp.methods.obs import swept
 from sparsecomp.methods.refit import TOLERANCE, refit
 from sparsecomp.methods.registry import Problem, Solution, method
-from sparsecomp.patterns import NM, VNM, Block, Pattern, Unstructured
+from sparsecomp.patterns import NM, VNM, Pattern, rows_together
 
 DAMPINGS = (0.01, 0.001, 0.03)
 # what another damping than the first must gain on held-out tokens: smaller gains did not last on other documents
@@ -116,7 +116,7 @@ def _refitted(layer: Objective, solution: Solution, tolerance: float = TOLERANCE
 
 def _best_of_rows(layer: Objective, pattern: Pattern, start: Solution, found: Solution) -> Solution:
     losses = [layer.losses(each.weight) for each in (start, found)]
-    rows = _rows_together(pattern, len(losses[0]))
+    rows = rows_together(pattern, len(losses[0]))
     worse = losses[1] > losses[0]
     if rows > 1 and len(worse):
         tiles = torch.arange(len(worse), device=worse.device) // rows
@@ -125,16 +125,3 @@ def _best_of_rows(layer: Objective, pattern: Pattern, start: Solution, found: So
     pick = worse[:, None]
     notes = tuple(dict.fromkeys(start.notes + found.notes))
     return Solution(torch.where(pick, start.weight, found.weight), torch.where(pick, start.mask, found.mask), notes)
-
-
-def _rows_together(pattern: Pattern, out: int) -> int:
-    """Rows whose masks depend on one another."""
-    match pattern:
-        case NM():
-            return pattern.m if pattern.transposable else pattern.mask_rows
-        case VNM():
-            return pattern.v
-        case Unstructured():
-            return 1
-        case Block():
-            return max(out, 1)

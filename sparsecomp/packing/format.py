@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from sparsecomp.errors import FormatError, PatternError
 from sparsecomp.packing.bits import pack_positions, packed_bytes, unpack_positions
-from sparsecomp.patterns import NM, Block, Pattern, Unstructured, parse, row_nm
+from sparsecomp.patterns import NM, Block, Pattern, parse, row_nm
 from sparsecomp.patterns.check import check_weight
 from sparsecomp.patterns.numbers import DTYPES, FLOAT, INT8, LARGEST_INT8, LAYER_DTYPES, Numbers
 
@@ -209,7 +209,7 @@ def require_packable(weight: Tensor, pattern: Pattern) -> None:
     if weight.layout is not torch.strided or weight.is_meta:
         got = "a meta tensor without content" if weight.is_meta else f"the layout {weight.layout}"
         raise PatternError(f"pack takes a dense tensor with content, got {got}; load it or call .to_dense() first")
-    if isinstance(pattern, Unstructured):
+    if pattern.mask_only:
         raise PatternError(
             f'"{pattern}" is a mask-only pattern and has no packed form; '
             "keep the layer dense or choose an N:M or block pattern"

@@ -10,6 +10,18 @@ from sparsecomp.patterns.grammar import (
     Unstructured,
     parse,
     row_nm,
+    rows_together,
 )
 
-__all__ = ["GROUP_SIZES", "NM", "VNM", "VNM_KEPT_COLUMNS", "Block", "Pattern", "Unstructured", "parse", "row_nm"]
+__all__ = [
+    "GROUP_SIZES",
+    "NM",
+    "VNM",
+    "VNM_KEPT_COLUMNS",
+    "Block",
+    "Pattern",
+    "Unstructured",
+    "parse",
+    "row_nm",
+    "rows_together",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparsecomp.errors import PatternError
 
@@ -32,6 +33,7 @@ class NM:
     backward pass obeys N:M, too.
     """
 
+    mask_only: ClassVar[bool] = False
     n: int
     m: int
     mask_rows: int = 1
@@ -74,6 +76,7 @@ class NM:
 class VNM:
     """V:N:M (VENOM, Castro et al. 2023): a tile of V rows by M columns keeps 4 columns, 2 of them in each row."""
 
+    mask_only: ClassVar[bool] = False
     v: int
     n: int
     m: int
@@ -102,6 +105,7 @@ class VNM:
 class Block:
     """Whole blocks of ``rows`` x ``cols`` weights are kept; ``keep`` is the fraction of blocks kept in a layer."""
 
+    mask_only: ClassVar[bool] = False
     rows: int
     cols: int
     keep: float
@@ -134,6 +138,7 @@ class Block:
 class Unstructured:
     """Any positions, a fraction ``keep`` of every row. A mask-only pattern: it can be pruned to, not packed."""
 
+    mask_only: ClassVar[bool] = True
     keep: float
 
     def __post_init__(self) -> None:
@@ -180,7 +185,7 @@ def parse(pattern: str | Pattern) -> Pattern:
 
     Raises PatternError for a name outside the grammar, saying what is allowed.
     """
-    if isinstance(pattern, NM | VNM | Block | Unstructured):
+    if isinstance(pattern, Pattern):
         return pattern
     if not isinstance(pattern, str):
         raise PatternError(f"a pattern is a name or a pattern value, not {type(pattern).__name__}; {_ALLOWED}")
@@ -203,3 +208,16 @@ def row_nm(pattern: Pattern) -> NM | None:
     if isinstance(pattern, VNM):
         return pattern.row_pattern
     return None
+
+
+def rows_together(pattern: Pattern, out_features: int) -> int:
+    """Consecutive rows of a weight of ``out_features`` rows whose masks depend on one another; 1: none on another."""
+    match pattern:
+        case NM():
+            return pattern.m if pattern.transposable else pattern.mask_rows
+        case VNM():
+            return pattern.v
+        case Unstructured():
+            return 1
+        case Block():
+            return max(out_features, 1)

@@ -23,7 +23,7 @@ from sparsecomp.machine.timings import Measurement, keep, lookup
 from sparsecomp.nn import SparseLinear
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.packing.quantize import in_numbers
-from sparsecomp.patterns import NM, VNM, Pattern
+from sparsecomp.patterns import Pattern, rows_together
 from sparsecomp.patterns.project import project
 
 SPARSE, DENSE, UNPACKED = "sparse", "dense", "unpacked"
@@ -82,8 +82,8 @@ def random_weight(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, 
     out, columns = shape
     generator = torch.Generator("cpu").manual_seed(seed)
     # choosing positions is the costly part, so rows repeat; blocks are counted over the whole weight
-    tile = pattern.v if isinstance(pattern, VNM) else pattern.mask_rows if isinstance(pattern, NM) else out
-    rows = min(out, -(-_DISTINCT_ROWS // max(tile, 1)) * tile)
+    tile = rows_together(pattern, out)
+    rows = min(out, -(-_DISTINCT_ROWS // tile) * tile)
     mask = project(torch.rand(rows, columns, generator=generator, device="cpu", dtype=torch.float32), pattern)
     values = torch.empty(out, columns, device="cpu", dtype=torch.float32).uniform_(0.5, 1.0, generator=generator)
     values *= mask.repeat(-(-out // max(rows, 1)), 1)[:out]

@@ -24,7 +24,7 @@ from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement, loo
 from sparsecomp.models.batches import eager
 from sparsecomp.models.calibration import Calibration
 from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
-from sparsecomp.patterns import Pattern, Unstructured, parse
+from sparsecomp.patterns import Pattern, parse
 from sparsecomp.patterns.numbers import FLOAT_DTYPES
 from sparsecomp.planning import measure as tune
 from sparsecomp.planning.plan import LayerPlan, Plan
@@ -152,7 +152,7 @@ def _candidates(pattern: str | Pattern | Sequence[str | Pattern], device: Device
     if not patterns:
         raise PatternError('no pattern was given; use one such as "2:4", a list of them, or "auto"')
     for each in patterns:
-        if isinstance(each, Unstructured):
+        if each.mask_only:
             raise PatternError(f'"{each}" is a mask-only pattern that no kernel runs; choose N:M or block patterns')
     return patterns
 

@@ -17,7 +17,7 @@ from sparsecomp.models.calibration import LayerStatistics
 from sparsecomp.models.graph import Hidden, find_hidden
 from sparsecomp.models.layers import Globs, LayerTable, find_linears, require_layers
 from sparsecomp.modules.snapshot import outside_inference_mode
-from sparsecomp.patterns import NM, Pattern, Unstructured
+from sparsecomp.patterns import Pattern, rows_together
 from sparsecomp.planning.plan import Plan
 from sparsecomp.planning.selection import choose_patterns
 from sparsecomp.pruning.checkpoint import Checkpoint
@@ -137,10 +137,8 @@ def _why_not(hidden: Hidden, patterns: Mapping[str, Pattern], masks: Mapping[str
     if not order_matters(pattern):
         return f"{pattern} gains nothing from another order"
     for name in hidden.producers:
-        each = patterns[name]
-        alone = isinstance(each, NM) and each.mask_rows == 1 and not each.transposable
-        if not alone and not isinstance(each, Unstructured):
-            return f'rows of "{name}" share their masks in {each}, and would have to stay in order'
+        if rows_together(patterns[name], 2) > 1:
+            return f'rows of "{name}" share their masks in {patterns[name]}, and would have to stay in order'
     return None
 
 
