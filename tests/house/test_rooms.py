@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tests.house.modules import imports, inside, modules
+from tests.house.modules import ROOT, imports, inside, modules
 
 # from the ground up; a room may import the rooms before it
 ROOMS = (
@@ -127,6 +129,25 @@ def test_the_scan_sees_a_broken_edge(module: str, source: str, tmp_path: Path) -
     path = tmp_path / "file.py"
     path.write_text(source)
     assert broken_edges(module, path)
+
+
+def drawn() -> list[list[str]]:
+    """The rooms in the picture of the page, floor by floor from the ground up."""
+    picture = (ROOT / "docs" / "design" / "architecture.svg").read_text()
+    floors: dict[int, list[str]] = {}
+    for line in picture.splitlines():
+        if (place := re.match(r'<text x="24" y="(\d+)">', line)) is not None:
+            floors[int(place[1])] = re.findall(r'<tspan class="room">(\w+)</tspan>', line)
+    return [floors[height] for height in sorted(floors, reverse=True)]
+
+
+def test_the_picture_shows_the_rooms_in_their_order() -> None:
+    floors = drawn()
+    rooms = [name for floor in floors for name in floor]
+    assert sorted(rooms) == sorted(ROOMS), "docs/design/architecture.svg draws each room of ROOMS once"
+    # rooms of one floor stand in any order
+    for below, above in pairwise(floors):
+        assert max(map(ROOMS.index, below)) < min(map(ROOMS.index, above)), f"{above} stand above {below} in ROOMS"
 
 
 def circles(known: Mapping[str, set[str]]) -> list[list[str]]:
