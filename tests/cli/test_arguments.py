@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparsecomp.cli import parser
-from sparsecomp.cli.main import main
+from sparsecomp.cli.main import VERBS, main
 from sparsecomp.cli.words import in_words_of_the_command_line
 
 COMPILE = ["compile", "shop:build", "--pattern", "2:4", "--method", "magnitude"]
@@ -231,7 +231,7 @@ def test_pruned_and_packed_files_are_not_mistaken_for_each_other(capsys: pytest.
 
 
 def test_help_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("", "doctor", "plan", "prune", "compile", "export", "inspect", "bench"):
+    for verb in ("", *(module.__name__.rpartition(".")[2] for module in VERBS)):
         assert main([*([verb] if verb else []), "--help"]) == 0
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
