@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 from sparsecomp.cli.packages import look, missing_torch
@@ -13,6 +15,7 @@ from sparsecomp.cli.packages import look, missing_torch
 _EXAMPLE = """\
 example: sparsecomp doctor
 
+The matrix shows what each backend answers for each pattern, on the devices of this machine; nothing is run for it.
 --json prints the same facts as JSON: rates in operations and bytes a second, a reason for each backend that is missing.
 The exit code is 0 if a compiled kernel can run here, and 1 if only dense fallbacks can.
 """
@@ -29,6 +32,8 @@ OPTIONAL = {
 }
 _FALLBACKS = ("dense", "reference")
 _OPERATORS = "onnxruntime operators"
+# variables of others that change what this package does; its own all begin with SPARSECOMP_
+_VARIABLES = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "XDG_CACHE_HOME", "CUTLASS_PATH", "CUDA_HOME", "CUDA_PATH", "CC")
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -58,10 +63,12 @@ def _facts(quick: bool) -> dict[str, Any]:
         facts |= _facts_of_torch(quick)
     else:
         facts |= {"torch": None, "devices": [], "backends": {}, "onnxruntime_operators": False}
-        facts |= {"compiled": [], "refused": reason, "eager_calls": None}
+        facts |= {"compiled": [], "refused": reason, "eager_calls": None, "support": {}}
     found = look(OPTIONAL)
     facts["packages"] = {name: None if each.problem else each.version for name, each in found.items()}
     facts["package_problems"] = {name: str(each) for name, each in found.items() if each.problem}
+    ours = sorted(name for name in os.environ if name.startswith("SPARSECOMP_"))
+    facts["environment"] = {name: os.environ[name] for name in (*ours, *_VARIABLES) if name in os.environ}
     return facts
 
 
@@ -70,17 +77,21 @@ def _facts_of_torch(quick: bool) -> dict[str, Any]:
 
     from sparsecomp.backends.cpu import CpuBackend
     from sparsecomp.backends.registry import backends
+    from sparsecomp.backends.support import support
+    from sparsecomp.machine.device import detect
     from sparsecomp.onnx.session import library_path
 
     reasons = {name: backend.missing() for name, backend in backends().items()}
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return {
         "torch": str(torch.__version__),
-        "devices": [_device(kind, quick) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()],
+        "devices": [_device(kind, quick) for kind in kinds],
         "backends": {name: {"ready": reason is None, "reason": reason} for name, reason in reasons.items()},
         "onnxruntime_operators": library_path() is not None,
         "compiled": [name for name, reason in reasons.items() if reason is None and name not in _FALLBACKS],
         "refused": CpuBackend().refusal(),
         "eager_calls": _eager(),
+        "support": {kind: [asdict(row) for row in support(detect(kind).place)] for kind in kinds},
     }
 
 
@@ -114,6 +125,7 @@ def _device(kind: str, quick: bool) -> dict[str, Any]:
 
 
 def _text(facts: dict[str, Any]) -> str:
+    from sparsecomp.cli.matrix import matrix
     from sparsecomp.reporting.terminal import table, wrap
 
     torch = facts["torch"]
@@ -135,6 +147,8 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append("cuda: torch sees no GPU")
     if facts["eager_calls"] is not None:
         lines.append(wrap(_eager_line(facts["eager_calls"]), indent="  "))
+    set_here = ", ".join(f"{name}={value}" for name, value in facts["environment"].items())
+    lines.append(wrap(f"environment: {set_here or 'no variable that changes this package is set'}", indent="  "))
     problems = facts["package_problems"]
     packages = [
         (name, problems.get(name) or facts["packages"][name] or "not installed", purpose)
@@ -142,6 +156,8 @@ def _text(facts: dict[str, Any]) -> str:
     ]
     if facts["backends"]:
         lines += ["", table(("backend", "state", "why"), _backend_rows(facts))]
+    for kind, rows in facts["support"].items():
+        lines += ["", *matrix(kind, rows)]
     lines += ["", table(("optional package", "version", "used for"), packages)]
     if not facts["compiled"]:
         why = facts["refused"]

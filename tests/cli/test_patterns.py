@@ -252,8 +252,10 @@ def test_doctor_and_inspect_speak_json(capsys: pytest.CaptureFixture[str]) -> No
         "compiled",
         "refused",
         "eager_calls",
+        "support",
         "packages",
         "package_problems",
+        "environment",
     ]
     assert facts["sparsecomp"] == sc.__version__ and facts["devices"][0]["kind"] == "cpu"
     assert facts["backends"]["dense"] == {"ready": True, "reason": None}
