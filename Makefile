@@ -12,7 +12,7 @@ CUDA_SOURCES := $(wildcard cmake/* csrc/cuda/*) sparsecomp/backends/gpu/cutlass/
 CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/csrc/*.[ch]pp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tritons demo quick test test-all defaults eager-off lint bench sanitize nightly clean
+.PHONY: help setup tritons demo quick test test-all defaults eager-off lint bench docs sanitize nightly clean
 
 # Times are those of two idle cores once the environment is there; making it takes some minutes more.
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make sanitize  the C++ tests under AddressSanitizer and UBSan, with their whole output (4 minutes)'
 	@echo 'make nightly   10^5 random products against float64 on every instruction set of this machine; every Triton'
 	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound (20 minutes)'
+	@echo 'make docs      the API reference, and the outputs under the code of the pages, written anew (5 minutes)'
 	@echo 'make tritons   the oldest and the newest Triton, for the GPU tests; make test-all includes it'
 	@echo 'make .cutlass  the headers of CUTLASS, to be carried along to a GPU machine without a network (docs/gpu.md)'
 	@echo 'make setup     the environment alone; every target begins with it'
@@ -101,6 +102,10 @@ lint: $(READY)
 # Pass options through ARGS, as in: make bench ARGS='--shapes 4096x4096 --batches 1,8'
 bench: $(VENV)/.bench
 	$(BIN)/python -m sparsecomp.cli.main bench --output auto $(or $(ARGS),--goals)
+
+# One page alone: make docs ARGS=README.md; the reference alone: make docs ARGS=reference
+docs: $(READY)
+	$(BIN)/python docs/generate.py $(ARGS)
 
 # The same programs run in make test-all where the compiler has the sanitizers; here its whole output is shown.
 sanitize: $(READY)

@@ -224,8 +224,8 @@ def _better_quality(result: DemoResult) -> list[Step]:
     return [
         (
             "To bring the sparse embeddings nearer to the dense ones, tune the kept weights, block by block, then as a "
-            "whole (sc.prune_blocks, then sc.distill; docs/quality.md says how, and what it gained). "
-            "For this model one command does it; it took 20 minutes where docs/quality.md was measured:",
+            "whole (sc.prune_blocks, then sc.distill; docs/guides/recover_accuracy.md says how, and what it gained). "
+            "For this model one command does it; it took 20 minutes where that was measured:",
             (f".venv/bin/python -m bench.pruning.quality --pattern {result.pattern}",),
         ),
         (

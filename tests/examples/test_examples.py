@@ -88,12 +88,10 @@ PROMISES: dict[str, Callable[[str], None]] = {
     "06_onnx.py": exported,
     "07_hugging_face.py": encoded,
 }
-SLOW = ("02_prune.py", "03_recover.py", "06_onnx.py", "07_hugging_face.py")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW), id=name) for name in PROMISES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROMISES)
 def test_an_example_prints_what_it_promises(name: str) -> None:
     PROMISES[name](output(name))
 

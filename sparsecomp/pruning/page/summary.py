@@ -1,7 +1,7 @@
 """What a reader sees first: title, verdict, totals, and what the figures mean.
 
-The reference scale is what docs/masks.md and docs/quality.md measured on one model. It orders errors; it does not
-promise a quality.
+The reference scale is what docs/design/pruning_methods.md and docs/guides/recover_accuracy.md show of one model. It
+orders errors; it does not promise a quality.
 """
 
 from __future__ import annotations
