@@ -139,7 +139,7 @@ def test_half_precision_scores_are_compared_in_wider_arithmetic():
 def test_methods_are_listed():
     assert {"magnitude", "wanda", "ria"} <= set(CHOOSERS)
     page = (Path(__file__).parents[2] / "docs" / "design" / "pruning_methods.md").read_text()
-    assert [name for name in methods() if f"`{name}`" not in page] == [], "say in docs/design/pruning_methods.md what it does"
+    assert [name for name in methods() if f"`{name}`" not in page] == [], "say there what it does"
     assert all(get_method(name).description for name in methods())
 
 
