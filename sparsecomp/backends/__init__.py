@@ -1,1 +1,1 @@
-"""One thin adapter per family of kernels, behind ``registry``. Knows nothing of nn, plan or prune."""
+"""One thin adapter per family of kernels, behind ``registry``. Knows nothing of nn, planning or pruning."""

@@ -1,6 +1,7 @@
 """Which backends there are, which of them can run a request, and why the others cannot.
 
-Takes a ``PackedWeight``, gives a ``Kernel`` (the weight in one backend's layout). Knows nothing of nn, plan or prune.
+Takes a ``PackedWeight``, gives a ``Kernel`` (the weight in one backend's layout). Knows nothing of
+nn, planning or pruning.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from sparsecomp.backends import registry
 from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError
-from sparsecomp.nn import operators as ops
+from sparsecomp.nn import operators
 from sparsecomp.packing.format import PackedWeight
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.patterns.numbers import FLOAT, weights_name
@@ -62,11 +62,13 @@ def linear(x: Any, weight: Kernel, bias: Any = None, activation: str = "none") -
         _check(rows, shift, weight)
         if isinstance(x, Tensor) or isinstance(bias, Tensor):
             facts = weight.backend, weights_name(weight.pattern, weight.numbers), *weight.shape, weight.dtype
-            y = ops.linear(rows, list(weight.tensors), shift, *facts, None, activation)
+            y = operators.linear(rows, list(weight.tensors), shift, *facts, None, activation)
         else:
             # nobody but this call can watch tensors that it made itself
             shift = None if shift is None else shift.contiguous()
-            y = ops.apply(weight, ops.rows(rows), shift, None, activation).view(*rows.shape[:-1], weight.shape[0])
+            y = operators.apply(weight, operators.rows(rows), shift, None, activation).view(
+                *rows.shape[:-1], weight.shape[0]
+            )
         return like(y, x)
 
 

@@ -22,7 +22,7 @@ from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError
 from sparsecomp.modules.carry import carry_over, why_not_carried
 from sparsecomp.modules.readonly import PackedParameter
-from sparsecomp.nn import operators as ops
+from sparsecomp.nn import operators
 from sparsecomp.nn.eager.calls import eager_product, why_dispatched
 from sparsecomp.nn.packed_module import PackedModule
 from sparsecomp.packing.format import PackedWeight, pack, require_packable
@@ -278,7 +278,7 @@ class SparseLinear(PackedModule):
             raise ModelError(f"input is on {x.device} and the layer on {place}; move one of them with .to()")
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         target = torch.get_autocast_dtype(device) if autocast else None
-        if not is_compiling() and ops.transformed(x, self.bias):
+        if not is_compiling() and operators.transformed(x, self.bias):
             # no rule of the operator is known to torch.func and dual numbers; those of torch's linear are
             return self._by_torch(x)
         if target is not None and x.is_floating_point() and x.dtype != torch.float64:
@@ -290,11 +290,11 @@ class SparseLinear(PackedModule):
             raise ModelError(
                 f"input has dtype {x.dtype}; this layer computes in {dtype}, so convert one with .to() or use autocast"
             )
-        y = ops.linear(x, self._tensors(), self.bias, *self._facts(), self.dense_above, self._activation)
+        y = operators.linear(x, self._tensors(), self.bias, *self._facts(), self.dense_above, self._activation)
         return y if target is None else y.to(target)
 
     def _by_torch(self, x: Tensor) -> Tensor:
-        dense = ops.to_dense(self._tensors(), *self._facts())
+        dense = operators.to_dense(self._tensors(), *self._facts())
         return activate(functional.linear(x, dense, self.bias), self._activation)
 
     # --- the report -------------------------------------------------------------------------------------------------

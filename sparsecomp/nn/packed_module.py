@@ -23,7 +23,7 @@ from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError, SparsecompError
 from sparsecomp.modules.readonly import NO_WEIGHT_GRADIENT, PackedParameter, ReadOnly
 from sparsecomp.modules.unpacked import Source
-from sparsecomp.nn import operators as ops
+from sparsecomp.nn import operators
 from sparsecomp.nn.eager.calls import EagerProduct, eager_product
 from sparsecomp.packing.format import PackedWeight
 from sparsecomp.packing.move import moved
@@ -148,7 +148,7 @@ class PackedModule(nn.Module):
         Writing it, in whatever way, and training it raise ModelError.
         """
         if is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return ops.to_dense(self._tensors(), *self._facts())
+            return operators.to_dense(self._tensors(), *self._facts())
         weight: Tensor | None = self._parameters.get("weight")
         return self._packed_weight if weight is None else weight
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from sparsecomp.backends import registry
 from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError, PatternError
-from sparsecomp.machine import bound as cost
-from sparsecomp.machine.bound import Bound
+from sparsecomp.machine.bound import Bound, known_bounds
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
 from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement, lookup
@@ -26,7 +25,7 @@ from sparsecomp.models.calibration import Calibration
 from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.patterns.numbers import FLOAT_DTYPES
-from sparsecomp.planning import measure as tune
+from sparsecomp.planning import measure as measuring
 from sparsecomp.planning.plan import LayerPlan, Plan
 from sparsecomp.planning.summary import taken_seconds
 from sparsecomp.reporting.terminal import progress
@@ -172,7 +171,7 @@ def _try(
             return f"{dtype} has no sparse kernel; convert the model to float32 or bfloat16"
         return f"no sparse kernel for {pattern} here ({registry.why_no_kernel(first)})"
     if not measure:
-        bounds = cost.known_bounds(requests, device, dict.fromkeys(batches, True))
+        bounds = known_bounds(requests, device, dict.fromkeys(batches, True))
         if len(bounds) < len(batches):
             return "the bound is unknown: measuring the peaks of the device needs more memory than is free"
         mean = statistics.geometric_mean([each.value for each in bounds.values()])
@@ -201,14 +200,14 @@ def _measured(
 ) -> _Trial:
     """The times of one backend. Raises what its library raises if it cannot prepare a weight."""
     new = [size for size, request in requests.items() if lookup(request, name, device) is None]
-    measured = {size: tune.measure(request, backend=name) for size, request in requests.items()}
+    measured = {size: measuring.measure(request, backend=name) for size, request in requests.items()}
     above = _dense_above(measured)
     for size in new:
         ratio = measured[size].seconds[DENSE] / taken_seconds(measured[size], size, above)
         if _DOUBTFUL[0] <= ratio < _DOUBTFUL[1]:
-            measured[size] = tune.measure(requests[size], backend=name, again=True, budget=_LONGER)
+            measured[size] = measuring.measure(requests[size], backend=name, again=True, budget=_LONGER)
     above = _dense_above(measured)
-    bounds = cost.known_bounds(requests, device, {size: not value.cold for size, value in measured.items()})
+    bounds = known_bounds(requests, device, {size: not value.cold for size, value in measured.items()})
     dense = {size: value.seconds[DENSE] for size, value in measured.items()}
     sparse = {size: taken_seconds(value, size, above) for size, value in measured.items()}
     ratios = {size: dense[size] / sparse[size] for size in measured}

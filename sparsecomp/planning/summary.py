@@ -15,13 +15,12 @@ from sparsecomp.backends.choice import unpacks
 from sparsecomp.backends.explain import BY_NAME, FASTEST
 from sparsecomp.backends.registry import why_no_kernel
 from sparsecomp.errors import ModelError
-from sparsecomp.machine import bound as cost
-from sparsecomp.machine.bound import Bound
+from sparsecomp.machine.bound import Bound, known_bounds
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
 from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement
 from sparsecomp.nn import SparseLinear
-from sparsecomp.planning import measure as tune
+from sparsecomp.planning import measure as measuring
 from sparsecomp.planning.overview import Row, draw, grouped
 from sparsecomp.reporting.terminal import by_reason, terminal_width
 
@@ -143,7 +142,7 @@ def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Devic
     facts = layer.pattern, shape, layer.dtype, str(layer.device)
     requests = {batch: Request(*facts, batch, layer.numbers) for batch in batches}
     backend = layer.kernel.backend
-    measured = {batch: tune.measure(each, backend=backend) for batch, each in requests.items()}
+    measured = {batch: measuring.measure(each, backend=backend) for batch, each in requests.items()}
     return SummaryRow(
         name=name or "the model",
         shape=shape,
@@ -155,7 +154,7 @@ def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Devic
         why=_why(layer),
         dense={batch: value.seconds[DENSE] for batch, value in measured.items()},
         sparse={batch: taken_seconds(value, batch, layer.dense_above) for batch, value in measured.items()},
-        bound=cost.known_bounds(requests, device, {batch: not value.cold for batch, value in measured.items()}),
+        bound=known_bounds(requests, device, {batch: not value.cold for batch, value in measured.items()}),
     )
 
 

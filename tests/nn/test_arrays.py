@@ -72,14 +72,14 @@ def test_strides_and_readonly_memory_are_read_in_place() -> None:
 def test_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     kernel = sc.prepare(_weight())
-    apply = interchange.ops.apply
+    apply = interchange.operators.apply
 
     def watched(kernel: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(x)
         seen.append(apply(kernel, x, *rest))
         return seen[-1]
 
-    monkeypatch.setattr(interchange.ops, "apply", watched)
+    monkeypatch.setattr(interchange.operators, "apply", watched)
     x = np.ones((4, IN), dtype=np.float32)
     y = sc.linear(x, kernel)
     assert seen[0].data_ptr() == x.__array_interface__["data"][0]

@@ -1,7 +1,7 @@
 """2:4 weights on NVIDIA GPUs through cuSPARSELt, as torch ships it: the vendor's baseline.
 
 Takes a ``PackedWeight`` and gives cuSPARSELt's compressed tensor, which is opaque, differs between architectures and is
-never stored. Knows nothing of nn, plan or prune.
+never stored. Knows nothing of nn, planning or pruning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Weights on the sparse tensor cores of NVIDIA GPUs, through mma.sp: the project's own kernel, no vendor library.
 
 Takes a ``PackedWeight`` and gives the fragment layout of ``packing.layouts.fragments``. Triton is imported on first
-use, never with this module. Knows nothing of nn, plan or prune.
+use, never with this module. Knows nothing of nn, planning or pruning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """2:4 weights on Ampere and Ada through torch's own CUTLASS kernel, the one behind its semi-structured tensors.
 
 Takes a ``PackedWeight`` and gives its values and the sm_80 metadata of ``packing.layouts.sm80``: a fallback where
-torch has no cuSPARSELt. Knows nothing of nn, plan or prune.
+torch has no cuSPARSELt. Knows nothing of nn, planning or pruning.
 """
 
 from __future__ import annotations

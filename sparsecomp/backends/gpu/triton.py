@@ -1,7 +1,7 @@
 """N:M weights on NVIDIA GPUs: decompressed in registers and multiplied by dense tensor-core products.
 
 Takes a ``PackedWeight`` and gives the slot-plane layout of ``sparsecomp.kernels.nm_decompress``. Triton is imported on
-first use, never with this module. Knows nothing of nn, plan or prune.
+first use, never with this module. Knows nothing of nn, planning or pruning.
 """
 
 from __future__ import annotations

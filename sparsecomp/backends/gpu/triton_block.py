@@ -1,7 +1,7 @@
 """Block-sparse weights on NVIDIA GPUs: dense tensor-core products of the kept blocks only.
 
 Takes a ``PackedWeight`` and gives compressed block rows for ``sparsecomp.kernels.block_sparse``. Triton is imported on
-first use, never with this module. Knows nothing of nn, plan or prune.
+first use, never with this module. Knows nothing of nn, planning or pruning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """V:N:M weights on NVIDIA GPUs: the columns that V rows share, gathered from x, and dense products of those only.
 
 Takes a ``PackedWeight`` and gives the layout of ``sparsecomp.kernels.vnm_gather``. Triton is imported on first use,
-never with this module. Knows nothing of nn, plan or prune.
+never with this module. Knows nothing of nn, planning or pruning.
 """
 
 from __future__ import annotations

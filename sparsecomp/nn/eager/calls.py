@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from sparsecomp.backends import cpu
 from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.registry import backends
-from sparsecomp.nn import operators as ops
+from sparsecomp.nn import operators
 from sparsecomp.nn.eager.probe import Functions, probe, warn_of_a_mistake
 
 # (x [..., in], bias, dense_above) -> y [..., out], or None if the dispatcher has to see the call
@@ -73,13 +73,13 @@ class _Product:
         if x.dtype is not kernel.dtype or not shape or shape[-1] != columns or not self._fits(x, bias):
             return None
         if len(shape) != 2:
-            x = ops.rows(x)
+            x = operators.rows(x)
         if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            y = ops.differentiable(x, bias, kernel, dense_above, self._activation)
+            y = operators.differentiable(x, bias, kernel, dense_above, self._activation)
         elif dense_above is None:
             y = self._run(kernel, x, bias)
         else:
-            y = ops.apply(kernel, x, bias, dense_above, self._activation)
+            y = operators.apply(kernel, x, bias, dense_above, self._activation)
         return y if len(shape) == 2 else y.view(*shape[:-1], out)
 
     def _fits(self, x: Tensor, bias: Tensor | None) -> bool:

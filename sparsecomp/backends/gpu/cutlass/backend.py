@@ -1,7 +1,7 @@
 """2:4 weights on the sparse tensor cores of Hopper, through CUTLASS's wgmma.sp collective.
 
 The kernels are built with the package, or compiled on first use; importing this compiles and loads nothing. Takes a
-``PackedWeight`` and gives the layout of ``packing.layouts.wgmma``. Knows nothing of nn, plan or prune.
+``PackedWeight`` and gives the layout of ``packing.layouts.wgmma``. Knows nothing of nn, planning or pruning.
 """
 
 from __future__ import annotations

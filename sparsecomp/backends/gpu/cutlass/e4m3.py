@@ -1,7 +1,7 @@
 """2:4 weights and activations rounded to fp8 (e4m3) on Hopper's sparse tensor cores: ``cutlass_fp8`` as a backend.
 
 Takes a ``PackedWeight`` of fp16 or bf16 and gives the layout of ``packing.layouts.wgmma`` in fp8 with scales. Compiles
-and loads nothing when it is imported. Knows nothing of nn, plan or prune.
+and loads nothing when it is imported. Knows nothing of nn, planning or pruning.
 """
 
 from __future__ import annotations

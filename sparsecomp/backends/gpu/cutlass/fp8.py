@@ -1,7 +1,7 @@
 """2:4 products in fp8 (e4m3) on Hopper, with a scale for each row or one for all: the same CUTLASS kernels.
 
 A functional surface beside the registry, since the packed format has no fp8: takes a ``PackedWeight`` of any floating
-dtype, and x that is in fp8 already. Knows nothing of nn, plan or prune.
+dtype, and x that is in fp8 already. Knows nothing of nn, planning or pruning.
 """
 
 from __future__ import annotations

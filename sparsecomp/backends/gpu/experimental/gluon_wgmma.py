@@ -1,7 +1,7 @@
 """2:4 weights on Hopper by wgmma.sp with the weight in registers: the project's own kernel, behind a flag.
 
 Takes a ``PackedWeight`` and gives the fragment layout of ``packing.layouts.fragments``. Triton is imported on first
-use, never with this module. Knows nothing of nn, plan or prune.
+use, never with this module. Knows nothing of nn, planning or pruning.
 """
 
 from __future__ import annotations
