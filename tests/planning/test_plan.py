@@ -307,7 +307,9 @@ def test_a_plan_says_what_dense_is_and_marks_what_is_above_its_bound(
 ) -> None:
     timed(lambda request: {DENSE: 1e-5 * (5 if request.batch == 1 else 1), SPARSE: 1e-5 / 1.5})
     limit = cost.Bound(2.0, "compute", 2.0, 1.0)
-    monkeypatch.setattr(cost, "known_bounds", lambda requests, device, warm: dict.fromkeys(requests, limit))
+    monkeypatch.setattr(
+        "sparsecomp.planning.planner.known_bounds", lambda requests, device, warm: dict.fromkeys(requests, limit)
+    )
     made = plan(model(), "2:4", batch=(1, 8), only="0")
     wide = made.text(300)
     assert "torch b1" in wide and "torch b8" in wide and "dense b" not in wide
