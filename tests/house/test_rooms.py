@@ -150,6 +150,13 @@ def test_the_picture_shows_the_rooms_in_their_order() -> None:
         assert max(map(ROOMS.index, below)) < min(map(ROOMS.index, above)), f"{above} stand above {below} in ROOMS"
 
 
+def test_the_page_names_files_that_there_are() -> None:
+    page = (ROOT / "docs" / "design" / "architecture.md").read_text()
+    named = set(re.findall(r"`(\w+(?:/\w+)+(?:\.\w+)?/?)`", page))
+    assert {"packing/format.py", "tests/cli/", "csrc/cpu"} <= named
+    assert [each for each in named if not (ROOT / each).exists() and not (ROOT / "sparsecomp" / each).exists()] == []
+
+
 def circles(known: Mapping[str, set[str]]) -> list[list[str]]:
     """Groups of modules that reach each other by imports."""
     reached: dict[str, set[str]] = {}
