@@ -31,12 +31,16 @@ class Choice:
     pinned: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a ``dense_above`` that counts no rows: the compiled product reads it as an int of 64 bits."""
+        """Make ``dense_above`` the int of 64 bits that the compiled product and files read; refuse what is none."""
+        if self.dense_above is None:
+            return
         try:
-            if self.dense_above is None or abs(operator.index(self.dense_above)) < 1 << 63:
-                return
+            rows = int(operator.index(self.dense_above))  # what NumPy and torch call an int is none in JSON
         except TypeError:
-            pass
+            rows = 1 << 63
+        if abs(rows) < 1 << 63:
+            object.__setattr__(self, "dense_above", rows)
+            return
         raise ModelError(
             f"dense_above must be an int or None, got {self.dense_above!r}; set the number of rows from which the "
             "product is dense"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import torch
 
@@ -38,7 +39,7 @@ class Device:
     ``index`` is torch's number of a GPU.
     """
 
-    kind: str
+    kind: Literal["cpu", "cuda"]
     name: str
     isa: str
     cores: int

@@ -82,8 +82,20 @@ class LayerPlan:
     def from_dict(cls, values: Mapping[str, Any], where: str = "the layer") -> LayerPlan:
         """The layer that ``to_dict`` told of. Raises FormatError for what it never tells."""
         keys = {"dense": "dense_seconds", "sparse": "sparse_seconds", "others": "other_backends", "bound": "limits"}
+        if "pattern" not in values:  # null says that the layer stays dense
+            raise FormatError(f'{where} has no "pattern"')
         found: LayerPlan = decoded(cls, {**values, "choice": None}, where, keys)
-        return found if values.get("pattern") is None else replace(found, choice=decoded(Choice, values, where))
+        found._require_times(where)
+        return found if values["pattern"] is None else replace(found, choice=decoded(Choice, values, where))
+
+    def _require_times(self, where: str) -> None:
+        """FormatError for times that nothing takes, and for batches with a sparse time and no dense one."""
+        for what, times in {"dense_seconds": self.dense, "sparse_seconds": self.sparse, **self.others}.items():
+            for batch, seconds in times.items():
+                if seconds <= 0:
+                    raise FormatError(f"{where} takes {seconds!r} seconds at batch {batch} ({what}), where more belong")
+        if lacking := sorted(self.sparse.keys() - self.dense.keys()):
+            raise FormatError(f"{where} has sparse_seconds of batch {lacking[0]}, and no dense_seconds of it")
 
     def to_dict(self) -> dict[str, Any]:
         """This layer as JSON values. The choice is ``pattern`` (null where it stays dense), ``backend``, ..."""
@@ -197,7 +209,7 @@ class Plan:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             why = error.strerror if isinstance(error, OSError) else f"it is no JSON: {error}"
             raise FormatError(f'the plan "{path}" cannot be read ({why}); {_AGAIN}') from error
         try:

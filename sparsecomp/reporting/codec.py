@@ -39,8 +39,8 @@ def decoded(kind: Any, value: Any, where: str = "", keys: Mapping[str, str] = Ma
 
     ``kind`` is a dataclass, a tuple, a Mapping, a Literal, a Pattern, Numbers, int, float, str or bool, or one of them
     or None. ``keys`` are those of a dataclass's fields that stand under another key than their name; keys that it has
-    no field for are ignored. Raises FormatError that names the place, as ``where`` begins it, what stands there and
-    what may.
+    no field for are ignored. Numbers are finite, and whole ones fit into 64 bits. Raises FormatError that names the
+    place, as ``where`` begins it, what stands there and what may.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -71,7 +71,11 @@ def decoded(kind: Any, value: Any, where: str = "", keys: Mapping[str, str] = Ma
         return value
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, where, keys)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and abs(value) >= 1 << 63:
+        raise _refused(where, value, "a number of 64 bits")
+    if type(value) is float and not math.isfinite(value):
+        raise _refused(where, value, "a finite number")
+    if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         raise _refused(where, value, _WORDS[kind])

@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -38,6 +39,12 @@ def test_a_name_pins_and_a_preference_does_not() -> None:
 def test_rows_are_a_number(wrong: Any) -> None:
     with pytest.raises(ModelError, match=r"^dense_above must be an int or None, got "):
         Choice(PATTERN, dense_above=wrong)
+
+
+@pytest.mark.parametrize("rows", [np.int64(8), torch.tensor(8), 8])
+def test_rows_become_an_int_that_a_file_holds(rows: Any) -> None:
+    assert type(Choice(PATTERN, dense_above=rows).dense_above) is int
+    assert Choice(PATTERN, dense_above=rows) == Choice(PATTERN, dense_above=8)
 
 
 def test_unpacking_begins_at_that_number_of_rows() -> None:

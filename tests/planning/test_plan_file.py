@@ -95,6 +95,13 @@ def _with(path: tuple[str | int, ...], value: Any) -> Any:
         (("layers", 1, "tried"), "2:4", r"layers\[1\].tried is '2:4', where an object belongs"),
         (("layers", 1, "dense_seconds", "1"), "fast", r"layers\[1\].dense_seconds.1 is 'fast', where a number belongs"),
         (("layers", 0, "limits", "1"), {}, r'layers\[0\].limits.1 has no "value"'),
+        (("layers", 0, "pattern"), ..., r'layers\[0\] has no "pattern"'),
+        (("machine", "kind"), "tpu", 'machine.kind is \'tpu\', where "cpu" or "cuda" belongs'),
+        (("layers", 0, "shape", 1), 10**400, r"layers\[0\].shape\[1\] is 1000.*, where a number of 64 bits belongs"),
+        (("layers", 0, "error"), float("nan"), r"layers\[0\].error is nan, where a finite number belongs"),
+        (("layers", 0, "sparse_seconds", "128"), 0, r"layers\[0\] takes 0.0 seconds at batch 128 \(sparse_seconds\)"),
+        (("layers", 0, "other_backends", "triton", "1"), -1.0, r"layers\[0\] takes -1.0 seconds at batch 1 \(triton\)"),
+        (("layers", 0, "dense_seconds", "1"), ..., r"layers\[0\] has sparse_seconds of batch 1, and no dense_seconds"),
     ],
 )
 def test_what_is_no_plan_is_refused(path: tuple[str | int, ...], value: Any, says: str, tmp_path: Path) -> None:
@@ -114,6 +121,7 @@ def test_what_is_no_plan_is_refused(path: tuple[str | int, ...], value: Any, say
         (b"\xff\xfe{}", "it is no JSON"),
         (b"[]", "this is no plan"),
         (b"3", "this is no plan"),
+        (b"[" * 200_000, "it is no JSON"),
         (json.dumps(plan_of(GPU).to_dict()).encode()[:-9], "it is no JSON"),
     ],
 )

@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
-from sparsecomp.backends.choice import Choice
-from sparsecomp.errors import FormatError
+from sparsecomp.errors import FormatError, ModelError
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.reporting.codec import decoded, plain
 
@@ -70,6 +69,9 @@ def test_fields_may_be_missing_or_unknown() -> None:
         ("flag", 1, "^flag is 1, where true or false belongs$"),
         ("rate", "fast", "^rate is 'fast', where a number belongs$"),
         ("rate", True, "^rate is True, where a number belongs$"),
+        ("rate", float("inf"), "^rate is inf, where a finite number belongs$"),
+        ("rate", 10**400, r"^rate is 10{76}\.\.\., where a number of 64 bits belongs$"),
+        ("sizes", [3, 1 << 63], r"^sizes\[1\] is 9223372036854775808, where a number of 64 bits belongs$"),
         ("pattern", 7, "^pattern is 7, where the name of a pattern"),
         ("pattern", "5:4", "^pattern: .*5:4"),
         ("sizes", [3], r"^sizes is \[3\], where a list of 2 belongs$"),
@@ -89,6 +91,15 @@ def test_what_is_wrong_is_named_with_its_place(key: str, wrong: Any, says: str) 
         decoded(Outer, {**plain(VALUE), key: wrong})
 
 
+@dataclass(frozen=True)
+class Even:
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count % 2:
+            raise ModelError(f"{self.count} is odd")
+
+
 def test_what_a_value_itself_refuses_is_named_with_its_place() -> None:
-    with pytest.raises(FormatError, match=r"^layers\[2\]: dense_above must be"):
-        decoded(Choice, {"pattern": "2:4", "dense_above": 1 << 70}, "layers[2]")
+    with pytest.raises(FormatError, match=r"^layers\[2\]: 3 is odd$"):
+        decoded(Even, {"count": 3}, "layers[2]")
