@@ -1,4 +1,4 @@
-"""Modules under the names they had when whole models were pickled by version 0.1.0, so that these files still load.
+"""Modules under the names they had when models and values were pickled by version 0.1.0, so that they still load.
 
 Takes old names, gives modules that answer for their new places. Nothing is imported before it is asked for.
 """
@@ -9,13 +9,20 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-# of classes that a pickled model names: where they were -> where they are
+# of what a pickled model, parameter, calibration, plan or report names: where it was -> where it is
 MOVED = {
     "sparsecomp.pack": "sparsecomp.packing",
     "sparsecomp.pack.format": "sparsecomp.packing.format",
+    "sparsecomp.packed_module": "sparsecomp.nn.packed_module",
+    "sparsecomp.calibration": "sparsecomp.models.calibration",
     "sparsecomp.cost": "sparsecomp.machine.bound",
     "sparsecomp.decision": "sparsecomp.planning.plan",
     "sparsecomp.device": "sparsecomp.machine.device",
+    "sparsecomp.report": "sparsecomp.planning.summary",
+    "sparsecomp.prune.provenance": "sparsecomp.pruning.provenance",
+    "sparsecomp.prune.report": "sparsecomp.pruning.report",
+    "sparsecomp.prune.tuning": "sparsecomp.pruning.tuning",
+    "sparsecomp.prune.weight": "sparsecomp.methods.weight",
 }
 
 

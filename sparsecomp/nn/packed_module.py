@@ -61,7 +61,8 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-torch.serialization.add_safe_globals([_parameter_of])
+# also where version 0.1.0 had it
+torch.serialization.add_safe_globals([_parameter_of, (_parameter_of, "sparsecomp.packed_module._parameter_of")])
 
 # made anew from the canonical form wherever the module is copied or unpickled
 _OF_THE_KERNEL = ("kernel", "_eager", "_layout", "_name", "_packed_weight")

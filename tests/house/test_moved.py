@@ -1,4 +1,4 @@
-"""Models that version 0.1.0 pickled whole name classes by their old places."""
+"""Models and values that version 0.1.0 pickled name classes by their old places."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 
 import sparsecomp as sc
 from sparsecomp.moved import MOVED
+from sparsecomp.nn.packed_module import _parameter_of
 
 
 @pytest.mark.parametrize(
@@ -26,11 +28,25 @@ from sparsecomp.moved import MOVED
         ("sparsecomp.decision", "Plan"),
         ("sparsecomp.device", "Device"),
         ("sparsecomp.nn", "SparseLinear"),
+        ("sparsecomp.calibration", "Calibration"),
+        ("sparsecomp.calibration", "LayerStatistics"),
+        ("sparsecomp.report", "Summary"),
+        ("sparsecomp.prune.report", "PruneReport"),
+        ("sparsecomp.prune.report", "LayerReport"),
+        ("sparsecomp.prune.provenance", "Provenance"),
+        ("sparsecomp.prune.tuning", "Tuning"),
+        ("sparsecomp.prune.weight", "PrunedWeight"),
+        ("sparsecomp.packed_module", "_parameter_of"),
     ],
 )
 def test_a_class_is_found_at_its_old_place(module: str, name: str) -> None:
     found = pickle.loads(f"c{module}\n{name}\n.".encode())
     assert found.__name__ == name and found.__module__.startswith("sparsecomp.")
+
+
+def test_a_parameter_saved_before_is_read_with_weights_only() -> None:
+    allowed = torch.serialization.get_safe_globals()
+    assert (_parameter_of, "sparsecomp.packed_module._parameter_of") in allowed and _parameter_of in allowed
 
 
 @pytest.mark.slow
