@@ -28,7 +28,8 @@ from sparsecomp.planning.selection import choices_of, choose_patterns, made_else
 from sparsecomp.planning.summary import Summary, summarise
 from sparsecomp.pruning.checkpoint import Checkpoint
 from sparsecomp.pruning.model import check_calibration
-from sparsecomp.pruning.solve import Solved, make_jobs, solve, warn_of_notes, warn_of_thin
+from sparsecomp.pruning.report import LayerReport
+from sparsecomp.pruning.solve import Solved, make_jobs, solve_each, warn_of_notes, warn_of_thin
 from sparsecomp.reporting.terminal import progress
 from sparsecomp.swap import share_bias, swap
 
@@ -68,6 +69,8 @@ def compile(
     """
     given, model = model, eager(model)
     found = require_layers(find_linears(model, only, skip))
+    if method is not None:  # before a plan is measured
+        check_calibration(get_method(method), [], calibration)
     if isinstance(plan_or_pattern, Plan):
         decided: Plan | None = plan_or_pattern
         if (warning := made_elsewhere(plan_or_pattern)) is not None:
@@ -86,18 +89,14 @@ def compile(
     for name, choice in choices.items():
         with naming(name):
             check_linear(found[name].as_linear(), choice.pattern)
-    weights: dict[str, Tensor] = {}
-    if method is not None:
-        solved = _solved(found, choices, method, calibration)
-        weights = {name: each.weight for name, each in solved.items()}
-        warn_of_thin(each.report for each in solved.values())
-        warn_of_notes(each.report for each in solved.values())
-        del solved
-    layers = {
-        # as a weight is packed its dense form goes
-        name: _packed(found[name], weights.pop(name, None), choice)
-        for name, choice in progress(list(choices.items()), "packing")
-    }
+    if method is None:
+        layers = {
+            name: _packed(found[name], None, choice) for name, choice in progress(list(choices.items()), "packing")
+        }
+    else:
+        layers, reports = _pruned(found, choices, method, calibration)
+        warn_of_thin(reports)
+        warn_of_notes(reports)
     swap(model, layers)
     if decided is not None:
         model.__dict__[_PLAN] = decided  # past a __setattr__ of the model's own, which might refuse it
@@ -149,15 +148,21 @@ def _check_dense(decided: Plan, found: LayerTable) -> None:
                 check_weight(found[layer.name].get_weight(), layer.tried.pattern)
 
 
-def _solved(
+def _pruned(
     found: LayerTable, choices: Mapping[str, Choice], method: str, calibration: Calibration | None
-) -> dict[str, Solved]:
-    """What ``prune`` would write; nothing is written."""
+) -> tuple[dict[str, SparseLinear], list[LayerReport]]:
+    """Layers of what ``prune`` would write, and its reports; of dense results one lives at a time, none is written."""
     patterns = {name: choice.pattern for name, choice in choices.items()}
+    reports: list[LayerReport] = []
+
+    def pack(solved: Solved) -> SparseLinear:
+        reports.append(solved.report)
+        return _packed(solved.layer, solved.weight, choices[solved.layer.name])
+
     with outside_inference_mode():
         check_calibration(get_method(method), list(patterns), calibration)
         jobs = make_jobs(found, patterns, method, calibration or {}, {}, {})
-        return solve(jobs, (), Checkpoint(None), f"pruning ({method})")
+        return solve_each(jobs, (), Checkpoint(None), f"pruning ({method}) and packing", pack), reports
 
 
 def _packed(ref: LinearRef, weight: Tensor | None, choice: Choice) -> SparseLinear:

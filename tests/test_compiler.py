@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +25,14 @@ from sparsecomp.files.storage import load, save
 from sparsecomp.machine import timings
 from sparsecomp.machine.native import native
 from sparsecomp.machine.request import Request
-from sparsecomp.methods.weight import prune_weight
+from sparsecomp.methods.weight import PrunedWeight, prune_weight
 from sparsecomp.models.calibration import calibrate
 from sparsecomp.nn import SparseLinear
 from sparsecomp.patterns import parse
 from sparsecomp.patterns.numbers import FLOAT
 from sparsecomp.planning import measure as tune
 from sparsecomp.planning.planner import plan
-from sparsecomp.pruning import prune
+from sparsecomp.pruning import prune, solve
 
 needs_kernel = pytest.mark.skipif(isinstance(native(), str), reason="needs the compiled extension")
 
@@ -132,6 +134,45 @@ def test_calibrated_methods_use_the_grams() -> None:
     compile(net, "2:4", method="wanda", where="everywhere", calibration=calibration)
     assert isinstance(net.down, SparseLinear)
     assert torch.equal(net.down.weight, prune_weight(weight, "2:4", "wanda", calibration["down"].gram).weight)
+
+
+@needs_kernel
+def test_one_dense_result_of_pruning_lives_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def watching(*given: Any) -> PrunedWeight:
+        assert not [each for each in made if each() is not None]
+        result = prune_weight(*given)
+        made.extend((weakref.ref(result.weight), weakref.ref(result.mask)))
+        return result
+
+    monkeypatch.setattr(solve, "prune_weight", watching)
+    compile(Net(), "2:4", method="magnitude", where="everywhere")
+    assert len(made) == 4
+
+
+def test_a_method_that_cannot_run_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "plan", lambda *_, **__: pytest.fail("measured"))
+    for method, statistics, says in (
+        ("guess", None, 'method "guess"'),
+        ("wanda", None, '"wanda" needs calibration data'),
+        ("magnitude", 5, "calibration is a int"),
+    ):
+        with pytest.raises(SparsecompError, match=says):
+            compile(Net(), "2:4", method=method, calibration=statistics)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    with pytest.raises(CalibrationError, match="calibration is a int"):
+        plan(Net(), "2:4", calibration=5)  # type: ignore[arg-type]
+
+
+def test_any_mapping_of_statistics_calibrates_a_plan_as_it_does_prune() -> None:
+    net, twin = Net(), Net()
+    twin.load_state_dict(net.state_dict())
+    statistics = dict(calibrate(net, [torch.randn(400, 32)]))
+    prune(twin, "2:4", "wanda", statistics)
+    made = plan(net, "2:4", measure=False, calibration=statistics)  # type: ignore[arg-type]
+    compile(net, made, method="wanda", calibration=statistics)  # type: ignore[arg-type]
+    assert isinstance(net.down, SparseLinear) and torch.equal(net.down.weight, twin.down.weight)
 
 
 def test_a_plan_is_followed_layer_by_layer() -> None:

@@ -82,6 +82,14 @@ class Calibration(Mapping[str, LayerStatistics]):
         return f"Calibration({len(self)} layers, {tokens:,} tokens, {memory}{missing})"
 
 
+def require_statistics(what: str, statistics: object) -> None:
+    """CalibrationError for what is neither None nor statistics by layer; ``what`` is its name."""
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise CalibrationError(
+            f"{what} is a {type(statistics).__name__}, not statistics by layer; pass sc.calibrate(model, batches)"
+        )
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],

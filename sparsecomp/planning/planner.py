@@ -21,7 +21,7 @@ from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
 from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement, lookup
 from sparsecomp.models.batches import eager
-from sparsecomp.models.calibration import Calibration
+from sparsecomp.models.calibration import Calibration, require_statistics
 from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
 from sparsecomp.patterns import Pattern, parse
 from sparsecomp.patterns.numbers import FLOAT_DTYPES
@@ -92,6 +92,8 @@ def plan(
     batches that are no sizes, BackendError for a device that is not there.
     """
     batches = _batches(batch)
+    require_statistics("calibration", calibration)
+    read = calibration.read if isinstance(calibration, Calibration) else ()
     found = require_layers(find_linears(eager(model), only, skip))
     where = detect(str(next(iter(found.values())).device) if device == "auto" else device)
     named, skipped = _by_layer(found, pattern, where)
@@ -99,7 +101,7 @@ def plan(
     layers = []
     for name, patterns in progress(list(named.items()), "measuring layers"):
         ref = found[name]
-        if calibration is not None and name in calibration.read:
+        if name in read:
             layers.append(LayerPlan(name, ref.shape, None, _READ, None, {}, {}, {}))
             continue
         trials: list[_Trial] = []

@@ -13,7 +13,7 @@ from sparsecomp.errors import CalibrationError, ModelError
 from sparsecomp.methods.order import order_matters
 from sparsecomp.methods.registry import Method, get_method
 from sparsecomp.models.batches import eager
-from sparsecomp.models.calibration import LayerStatistics
+from sparsecomp.models.calibration import LayerStatistics, require_statistics
 from sparsecomp.models.graph import Hidden, find_hidden
 from sparsecomp.models.layers import Globs, LayerTable, find_linears, require_layers
 from sparsecomp.modules.snapshot import outside_inference_mode
@@ -150,10 +150,7 @@ def check_calibration(
 ) -> None:
     """CalibrationError for what is no statistics by layer, and naming the layers that lack those the method needs."""
     for what, statistics in (("calibration", calibration), ("held_out", held_out)):
-        if statistics is not None and not isinstance(statistics, Mapping):
-            raise CalibrationError(
-                f"{what} is a {type(statistics).__name__}, not statistics by layer; pass sc.calibrate(model, batches)"
-            )
+        require_statistics(what, statistics)
     if not method.needs_gram:
         return
     if calibration is None:

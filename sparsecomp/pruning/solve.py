@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from sparsecomp.patterns import Pattern
 from sparsecomp.pruning.checkpoint import Checkpoint, digest
 from sparsecomp.pruning.report import LayerReport
 from sparsecomp.reporting.terminal import progress
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,23 +106,43 @@ def solve(
 
     Raises what ``prune_weight`` raises, with the layer's name.
     """
-    consumers = {each.consumer: each for each in hidden}
-    solved: dict[str, Solved] = {}
+    solved = solve_each(jobs, hidden, checkpoint, description, lambda each: each, show_progress, seed)
     orders: dict[str, Tensor] = {}
-    items = list(jobs.items())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name, job in progress(items, description, len(items)) if show_progress else items:
-            with naming(name):
-                solved[name] = _solve_one(name, job, consumers.get(name), checkpoint)
-            order = solved[name].columns
-            if order is not None:
-                orders.update(dict.fromkeys(consumers[name].producers, order))
+    for one in hidden:
+        order = solved[one.consumer].columns
+        if order is not None:
+            orders.update(dict.fromkeys(one.producers, order))
     for name, order in orders.items():
         each = solved[name]
         rows = order.to(each.weight.device)
         solved[name] = replace(each, weight=each.weight[rows], mask=each.mask[rows], rows=rows)
     return solved
+
+
+def solve_each(
+    jobs: Mapping[str, Job],
+    hidden: Sequence[Hidden],
+    checkpoint: Checkpoint,
+    description: str,
+    use: Callable[[Solved], _Made],
+    show_progress: bool = True,
+    seed: int = 0,
+) -> dict[str, _Made]:
+    """What ``use`` makes of each layer as ``solve`` solves it, before the next is solved: it may let the weight go.
+
+    Rows are as they were, also where ``hidden`` lets the columns of a consumer move. Raises as ``solve``.
+    """
+    consumers = {each.consumer: each for each in hidden}
+    made: dict[str, _Made] = {}
+    items = list(jobs.items())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, job in progress(items, description, len(items)) if show_progress else items:
+            with naming(name):
+                solved = _solve_one(name, job, consumers.get(name), checkpoint)
+            made[name] = use(solved)
+            del solved
+    return made
 
 
 def warn_of_thin(reports: Iterable[LayerReport]) -> None:
