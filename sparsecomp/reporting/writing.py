@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 
 from sparsecomp.errors import FormatError
 
@@ -22,6 +23,8 @@ _SYSTEM = re.compile(r"\(os error \d+\)")
 
 def require_folder(path: Path) -> None:
     """Raises FormatError, before any work, if ``path`` cannot be written: its folder is absent or closed, or it is."""
+    if not path.name:
+        raise FormatError(f'"{path}" cannot be written: it names a folder; add the name of a file')
     folder = path.parent
     if not folder.is_dir():
         raise FormatError(f'"{path}" cannot be written: there is no folder "{folder}"; make it first')
@@ -103,4 +106,5 @@ def _refused(path: Path, reason: str) -> str:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+    # of this writer alone: two that write the same file would publish each other's halves
+    return path.with_name(f".{path.name}.{token_hex(4)}.partial")
