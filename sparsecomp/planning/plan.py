@@ -6,6 +6,7 @@ Decides nothing and measures nothing; ``sparsecomp.plan`` makes it, ``sparsecomp
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -192,6 +193,8 @@ class Plan:
             found: Plan = decoded(cls, {**values, "layers": []}, keys={"device": "machine"})
         except FormatError as error:
             raise FormatError(f"{error}; {_AGAIN}") from error
+        if twice := [name for name, count in Counter(each.name for each in made).items() if count > 1]:
+            raise FormatError(f'this plan decides layer "{twice[0]}" twice; {_AGAIN}')
         return replace(found, layers=made)
 
     def save(self, path: str | Path) -> None:

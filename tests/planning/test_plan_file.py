@@ -82,6 +82,7 @@ def _with(path: tuple[str | int, ...], value: Any) -> Any:
         (("plan_version",), 2, "this plan has version 2, and this package reads 1"),
         (("layers",), {}, "this plan has no list of layers"),
         (("layers",), [3], "this plan has no list of layers"),
+        (("layers", 1, "name"), "up", 'this plan decides layer "up" twice'),
         (("machine",), ..., 'it has no "machine"'),
         (("machine", "cores"), "many", "machine.cores is 'many', where a whole number belongs"),
         (("batches",), [1.5], r"batches\[0\] is 1.5, where a whole number belongs"),
