@@ -268,6 +268,8 @@ class SparseLinear(PackedModule):
                     "the layer is a call_module node"
                 )
             raise ModelError(f"input is a {type(x).__name__}; this layer takes a tensor [..., {self.in_features}]")
+        if x.layout is not torch.strided or x.is_nested:  # the kernels read rows in memory
+            return self._by_torch(x)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ModelError(
                 f"input has shape {tuple(x.shape)}; this layer takes [..., {self.in_features}], "
@@ -276,12 +278,13 @@ class SparseLinear(PackedModule):
         device, dtype, place = x.device.type, self.kernel.dtype, self._tensors()[0].device
         if x.device != place:  # a kernel on cuda:0 would follow a pointer into the memory of cuda:1
             raise ModelError(f"input is on {x.device} and the layer on {place}; move one of them with .to()")
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        # autocast leaves float64 alone
+        autocast = device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
         target = torch.get_autocast_dtype(device) if autocast else None
         if not is_compiling() and operators.transformed(x, self.bias):
             # no rule of the operator is known to torch.func and dual numbers; those of torch's linear are
             return self._by_torch(x)
-        if target is not None and x.is_floating_point() and x.dtype != torch.float64:
+        if target is not None and x.is_floating_point():
             if dtype not in (torch.float32, target):
                 # neither 16-bit format holds the other, so the weight is cast as nn.Linear would cast it
                 return self._by_torch(x)

@@ -68,6 +68,26 @@ def test_inputs_of_any_strides(backend: str) -> None:
     assert_right(layer, torch.view_as_complex(torch.randn(5, 40, 2)).conj().imag)
 
 
+@pytest.mark.parametrize("layout", ["coo", "csr", "mkldnn", "nested", "jagged"])
+def test_inputs_of_other_layouts_give_what_linear_gives(backend: str, layout: str) -> None:
+    layer, rows = make(backend=backend), torch.randn(3, 40)
+    x = {
+        "coo": rows.to_sparse,
+        "csr": rows.to_sparse_csr,
+        "mkldnn": rows.to_mkldnn,
+        "nested": lambda: torch.nested.nested_tensor([rows, rows[:2]]),
+        "jagged": lambda: torch.nested.nested_tensor([rows, rows[:2]], layout=torch.jagged),
+    }[layout]()
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            got, want = layer(x), layer.to_linear()(x)
+        assert got.layout == want.layout
+        assert got.requires_grad == want.requires_grad == gradients
+        if got.is_nested:
+            got, want = torch.cat(got.unbind()), torch.cat(want.unbind())
+        torch.testing.assert_close(got.to_dense(), want.to_dense())
+
+
 def test_no_columns_gives_the_bias() -> None:
     layer = make(6, 0)
     assert layer.bias is not None
@@ -217,6 +237,14 @@ def test_autocast_keeps_gradients(backend: str, dense_above: int | None) -> None
     want = layer.packed().unpack().sum(0).expand(3, 40)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, want, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_leaves_float64_alone_as_linear_does() -> None:
+    layer, x = make().double(), torch.randn(3, 40).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = layer(x), layer.to_linear()(x)
+    assert got.dtype == want.dtype == torch.float64
+    torch.testing.assert_close(got, want)
 
 
 def test_autocast_refuses_what_linear_refuses() -> None:

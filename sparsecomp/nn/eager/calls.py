@@ -66,7 +66,7 @@ class _Product:
 
     def __call__(self, x: Tensor, bias: Tensor | None, dense_above: int | None) -> Tensor | None:
         """y [..., out], or None if the dispatcher has to see the call, or to repair or name an argument."""
-        if type(x) is not Tensor or not self._nobody_watches():
+        if type(x) is not Tensor or x.is_nested or not self._nobody_watches():
             return None
         kernel, shape = self._kernel, x.shape
         out, columns = kernel.shape
