@@ -20,7 +20,7 @@ from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.choice import unpacks
 from sparsecomp.backends.registry import backends
 from sparsecomp.errors import ModelError
-from sparsecomp.patterns.numbers import parse_weights
+from sparsecomp.patterns.numbers import INT8, parse_weights
 
 _weights = lru_cache(maxsize=256)(parse_weights)
 _LIBRARY: Any = torch.library.Library("sparsecomp", "DEF")  # type: ignore[no-untyped-call]
@@ -128,7 +128,19 @@ def differentiable(
 
 def _adopt(weight: list[Tensor], backend: str, pattern: str, shape: tuple[int, int], dtype: torch.dtype) -> Kernel:
     kept, numbers = _weights(pattern)
+    # a program exported when the name was the pattern's alone; an fp8 layout has scales too, and stands for floats
+    if not numbers.has_scales and len(weight) == len(INT8.part_names) and weight[0].dtype != torch.float8_e4m3fn:
+        numbers = INT8
     return backends()[backend].adopt(tuple(weight), kept, shape, dtype, numbers)
+
+
+def _require_one_device(x: Tensor, weight: list[Tensor], bias: Tensor | None) -> None:
+    for name, other in (("weight", weight[0]), ("bias", bias)):
+        if other is not None and other.device != x.device:
+            raise ModelError(
+                f"sparsecomp::linear got x on {x.device} and a {name} on {other.device}; both must be on one device, "
+                f"so move one of them with .to()"
+            )
 
 
 def _linear(
@@ -148,17 +160,13 @@ def _linear(
             f"sparsecomp::linear got x {tuple(x.shape)} of {x.dtype}; this weight takes [..., {in_features}] of {dtype}"
         )
     require_activation(activation)
-    if x.device != weight[0].device:
-        raise ModelError(
-            f"sparsecomp::linear got x on {x.device} and a weight on {weight[0].device}; both must be on one device, "
-            f"so move one of them with .to()"
-        )
+    _require_one_device(x, weight, bias)
     kernel = _adopt(weight, backend, pattern, (out_features, in_features), dtype)
     if bias is not None:
-        if bias.dtype != dtype or tuple(bias.shape) != (out_features,) or bias.device != x.device:
+        if bias.dtype != dtype or tuple(bias.shape) != (out_features,):
             raise ModelError(
-                f"sparsecomp::linear got a bias {tuple(bias.shape)} of {bias.dtype} on {bias.device}; "
-                f"this weight takes ({out_features},) of {dtype} on {x.device}"
+                f"sparsecomp::linear got a bias {tuple(bias.shape)} of {bias.dtype}; "
+                f"this weight takes ({out_features},) of {dtype}"
             )
         bias = bias.contiguous()
     # torch's linear inside a backend would otherwise round to the autocast dtype once more
@@ -178,6 +186,7 @@ def _linear_fake(
     dense_above: int | None,
     activation: str,
 ) -> Tensor:
+    _require_one_device(x, weight, bias)  # one tensor on the meta device among others leads here as well
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -97,6 +97,14 @@ def test_operator_refuses_what_does_not_belong_together() -> None:
         elsewhere, there = torch.empty(2, 40, device="cuda:1"), torch.empty(24, 20, device="cuda:0")
     with pytest.raises(ModelError, match=r"got x on cuda:1 and a weight on cuda:0; both must be on one device"):
         ops._linear(elsewhere, [there], None, *facts(layer), None, "none")
+    for name in ("weight", "bias"):  # torch would take the result of the meta device, which has no values
+        parts = {"weight": tensors, "bias": torch.zeros(24)}
+        parts[name] = [each.to("meta") for each in tensors] if name == "weight" else torch.zeros(24, device="meta")
+        with pytest.raises(ModelError, match=f"got x on cpu and a {name} on meta; both must be on one device"):
+            torch.ops.sparsecomp.linear(x, *parts.values(), *facts(layer), None, "none")
+    layer.bias = nn.Parameter(torch.zeros(24, device="meta"))
+    with pytest.raises(ModelError, match="a bias on meta"):
+        layer(x)
     if layer.kernel.backend == "cpu":
         with pytest.raises(BackendError, match="bytes"):
             ops.linear(x, [tensors[0][:-1], tensors[1]], None, *facts(layer), None)
