@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.context import get_spawning_popen
 from types import FrameType
 from typing import Any
 
@@ -27,12 +28,21 @@ from sparsecomp.nn import operators
 from sparsecomp.nn.eager.calls import EagerProduct, eager_product
 from sparsecomp.packing.format import PackedWeight
 from sparsecomp.packing.move import moved
-from sparsecomp.packing.state import STATE_VERSION, packed_of_state
+from sparsecomp.packing.state import STATE_VERSION, packed_of_state, require_kind
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.numbers import INT8, Numbers, parse_weights, weights_name
 
 
+def _pickled(packed: PackedWeight) -> PackedWeight:
+    """``packed``, which was made to be pickled, kept for as long as a process that starts may ask for it."""
+    process: Any = get_spawning_popen()
+    if process is not None:  # what it inherits are numbers of open files, which end with their tensors
+        vars(process).setdefault("_packed_weights", []).append(packed)
+    return packed
+
+
 def _parts_of(packed: PackedWeight) -> tuple[Any, ...]:
+    packed = _pickled(packed)
     return weights_name(packed.pattern, packed.numbers), packed.shape, packed.dtype, *packed.parts.values()
 
 
@@ -273,7 +283,7 @@ class PackedModule(nn.Module):
         state["_buffers"] = {name: value for name, value in self._buffers.items() if name not in self._layout}
         state["_parameters"] = {name: value for name, value in self._parameters.items() if name != "weight"}
         state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - set(self._layout)
-        state["packed"] = self.packed()
+        state["packed"] = _pickled(self.packed())
         for name in _OF_THE_KERNEL:
             state.pop(name, None)
         return state
@@ -293,8 +303,8 @@ class PackedModule(nn.Module):
         # made for this call: what is written into them would be lost
         parts = {prefix + part: ReadOnly.view_of(tensor) for part, tensor in self.packed().parts.items()}
         destination.update(parts)
-        with self._only_the_rest():
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "weight", None)  # nothing of the module changes: threads may save it at once
         # the shapes alone do not always tell two patterns apart
         notes = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if notes is not None:
@@ -323,12 +333,14 @@ class PackedModule(nn.Module):
             return
         missing_keys.extend(absent)
         kernel = None
-        if not absent:
-            try:
+        try:
+            if not absent:
                 kernel = self._loaded([state_dict[name].detach() for name in names], local_metadata)
-            except (SparsecompError, RuntimeError) as error:
-                error_msgs.append(f'While loading "{prefix[:-1]}": {error}')
-                return
+            elif names[0] in state_dict:  # a state of floating weights has no scales
+                require_kind(state_dict[names[0]], self.numbers)
+        except (SparsecompError, RuntimeError) as error:
+            error_msgs.append(f'While loading "{prefix[:-1]}": {error}')
+            return
         errors: list[str] = []
         with self._only_the_rest():
             super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)

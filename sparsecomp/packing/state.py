@@ -19,6 +19,15 @@ from sparsecomp.patterns.numbers import Numbers
 STATE_VERSION = 1
 
 
+def require_kind(values: Tensor, numbers: Numbers) -> None:
+    """Raises ModelError for values of floating weights where ``numbers`` are integers, and the other way round."""
+    if (values.dtype == torch.int8) != numbers.has_scales:
+        raise ModelError(
+            f"the state holds {values.dtype} weights, this layer was made with quantized={numbers.has_scales}; "
+            f"make it the other way, or from the packed weight with SparseLinear.from_packed"
+        )
+
+
 def packed_of_state(
     parts: Sequence[Tensor],
     notes: Mapping[str, Any],
@@ -41,10 +50,5 @@ def packed_of_state(
             f'the state is of a layer with activation "{applied}", this one has "{activation}"; '
             f"set layer.activation to the one that is meant"
         )
-    held = parts[0].dtype
-    if (held == torch.int8) != numbers.has_scales:
-        raise ModelError(
-            f"the state holds {held} weights, this layer was made with quantized={numbers.has_scales}; "
-            f"make it the other way, or from the packed weight with SparseLinear.from_packed"
-        )
+    require_kind(parts[0], numbers)
     return PackedWeight.of(parts, pattern, shape, dtype, numbers).validate()

@@ -169,6 +169,13 @@ def _send(layer: SparseLinear, x: Tensor, queue: multiprocessing.queues.SimpleQu
         queue.put(layer(x).tolist())
 
 
+def _send_product(
+    sent: SparseLinear | Tensor, x: Tensor, queue: multiprocessing.queues.SimpleQueue[list[list[float]]]
+) -> None:
+    with torch.no_grad():
+        queue.put((sent(x) if isinstance(sent, SparseLinear) else x @ sent.t()).tolist())
+
+
 def test_shared_memory_and_fork() -> None:
     layer, x = make(), torch.randn(2, 40)
     nn.Sequential(layer).share_memory()
@@ -181,6 +188,33 @@ def test_shared_memory_and_fork() -> None:
     got = queue.get()
     child.join()
     torch.testing.assert_close(torch.tensor(got).double(), expected(layer, x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["layer", "weight"])
+def test_a_process_that_is_spawned_gets_it(what: str) -> None:
+    layer, x = make(), torch.randn(2, 40)
+    sent = layer if what == "layer" else layer.weight
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_send_product, args=(sent, x, queue))
+    child.start()
+    got = queue.get()
+    child.join()
+    assert layer.bias is not None
+    want = expected(layer, x) - (0 if what == "layer" else layer.bias.detach().double())
+    torch.testing.assert_close(torch.tensor(got).double(), want, rtol=0, atol=1e-5)
+
+
+def test_a_layer_that_is_saved_stays_whole_for_others() -> None:
+    seen = []
+
+    class Asked(SparseLinear):
+        def get_extra_state(self) -> None:  # asked in the middle of saving, where another thread may ask as well
+            seen.append([name for name, _ in self.named_parameters()])
+
+    layer = Asked(40, 24)
+    assert sorted(layer.state_dict()) == ["_extra_state", "bias", "metadata", "values"]
+    assert seen == [["weight", "bias"]]
 
 
 def _broken_states() -> list[tuple[str, dict[str, Tensor]]]:
