@@ -143,7 +143,7 @@ def _batches(batch: int | Sequence[int]) -> tuple[int, ...]:
     batches = tuple(batch) if isinstance(batch, Iterable) else (batch,)
     if not batches or not all(isinstance(size, int) and size >= 1 for size in batches):
         raise ModelError(f"batch={batch!r} names no batch sizes; use one or more numbers of rows, each at least 1")
-    return tuple(sorted(set(batches)))
+    return tuple(sorted({int(size) for size in batches}))  # True is 1, and becomes it
 
 
 def _candidates(pattern: str | Pattern | Sequence[str | Pattern], device: Device) -> list[Pattern]:

@@ -355,3 +355,9 @@ def test_wrong_requests_are_named() -> None:
 def test_an_empty_plan_is_a_plan() -> None:
     made = Plan(detect("cpu"), (1,), (), {})
     assert len(made) == 0 and not made.sparse and "layer" in str(made)
+
+
+def test_batches_are_ints_that_a_file_gives_back() -> None:
+    made = plan(nn.Sequential(nn.Linear(32, 32)), "2:4", measure=False, batch=(True, 4))
+    assert [type(size) for size in made.batches] == [int, int] and made.batches == (1, 4)
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
