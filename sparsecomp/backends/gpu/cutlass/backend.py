@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp.backends.base import Backend, Kernel
-from sparsecomp.backends.gpu.cuda import missing_cuda, not_the_path
+from sparsecomp.backends.gpu.cuda import missing_cuda
 from sparsecomp.backends.gpu.cutlass import build as cutlass_build
 from sparsecomp.backends.gpu.cutlass import library as cutlass_library
 from sparsecomp.backends.gpu.cutlass.config import Config, configs
@@ -42,10 +42,6 @@ class CutlassBackend(Backend):
             return f"runs on cuda, not on {request.device}"
         reason = wgmma_why_not(request.pattern, request.values_dtype, request.shape)
         return reason or self.missing() or other_gpu(request.device) or cutlass_build.why_not(_configs(request.dtype))
-
-    def by_name_only(self, request: Request) -> str | None:
-        """Hopper's sparse tensor cores are reached through it; it runs on no other architecture."""
-        return not_the_path(self.name, request.device)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """Values [out, C/2] and metadata uint8 [C/128, R/64, 1024], on the device of ``packed``.
