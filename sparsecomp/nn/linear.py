@@ -234,6 +234,7 @@ class SparseLinear(PackedModule):
         """y [..., out_features] for input [..., in_features]; any number of dimensions, any strides, no row at all.
 
         A weight that ``torch.func.functional_call`` puts in the place of the packed one is multiplied dense.
+        A nested input, and one of another layout than ``torch.strided``, is multiplied by the unpacked weight.
         """
         if not is_compiling():
             parameters = self._parameters
