@@ -192,7 +192,7 @@ _REFUSED = {
 
 @pytest.mark.parametrize("name", _REFUSED)
 def test_what_a_program_must_not_do_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ptxsim.machine._MOST_STEPS", 1000)
+    monkeypatch.setattr("tests.kernels.ptxsim.machine._MOST_STEPS", 1000)
     body = _REFUSED[name]
     text = TEMPLATE.format(body=body, threads=32)
     if name == "runs past":
