@@ -62,9 +62,11 @@ class LayerReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
         """The layer that ``to_dict`` told of."""
-        error = math.inf if values["error"] is None else values["error"]
-        found: LayerReport = decoded(cls, {**values, "error": error})
-        return found
+        if values["error"] is not None:
+            found: LayerReport = decoded(cls, values)
+            return found
+        finite: LayerReport = decoded(cls, {**values, "error": 0.0})
+        return replace(finite, error=math.inf)
 
     def to_dict(self) -> dict[str, Any]:
         """This layer as JSON values; an error that is not finite is None."""
