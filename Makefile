@@ -22,7 +22,7 @@ help:
 	@echo 'make test-all  all that a change must pass: lint, every test once, the reruns below (under 40 minutes)'
 	@echo 'make lint      ruff, mypy --strict, clang-format, clang-tidy (3 minutes)'
 	@echo 'make defaults  the tests again, while torch has another default device and dtype (4 minutes)'
-	@echo 'make eager-off the tests of layers again, with every call through the dispatcher of torch (4 minutes)'
+	@echo 'make eager-off the tests of layers again, with every call through the dispatcher of torch (1 minute)'
 	@echo 'make sanitize  the C++ tests under AddressSanitizer and UBSan, with their whole output (4 minutes)'
 	@echo 'make nightly   10^5 random products against float64 on every instruction set of this machine; every Triton'
 	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound (20 minutes)'
