@@ -23,6 +23,8 @@ MOVED = {
     "sparsecomp.prune.report": "sparsecomp.pruning.report",
     "sparsecomp.prune.tuning": "sparsecomp.pruning.tuning",
     "sparsecomp.prune.weight": "sparsecomp.methods.weight",
+    # a module that programs imported by its place
+    "sparsecomp.onnx.verify": "sparsecomp.onnx.verification",
 }
 
 

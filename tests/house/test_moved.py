@@ -56,6 +56,12 @@ def test_a_process_that_imported_nothing_finds_them() -> None:
     assert done.stdout.strip() == "sparsecomp.packing.format", done.stderr
 
 
+def test_verify_is_a_function_and_can_be_imported_by_its_old_place() -> None:
+    from sparsecomp.onnx.verify import verify
+
+    assert verify is sc.verify_onnx is sc.onnx.verify
+
+
 def test_an_old_name_never_hides_a_public_function() -> None:
     import_module("sparsecomp.pack.format")
     assert callable(sc.pack) and inspect.getmodule(sc.pack) is import_module("sparsecomp.packing.format")
