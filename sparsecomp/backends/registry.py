@@ -115,6 +115,8 @@ def prepared(weight: Weight, choice: Choice) -> Kernel:
         if reason := backends()[wanted].missing() or backends()[wanted].supports(request):
             raise ModelError(f'backend "{wanted}" {reason}; leave backend=None to have one chosen')
         return _prepare(wanted, weight, pattern)
+    if choice.backend is not None and choice.backend not in backends():
+        _warn_once(f'backend "{choice.backend}" is not known here; known are {", ".join(backends())}')
     able = [name for name, reason in explain(request) if reason is None] or [choose(request)]
     if weight.device.type == "cpu" and (refusal := backends()["cpu"].refusal()) is not None:
         _warn_refused(refusal)

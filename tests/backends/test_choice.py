@@ -120,3 +120,11 @@ def test_the_order_of_backends_says_nothing_of_which_are_sparse(monkeypatch: pyt
 def test_one_backend_is_the_nearest_to_every_request(device: str, pattern: str) -> None:
     request = Request(parse(pattern), (64, 64), torch.float32, device, 1)
     assert sum(backend.nearest(request) for backend in registry.backends().values()) == 1
+
+
+def test_a_backend_that_is_not_known_is_told_of_and_another_taken() -> None:
+    """A plan or a file of a later version may name one."""
+    registry._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r'backend "of_later" is not known here; known are .*see layer\.explain'):
+        layer = layer_of(Choice(PATTERN, FLOAT, "of_later"))
+    assert layer.kernel.backend == registry.choose(Request(PATTERN, (24, 40), torch.float32, "cpu", 1))
