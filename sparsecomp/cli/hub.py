@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecomp.errors import ModelError
 from sparsecomp.reporting.terminal import listed
+from sparsecomp.reporting.writing import unfinished
 
 if TYPE_CHECKING:
     import torch
@@ -118,8 +119,7 @@ def save_folder(model: nn.Module, folder: Path, source: Path | None) -> None:
     Files are complete before any of them is in place.
     """
     transformers = _transformers(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = unfinished(folder)
     try:
         with _quiet(transformers):
             model.save_pretrained(partial)  # type: ignore[operator]

@@ -25,7 +25,7 @@ from sparsecomp.onnx.extra import require
 from sparsecomp.onnx.function import DOMAIN, MIN_OPSET, OPERATOR_VERSION, OPERATORS, nm_linear_function
 from sparsecomp.onnx.standin import ExportedLayer, Form, exportable
 from sparsecomp.reporting.terminal import table, wrap
-from sparsecomp.reporting.writing import require_folder
+from sparsecomp.reporting.writing import require_folder, whole_file
 
 DEFAULT_OPSET = 20
 PROTOBUF_LIMIT = 2**31 - 2**24  # one protobuf message holds less than 2 GiB; the graph itself needs room as well
@@ -249,11 +249,9 @@ def _write(model: Any, path: Path) -> Path | None:
     """Write the model; weights beyond the limit of one protobuf go to PATH.data, which is returned."""
     ir = require("onnx_ir")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
+    with whole_file(path) as partial:
         if size <= PROTOBUF_LIMIT:
-            ir.save(model, temporary)
-            temporary.replace(path)
+            ir.save(model, partial)
             return None
         data = path.with_name(f"{path.name}.data")
         warnings.warn(
@@ -261,8 +259,5 @@ def _write(model: Any, path: Path) -> Path | None:
             "keep both together",
             stacklevel=3,
         )
-        ir.save(model, temporary, external_data=data.name)
-        temporary.replace(path)
+        ir.save(model, partial, external_data=data.name)
         return data
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sparsecomp.errors import FormatError
 from sparsecomp.machine.sources import package_digest
+from sparsecomp.reporting.writing import whole_file
 
 
 def digest(*parts: object) -> str:
@@ -67,11 +67,9 @@ class Checkpoint:
         """Keep a finished piece; a crash in between leaves the old file or none."""
         if self.folder is None:
             return
-        path = self._path(piece)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         stored = {name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()}
-        save_file(stored, unfinished, {"key": key, "piece": piece, "facts": json.dumps(dict(facts))})
-        unfinished.replace(path)
+        with whole_file(self._path(piece)) as partial:
+            save_file(stored, partial, {"key": key, "piece": piece, "facts": json.dumps(dict(facts))})
 
     def load(self, piece: str, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept for the piece under that key; None if nothing was, or the work has changed since."""

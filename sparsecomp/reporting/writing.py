@@ -35,7 +35,7 @@ def require_folder(path: Path) -> None:
     _require_open(folder, path)
     try:
         # as it is named until it is whole
-        _partial(path).exists()
+        unfinished(path).exists()
     except OSError as error:
         raise FormatError(f'"{path}" cannot be written ({error.strerror}); name another file') from error
 
@@ -70,7 +70,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     It has the permissions that a file made by ``open`` has. If anything is raised nothing is left behind and ``path``
     is as it was. Raises FormatError, with the user's name, where the system refuses.
     """
-    partial = _partial(path)
+    partial = unfinished(path)
     try:
         with telling(path):
             # what libraries write by way of a temporary file is closed to others
@@ -105,6 +105,9 @@ def _refused(path: Path, reason: str) -> str:
     return f'"{path}" cannot be written ({reason}); make room or name a file elsewhere, and run it again'
 
 
-def _partial(path: Path) -> Path:
-    # of this writer alone: two that write the same file would publish each other's halves
+def unfinished(path: Path) -> Path:
+    """The name beside ``path`` under which it is written until it is whole.
+
+    It is this writer's alone: two that write the same file would publish each other's halves.
+    """
     return path.with_name(f".{path.name}.{token_hex(4)}.partial")

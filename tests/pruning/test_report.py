@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -89,6 +90,15 @@ def test_work_of_other_code_is_not_taken_for_finished(tmp_path, monkeypatch):
     store.save("a", digest(weight), {"weight": weight}, {})
     assert store.load("a", digest(weight)) is not None
     assert len(list(tmp_path.iterdir())) == 1, "it takes the place of the old work"
+
+
+def test_threads_that_keep_one_piece_do_not_meet(tmp_path):
+    store, weight = Checkpoint(tmp_path), torch.randn(64, 64)
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(store.save, "a", "key", {"weight": weight}, {}) for _ in range(30)]:
+            done.result()
+    kept = store.load("a", "key")
+    assert kept is not None and torch.equal(kept[0]["weight"], weight) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_code_of_a_checkpoint_is_its_version_and_its_sources(monkeypatch):
