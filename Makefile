@@ -80,9 +80,9 @@ test-all: lint tritons
 	$(PYTEST)
 	$(MAKE) defaults eager-off
 
-# Only tests in which the package makes tensors; a command has its process to itself.
+# Only tests in which the package makes tensors; a command and what times engines have processes to themselves.
 defaults: $(READY)
-	$(PYTEST) --other-defaults $(filter-out tests/cli tests/benchmark,$(wildcard $(ROOMS) tests/test_*.py))
+	$(PYTEST) --other-defaults $(filter-out tests/cli tests/benchmark tests/engines,$(wildcard $(ROOMS) tests/test_*.py))
 
 # What a layer does on a torch that is not known: its tests, without the way past the dispatcher.
 eager-off: $(READY)

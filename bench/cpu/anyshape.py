@@ -23,10 +23,10 @@ from torch import nn
 
 import sparsecomp as sc
 from sparsecomp.benchmark.cores import Cores
-from sparsecomp.benchmark.engines import DTYPES
 from sparsecomp.benchmark.machine import describe
 from sparsecomp.benchmark.report import EVEN
 from sparsecomp.benchmark.timing import Sampler, measure, use_threads, wait_until_idle
+from sparsecomp.engines.base import DTYPES
 from sparsecomp.machine.device import detect
 from sparsecomp.reporting.terminal import counted, progress, table
 

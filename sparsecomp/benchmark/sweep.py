@@ -9,7 +9,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any
 
 import sparsecomp as sc
 from sparsecomp.benchmark.cores import Cores
-from sparsecomp.benchmark.engines import DTYPES, Engine, SparseEngine, dense_engines
 from sparsecomp.benchmark.machine import describe
 from sparsecomp.benchmark.product import Product
+from sparsecomp.benchmark.sparse import SparseEngine
 from sparsecomp.benchmark.timing import Timing, measure
 from sparsecomp.benchmark.worker import Worker, ask_all, workers
+from sparsecomp.engines.base import DTYPES, Engine
+from sparsecomp.engines.registry import float_engines
 from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.bound import bound
 from sparsecomp.machine.device import Device, detect
@@ -30,8 +32,6 @@ from sparsecomp.patterns.numbers import parse_weights
 from sparsecomp.reporting.terminal import progress
 
 FORMAT = 2
-# relative Frobenius distance to float64 above which a figure would be the speed of something else
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 # copies that together exceed the last-level cache by this much leave nothing of the first when the last is done
 _BEYOND_CACHE = 1.5
 # a weight smaller than this would take thousands of copies, each with buffers and a session of its own in each engine
@@ -83,7 +83,7 @@ def sweep(*parts: Settings) -> dict[str, Any]:
         ]
         patterns = dict.fromkeys(pattern for part, _, _ in groups for pattern in part.patterns)
         sparse = {pattern: SparseEngine(pattern) for pattern in patterns}
-        engines = [*dense_engines(), *sparse.values()]
+        engines = [*float_engines(), *sparse.values()]
         makes = {engine.name: partial(Product, engine, threads) for engine in engines}
         cores[threads] = Cores(threads)
         with workers(makes, threads, [engine.name for engine in engines if engine.openmp]) as started:
@@ -117,7 +117,7 @@ def _measured(
     """The rows of each case once it is measured; ``notes`` gain what is missing and what to know of engines."""
     missing, remarks = notes
     for part, shape, dtype in groups:
-        wanted = [*dense_engines(), *(sparse[pattern] for pattern in part.patterns)]
+        wanted = [*float_engines(), *(sparse[pattern] for pattern in part.patterns)]
         why = {engine.name: engine.missing(dtype) for engine in wanted}
         missing.update({f"{name}, {dtype}": reason for name, reason in why.items() if reason is not None})
         ready = [engine for engine in wanted if why[engine.name] is None]
@@ -162,7 +162,7 @@ def _rows(
     cases += [(batch, "cold", copies) for batch in settings.cold_batches if copies > 1]
     for batch, weights, count in cases:
         errors = ask_all(asked.values(), "bind", batch, count)
-        _check(errors, dtype, f"{shape[0]}x{shape[1]}, batch {batch}, {threads} threads")
+        _check(errors, engines, dtype, f"{shape[0]}x{shape[1]}, batch {batch}, {threads} threads")
         samplers = {name: partial(worker.ask, "sample") for name, worker in asked.items()}
         timings = measure(samplers, settings.seconds, cores)
         found = []
@@ -212,12 +212,13 @@ def _too_small(settings: Settings, shape: tuple[int, int], dtype: str) -> str | 
     )
 
 
-def _check(errors: dict[str, float], dtype: str, where: str) -> None:
-    for name, error in errors.items():
-        if not error <= TOLERANCE[dtype]:
+def _check(errors: Mapping[str, float], engines: Iterable[Engine], dtype: str, where: str) -> None:
+    for engine in engines:
+        error, allowed = errors[engine.name], engine.tolerance(dtype)
+        if not error <= allowed:
             raise SparsecompError(
-                f"{name} is wrong at {where}: relative error {error:.2e} against float64, at most {TOLERANCE[dtype]:g} "
-                f"in {dtype}; its time would mean nothing"
+                f"{engine.name} is wrong at {where}: relative error {error:.2e} against float64, at most {allowed:g} "
+                f"in {engine.computes(dtype)}; its time would mean nothing"
             )
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from sparsecomp.benchmark import engines, report, sweep, timing
+from sparsecomp.benchmark import report, sweep, timing
 from sparsecomp.benchmark.product import Product
+from sparsecomp.benchmark.sparse import SparseEngine
 from sparsecomp.benchmark.worker import ask_all, workers
+from sparsecomp.engines.base import Engine, Loaded, Operands
+from sparsecomp.engines.pytorch import TorchEngine
 from sparsecomp.errors import FormatError, PatternError, SparsecompError
 
 
@@ -110,39 +111,19 @@ def test_a_verdict_needs_the_whole_spread(us: float, low: float, high: float, ve
     assert found.verdict == verdict
 
 
-def test_all_engines_agree_with_float64_and_rotate_over_copies() -> None:
+def test_our_engines_agree_with_float64_and_rotate_over_copies() -> None:
     weights = [torch.randn(24, 40) for _ in range(3)]
     fitting = [sweep.sc.prune_weight(weight, "2:4").weight for weight in weights]
     x, bias = torch.randn(5, 40), torch.randn(24)
-    for engine in [*engines.dense_engines(), engines.SparseEngine("2:4"), engines.SparseEngine("2:4+int8")]:
+    for engine in [SparseEngine("2:4"), SparseEngine("2:4+int8")]:
         if engine.missing("fp32") is not None:
             continue
-        loaded = engine.load(engines.Operands(fitting, bias, "fp32"))
+        loaded = engine.load(Operands(fitting, bias, "fp32"))
         for copies in (1, 3):
             runner = loaded.bind(x, 1, copies)
             runner.call()
             truth = x.double() @ engine.effective(fitting[copies - 1]).double().T + bias.double()
             torch.testing.assert_close(runner.result().double().detach(), truth, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("known", "dtype", "precision", "told"),
-    [(["FP32", "BF16"], "bf16", "bf16", False), (["FP32"], "bf16", "f32", True), (["FP32"], "fp32", "f32", False)],
-)
-def test_openvino_emulates_no_bf16(
-    monkeypatch: pytest.MonkeyPatch, known: list[str], dtype: str, precision: str, told: bool
-) -> None:
-    core = SimpleNamespace(get_property=lambda device, name: known if name == "OPTIMIZATION_CAPABILITIES" else None)
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
-    engines._openvino_precision.cache_clear()
-    try:
-        engine = engines.OpenVinoEngine()
-        loaded = engine.load(engines.Operands([], torch.zeros(1), dtype))
-        assert isinstance(loaded, engines._OpenVino)
-        assert loaded.precision == precision
-        assert (engine.remark(dtype) is not None) == told
-    finally:
-        engines._openvino_precision.cache_clear()
 
 
 def test_remarks_are_printed() -> None:
@@ -152,15 +133,15 @@ def test_remarks_are_printed() -> None:
     assert report.render(result).endswith("openvino, bf16: computes in fp32")
 
 
-class WrongEngine(engines.TorchEngine):
+class WrongEngine(TorchEngine):
     name = "wrong"
 
-    def load(self, operands: engines.Operands) -> engines.Loaded:
-        return super().load(engines.Operands(operands.weights, operands.bias + 1, operands.dtype))
+    def load(self, operands: Operands) -> Loaded:
+        return super().load(Operands(operands.weights, operands.bias + 1, operands.dtype))
 
 
-class FailingEngine(engines.TorchEngine):
-    def load(self, operands: engines.Operands) -> engines.Loaded:
+class FailingEngine(TorchEngine):
+    def load(self, operands: Operands) -> Loaded:
         raise ValueError("out of luck")
 
 
@@ -183,7 +164,7 @@ class Mortal:
 
 @pytest.mark.slow
 def test_engines_in_their_own_processes_multiply_the_same_numbers() -> None:
-    listed = [engines.TorchEngine(), engines.SparseEngine("2:4"), WrongEngine()]
+    listed: list[Engine] = [TorchEngine(), SparseEngine("2:4"), WrongEngine()]
     ready = [engine for engine in listed if engine.missing("fp32") is None]
     with workers({engine.name: partial(Product, engine, 2) for engine in ready}, 2) as started:
         ask_all(started.values(), "load", (24, 40), "fp32", 3)
@@ -191,7 +172,7 @@ def test_engines_in_their_own_processes_multiply_the_same_numbers() -> None:
             errors = ask_all(started.values(), "bind", 5, copies)
             assert all((error > 0.1) == (name == "wrong") for name, error in errors.items())
             with pytest.raises(SparsecompError, match="wrong is wrong at"):
-                sweep._check(errors, "fp32", "24x40")
+                sweep._check(errors, ready, "fp32", "24x40")
         timings = timing.measure({name: partial(each.ask, "sample") for name, each in started.items()}, 0.01)
         assert all(each.samples >= timing.MIN_REPETITIONS and each.low > 0 for each in timings.values())
 
@@ -219,10 +200,11 @@ def test_a_process_that_dies_is_an_error_and_the_others_end_with_the_block() -> 
 
 
 def test_a_wrong_product_ends_the_run() -> None:
-    with pytest.raises(SparsecompError, match="openvino is wrong at 8x16"):
-        sweep._check({"torch": 1e-7, "openvino": 0.1}, "fp32", "8x16")
+    listed = [TorchEngine(), WrongEngine()]
+    with pytest.raises(SparsecompError, match="wrong is wrong at 8x16"):
+        sweep._check({"torch": 1e-7, "wrong": 0.1}, listed, "fp32", "8x16")
     with pytest.raises(SparsecompError, match="torch is wrong"):
-        sweep._check({"torch": float("nan")}, "fp32", "8x16")
+        sweep._check({"torch": float("nan")}, listed[:1], "fp32", "8x16")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 3, "kind": "gemm", "rows": []}', '{"rows": []}'])

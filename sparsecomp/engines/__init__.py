@@ -1,0 +1,4 @@
+"""The dense products of other libraries: what a layer of a user's model could run as on this machine.
+
+Takes the weights of one layer, gives callables. Knows none of the sparse kernels and no clock.
+"""
