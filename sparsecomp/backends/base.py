@@ -17,7 +17,7 @@ from sparsecomp.activations import activate
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import Pattern
-from sparsecomp.patterns.numbers import Numbers
+from sparsecomp.patterns.numbers import Numbers, listed
 
 Weight = PackedWeight | Tensor  # a dense one is [out, in]
 
@@ -52,7 +52,7 @@ def numbers_why_not(numbers: Numbers, known: Sequence[Numbers]) -> str | None:
     """None if ``numbers`` are among those that a backend knows, else the reason why it does not run them."""
     if numbers in known:
         return None
-    return f"has no kernel for weights in {numbers}; {' and '.join(map(str, known))} only"
+    return f"has no kernel for weights in {numbers}; {listed(known)} only"
 
 
 class Backend(ABC):

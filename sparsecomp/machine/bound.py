@@ -43,7 +43,7 @@ def packed_nbytes(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, 
     if nm is not None:
         slots = nm.slots(columns)
         values = out * numbers.bytes_of(slots, dtype)
-        return values + scales + -(-out // nm.mask_rows) * packed_bytes(slots, nm.index_bits)
+        return values + scales + -(-out // nm.mask_rows) * packed_bytes(slots, numbers.position_bits(nm))
     if isinstance(pattern, Block):
         down, across = pattern.grid(out, columns)
         kept = pattern.kept_blocks(out, columns)

@@ -17,7 +17,7 @@ from sparsecomp.errors import FormatError, PatternError
 from sparsecomp.packing.bits import pack_positions, packed_bytes, unpack_positions
 from sparsecomp.patterns import NM, Block, Pattern, parse, row_nm
 from sparsecomp.patterns.check import check_weight
-from sparsecomp.patterns.numbers import DTYPES, FLOAT, INT8, LARGEST_INT8, LAYER_DTYPES, Numbers
+from sparsecomp.patterns.numbers import ACTIVATION_BITS, DTYPES, FLOAT, INT8, LARGEST_INT8, LAYER_DTYPES, Numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,8 @@ class PackedWeight:
     [block rows, ceil(block columns / 8)], a bitmap of the kept blocks, least significant bit first.
 
     Quantised N:M weights have int8 ``values`` and ``scales`` fp32 [out], one for each row, and stand for
-    ``values * scales`` in ``dense_dtype``; both are None otherwise.
+    ``values * scales`` in ``dense_dtype``; both are None otherwise. ``activation_bits`` is 8 where the product rounds
+    its input to int8 as well, and None otherwise; ``metadata`` has no columns then if N equals M.
     """
 
     values: Tensor
@@ -38,6 +39,7 @@ class PackedWeight:
     shape: tuple[int, int]
     scales: Tensor | None = None
     dense_dtype: torch.dtype | None = None
+    activation_bits: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,8 +48,10 @@ class PackedWeight:
 
     @property
     def numbers(self) -> Numbers:
-        """How the weights are stored: as they are, or as int8 with row scales."""
-        return FLOAT if self.scales is None else INT8
+        """How the weights are stored and multiplied: as they are, or as int8 with row scales."""
+        if self.scales is None:
+            return FLOAT
+        return INT8 if self.activation_bits is None else replace(INT8, activation_bits=self.activation_bits)
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -68,7 +72,8 @@ class PackedWeight:
                 f"give all of them, in this order"
             )
         values, metadata, *scales = parts
-        return cls(values, metadata, pattern, shape, *((scales[0], dtype) if numbers.has_scales else ()))
+        quantised = (scales[0], dtype, numbers.activation_bits) if numbers.has_scales else ()
+        return cls(values, metadata, pattern, shape, *quantised)
 
     @property
     def device(self) -> torch.device:
@@ -126,14 +131,21 @@ class PackedWeight:
         return dense.flatten(1)[:, :columns].contiguous()
 
     def integers(self) -> PackedWeight:
-        """The stored values as a weight of their own, without scales."""
-        return replace(self, scales=None, dense_dtype=None)
+        """The stored values as a weight of their own, without scales; one of int8 names every position."""
+        plain = replace(self, scales=None, dense_dtype=None, activation_bits=None)
+        nm = row_nm(self.pattern)
+        if nm is None or self.numbers.position_bits(nm) == nm.index_bits:
+            return plain
+        return replace(plain, metadata=pack_positions(self.positions()[:: nm.mask_rows].flatten(1), nm.index_bits))
 
     def positions(self) -> Tensor:
         """In-group positions, uint8 [out, groups, N], ascending in each group. N:M and V:N:M only."""
         nm = _stored_nm(self.pattern)
         out, columns = self.shape
-        positions = unpack_positions(self.metadata, nm.slots(columns), nm.index_bits)
+        bits = self.numbers.position_bits(nm)
+        if bits == 0:
+            return torch.arange(nm.m, dtype=torch.uint8, device=self.device).expand(out, nm.groups(columns), nm.m)
+        positions = unpack_positions(self.metadata, nm.slots(columns), bits)
         positions = positions.view(self.metadata.shape[0], nm.groups(columns), nm.n)
         return positions.repeat_interleave(nm.mask_rows, dim=0)[:out]
 
@@ -148,14 +160,15 @@ class PackedWeight:
                 f"packed tensors are {self.values.dtype} values and {self.metadata.dtype} metadata; "
                 f"values must be one of {_dtype_names()} and metadata torch.uint8"
             )
-        if self.scales is not None or self.dense_dtype is not None:
+        if any(each is not None for each in (self.scales, self.dense_dtype, self.activation_bits)):
             _validate_scales(self)
         if isinstance(self.pattern, Block):
             _validate_block(self, self.pattern)
         else:
             nm = _stored_nm(self.pattern, FormatError)
             slots = nm.slots(columns)
-            want = ((out, slots), (-(-out // nm.mask_rows), packed_bytes(slots, nm.index_bits)))
+            bits = self.numbers.position_bits(nm)
+            want = ((out, slots), (-(-out // nm.mask_rows), packed_bytes(slots, bits)))
             got = (tuple(self.values.shape), tuple(self.metadata.shape))
             if got != want:
                 raise FormatError(
@@ -172,11 +185,12 @@ class PackedWeight:
 
     def _check_canonical(self) -> None:
         """Tails, fill rule, -0.0, unused bits and shared columns: exactly one packed form belongs to a weight."""
+        stored = self.integers()
         try:
-            again = pack(self.integers().unpack(), self.pattern)
+            again = pack(stored.unpack(), self.pattern)
         except PatternError as error:
             raise FormatError(f"the packed tensors hold no {self.pattern} weight ({error})") from error
-        same = torch.equal(_bits(again.values), _bits(self.values)) and torch.equal(again.metadata, self.metadata)
+        same = torch.equal(_bits(again.values), _bits(stored.values)) and torch.equal(again.metadata, stored.metadata)
         if not same:
             raise FormatError(
                 f"the packed tensors are not the canonical form of a {self.pattern} weight; pack the dense weight again"
@@ -324,6 +338,8 @@ def _validate_block(packed: PackedWeight, pattern: Block) -> None:
 
 def _validate_scales(packed: PackedWeight) -> None:
     scales, out = packed.scales, packed.shape[0]
+    if packed.activation_bits not in (None, *ACTIVATION_BITS):
+        raise FormatError(f"activations of {packed.activation_bits!r} bits are not known; use 8, or None to leave them")
     if scales is None or packed.dense_dtype not in LAYER_DTYPES or packed.values.dtype != torch.int8:
         raise FormatError("row scales belong to int8 values that stand for a floating dtype; quantise the weight again")
     if scales.dtype != torch.float32 or tuple(scales.shape) != (out,):

@@ -6,7 +6,8 @@ Takes such a name, alone or behind a pattern as in ``"2:4+int8"``, and gives val
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,6 +61,16 @@ class Numbers:
         """Whether stored weights are integers that stand for others."""
         return self.bits is not None
 
+    def position_bits(self, pattern: Pattern) -> int:
+        """Bits of one stored position of a weight in N:M groups: none where dense groups multiply integers.
+
+        Dense groups in other numbers keep the positions that their files have always had.
+        """
+        nm = row_nm(pattern)
+        if nm is None:
+            raise PatternError(f'"{pattern}" is not stored as N:M groups; it has no in-group positions')
+        return 0 if nm.n == nm.m and self.activation_bits is not None else nm.index_bits
+
     @property
     def part_names(self) -> tuple[str, ...]:
         """The names of a weight's tensors in files and in a state_dict, in the order in which kernels hold them."""
@@ -88,7 +99,14 @@ class Numbers:
 
     def in_words(self, dtype: torch.dtype) -> str:
         """These numbers in a layer of ``dtype`` as tables show them: "float32", or "int8 weights, float32"."""
-        return (f"{self} weights, " if self.has_scales else "") + str(dtype).removeprefix("torch.")
+        return (f"{self.weights_in_words}, " if self.has_scales else "") + str(dtype).removeprefix("torch.")
+
+    @property
+    def weights_in_words(self) -> str:
+        """What is multiplied, without the dtype around it: "int8 weights", "int8 weights and activations"."""
+        if self.activation_bits is None:
+            return f"{self} weights"
+        return f"{replace(self, activation_bits=None)} weights and int{self.activation_bits} activations"
 
     def __str__(self) -> str:
         """The name that parses back to this value."""
@@ -101,7 +119,8 @@ class Numbers:
 
 FLOAT = Numbers()
 INT8 = Numbers(bits=8)
-COMPUTED = (FLOAT, INT8)  # what there is code for; the parser lets nothing else in
+INT8_A8 = Numbers(bits=8, activation_bits=8)  # integers on both sides of the product
+COMPUTED = (FLOAT, INT8, INT8_A8)  # what there is code for; the parser lets nothing else in
 PART_NAMES = tuple(dict.fromkeys(name for numbers in COMPUTED for name in numbers.part_names))
 
 _INTEGERS = re.compile(r"int(\d+)(?:@g(\d+))?(@z)?(?:@a(\d+))?")
@@ -114,9 +133,15 @@ def parse_numbers(numbers: str | Numbers) -> Numbers:
     """
     found = numbers if isinstance(numbers, Numbers) else _named(numbers)
     if found not in COMPUTED:
-        allowed = " and ".join(f'"{each}"' for each in COMPUTED)
+        allowed = listed(COMPUTED, '"')
         raise PatternError(f'no kernel computes numbers "{found}" yet; allowed are {allowed}; take one of them')
     return found
+
+
+def listed(every: Sequence[Numbers], quote: str = "") -> str:
+    """Their names for a message: float, int8 and int8@a8."""
+    *names, last = (f"{quote}{each}{quote}" for each in every)
+    return f"{', '.join(names)} and {last}" if names else last
 
 
 def _named(name: str) -> Numbers:
@@ -136,16 +161,44 @@ def _named(name: str) -> Numbers:
     )
 
 
-def parse_weights(name: str | Pattern) -> tuple[Pattern, Numbers]:
+def parse_weights(
+    name: str | Pattern, quantize: str | None = None, activations: str | None = None
+) -> tuple[Pattern, Numbers]:
     """Pattern and numbers of a name such as "2:4+int8"; without numbers, as in "2:4", the weights are floating.
 
-    Raises PatternError for a name that either grammar refuses, and for integers in a pattern that cannot hold them.
+    ``quantize="int8"`` and ``activations="int8"`` say the same beside a name: "2:4+int8@a8".
+
+    Raises PatternError for a name that either grammar refuses, for integers in a pattern that cannot hold them, and
+    where name and words contradict each other.
     """
     kept, plus, stored = name.partition("+") if isinstance(name, str) else (name, "", "")
     pattern, numbers = parse(kept), parse_numbers(stored) if plus else FLOAT
+    asked = numbers_asked(quantize, activations)
+    if plus and asked not in (FLOAT, numbers):
+        raise PatternError(f'"{name}" names the numbers {numbers} and {asked} are asked for beside it; name them once')
+    numbers = numbers if asked == FLOAT else asked
     if reason := integers_why_not(pattern, numbers):
         raise PatternError(reason)
     return pattern, numbers
+
+
+def numbers_asked(quantize: str | None, activations: str | None) -> Numbers:
+    """The numbers that ``quantize="int8", activations="int8"`` ask for; floating ones where both are None.
+
+    Raises PatternError for other words, and for activations that are rounded where weights are not.
+    """
+    if activations is not None and activations != "int8":
+        raise PatternError(f'activations={activations!r} is not known; use "int8", or None to leave them as they are')
+    if quantize is None:
+        if activations is not None:
+            raise PatternError('activations="int8" multiplies integers; give quantize="int8" with it')
+        return FLOAT
+    numbers = parse_numbers(quantize)
+    if activations is None:
+        return numbers
+    if not numbers.has_scales:
+        raise PatternError(f'activations="int8" cannot multiply {numbers} weights; give quantize="int8" with it')
+    return parse_numbers(replace(numbers, activation_bits=ACTIVATION_BITS[0]))
 
 
 def weights_name(pattern: Pattern, numbers: Numbers) -> str:

@@ -90,7 +90,7 @@ def test_tf32_says_why_not(request_: Request, reason: str) -> None:
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
-        (_request(), "has no kernel for torch.float16 weights without row scales; quantise them (quantized=True)"),
+        (_request(), 'has no kernel for torch.float16 weights without row scales; quantise them with quantize="int8"'),
         (_request("4:8", numbers=INT8), "has no kernel for 4:8; 2:4 only"),
         (_request(numbers=INT8, device="cpu"), "runs on cuda, not on cpu"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -11,8 +13,12 @@ from hypothesis import strategies as st
 
 import sparsecomp as sc
 from sparsecomp.errors import FormatError, PatternError
+from sparsecomp.machine.bound import packed_nbytes
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.packing import PackedWeight
+from sparsecomp.packing.quantize import in_numbers
+from sparsecomp.patterns import row_nm
+from sparsecomp.patterns.numbers import FLOAT, INT8, INT8_A8
 
 
 def packed(pattern: str, out: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> PackedWeight:
@@ -104,3 +110,86 @@ def test_damage_is_found(change, message):
     quantised = sc.quantize(packed("2:4", 8, 16))
     with pytest.raises(FormatError, match=message):
         replace(quantised, **change(quantised)).validate()
+
+
+def _largest_pair(integers: torch.Tensor, n: int, m: int) -> int:
+    """The sum of one sign that a pair comes to at most, by the words of ``quantize``, weight by weight."""
+    slots, worst = 16 // m * n, 0
+    for row in integers.tolist():
+        for start in range(0, len(row), slots):
+            step = row[start : start + slots] + [0] * (slots - len(row[start : start + slots]))
+            step = sorted(step + [0] * (-slots % 4))
+            for small, large in zip(step, reversed(step), strict=True):
+                worst = max(worst, max(small, 0) + max(large, 0), max(-small, 0) + max(-large, 0))
+    return worst
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    pattern=st.sampled_from(["2:4", "1:4", "4:16", "5:8", "8:16", "12:16", "1:2", "2:4@v4", "4:2:8"]),
+    out=st.integers(1, 20),
+    columns=st.integers(1, 90),
+    same_sign=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_pairs_fit_16_bits_where_activations_are_rounded(pattern, out, columns, same_sign, dtype, seed):
+    original = packed(pattern, out, columns, torch.float32, seed)
+    original = replace(original, values=original.values.abs() if same_sign else original.values).to(dtype=dtype)
+    quantised, plain = sc.quantize(original, "int8").validate(), sc.quantize(original)
+    nm = row_nm(original.pattern)
+    assert quantised.numbers == INT8_A8 and _largest_pair(quantised.values, nm.n, nm.m) <= 128
+    growth = quantised.scales / plain.scales
+    assert bool((growth >= 1).all()) and bool((growth <= 2.01).all())
+    kept = growth == 1
+    assert torch.equal(quantised.unpack()[kept], plain.unpack()[kept])
+    # no scale is raised that need not be, and none by more than a hundredth too much
+    for row in (~kept).nonzero().flatten().tolist():
+        smaller = quantised.scales[row] / 1.01
+        integers = (original.values[row].float() / smaller).round()[None].to(torch.int32)
+        assert _largest_pair(integers, nm.n, nm.m) > 128
+    wide = replace(quantised, dense_dtype=torch.float64)
+    moved = (wide.unpack() - original.unpack().double()).abs()
+    assert bool((moved <= quantised.scales[:, None] / 2 * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("pattern", ["16:16", "4:4", "2:2", "8:8@v3"])
+@pytest.mark.parametrize(("out", "columns"), [(5, 33), (3, 16), (0, 8), (8, 0)])
+def test_dense_groups_have_no_positions_where_activations_are_rounded(pattern, out, columns):
+    weight = torch.randn(out, columns)
+    weight[:, ::3] = 0
+    plain = sc.quantize(sc.pack(weight, pattern))
+    quantised = sc.quantize(sc.pack(weight, pattern), "int8").validate()
+    rows = -(-out // row_nm(plain.pattern).mask_rows)
+    assert quantised.metadata.shape == (rows, 0) and torch.equal(quantised.values, plain.values)
+    assert torch.equal(quantised.scales, plain.scales) and torch.equal(quantised.positions(), plain.positions())
+    assert torch.equal(quantised.unpack(), plain.unpack())
+    assert torch.equal(quantised.integers().metadata, plain.metadata)
+    assert quantised.nbytes == packed_nbytes(plain.pattern, (out, columns), torch.float32, INT8_A8)
+    with pytest.raises(FormatError, match="metadata"):
+        replace(quantised, metadata=plain.metadata if plain.metadata.numel() else torch.zeros(rows, 1)).validate()
+
+
+def test_how_a_weight_is_multiplied_is_a_fact_of_it():
+    quantised = sc.quantize(packed("8:16", 4, 32), "int8")
+    parts = tuple(quantised.parts.values())
+    again = sc.PackedWeight.of(parts, quantised.pattern, quantised.shape, quantised.dtype, quantised.numbers)
+    for other in (again, pickle.loads(pickle.dumps(quantised)), copy.deepcopy(quantised), quantised.to("cpu")):
+        assert other.numbers == INT8_A8 and other.validate() is other
+    assert quantised.to(dtype=torch.bfloat16).numbers == INT8_A8 and quantised.integers().numbers == FLOAT
+    assert in_numbers(packed("8:16", 4, 32), INT8_A8).numbers == INT8_A8
+    for bits in (4, 0, "8"):
+        with pytest.raises(FormatError, match=r"activations of .* bits are not known"):
+            replace(quantised, activation_bits=bits).validate()
+    with pytest.raises(FormatError, match="belong to int8 values"):
+        replace(packed("8:16", 4, 32), activation_bits=8).validate()
+    with pytest.raises(PatternError, match="activations='int4' is not known"):
+        sc.quantize(packed("8:16", 4, 32), "int4")
+
+
+def test_a_weight_pickled_before_activations_were_rounded_is_read():
+    quantised = sc.quantize(packed("8:16", 4, 32))
+    state = {name: value for name, value in vars(quantised).items() if name != "activation_bits"}
+    older = sc.PackedWeight.__new__(sc.PackedWeight)
+    older.__dict__.update(state)
+    assert older.numbers == INT8 and older.validate() is older

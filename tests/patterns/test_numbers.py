@@ -17,6 +17,7 @@ from sparsecomp.patterns.numbers import (
     COMPUTED,
     FLOAT,
     INT8,
+    INT8_A8,
     PART_NAMES,
     Numbers,
     parse_numbers,
@@ -33,7 +34,7 @@ INTEGERS = st.builds(
 )
 
 
-@pytest.mark.parametrize(("name", "value"), [("float", FLOAT), ("int8", INT8), (" int8 ", INT8)])
+@pytest.mark.parametrize(("name", "value"), [("float", FLOAT), ("int8", INT8), (" int8 ", INT8), ("int8@a8", INT8_A8)])
 def test_numbers_have_names(name: str, value: Numbers) -> None:
     assert parse_numbers(name) == value
     assert parse_numbers(str(value)) == value
@@ -46,13 +47,15 @@ def test_numbers_have_names(name: str, value: Numbers) -> None:
         (Numbers(4), "int4"),
         (Numbers(4, 128), "int4@g128"),
         (Numbers(4, 128, zero_point=True), "int4@g128@z"),
-        (Numbers(8, activation_bits=8), "int8@a8"),
+        (Numbers(4, activation_bits=8), "int4@a8"),
     ],
 )
 def test_numbers_that_nothing_computes_are_refused_by_name_and_by_value(numbers: Numbers, name: str) -> None:
     assert str(numbers) == name
     for given_ in (name, numbers):
-        with pytest.raises(PatternError, match=f'no kernel computes numbers "{name}" yet.*"float" and "int8"'):
+        with pytest.raises(
+            PatternError, match=f'no kernel computes numbers "{name}" yet.*"float", "int8" and "int8@a8";'
+        ):
             parse_numbers(given_)
 
 
@@ -94,7 +97,12 @@ def test_facts_that_contradict_each_other_make_no_numbers(facts: dict[str, int])
 
 @pytest.mark.parametrize(
     ("name", "pattern", "numbers"),
-    [("2:4", NM(2, 4), FLOAT), ("8:16+int8", NM(8, 16), INT8), ("block16x16:0.5", Block(16, 16, 0.5), FLOAT)],
+    [
+        ("2:4", NM(2, 4), FLOAT),
+        ("8:16+int8", NM(8, 16), INT8),
+        ("16:16+int8@a8", NM(16, 16), INT8_A8),
+        ("block16x16:0.5", Block(16, 16, 0.5), FLOAT),
+    ],
 )
 def test_weights_are_named_by_pattern_and_numbers(name: str, pattern: NM, numbers: Numbers) -> None:
     assert parse_weights(name) == (pattern, numbers)
@@ -119,6 +127,40 @@ def test_weights_outside_the_grammar_are_refused(name: str, said: str) -> None:
         parse_weights(name)
 
 
+@pytest.mark.parametrize("name", ["8:16", "16:16", "64:2:8"])
+def test_numbers_are_asked_for_beside_a_pattern(name: str) -> None:
+    for quantize, activations, numbers in ((None, None, FLOAT), ("int8", None, INT8), ("int8", "int8", INT8_A8)):
+        assert parse_weights(name, quantize, activations) == (parse(name), numbers)
+        assert parse_weights(weights_name(parse(name), numbers), quantize, activations) == (parse(name), numbers)
+    assert parse_weights(f"{name}+int8@a8") == (parse(name), INT8_A8)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantize", "activations", "said"),
+    [
+        ("2:4", None, "int8", 'activations="int8" multiplies integers; give quantize="int8"'),
+        ("2:4", "float", "int8", 'activations="int8" cannot multiply float weights'),
+        ("2:4", "int8", "int4", "activations='int4' is not known; use \"int8\""),
+        ("2:4", "int4", None, 'no kernel computes numbers "int4" yet'),
+        ("2:4", True, None, "numbers are a name or a value of Numbers, not bool"),
+        ("2:4+int8", "int8", "int8", '"2:4[+]int8" names the numbers int8 and int8@a8 are asked for'),
+        ("2:4+int8@a8", "int8", None, '"2:4[+]int8@a8" names the numbers int8@a8 and int8 are asked for'),
+        ("block4x4:0.5", "int8", "int8", "row scales need an N:M or V:N:M pattern"),
+    ],
+)
+def test_what_is_asked_for_and_makes_no_sense_is_refused(name, quantize, activations, said) -> None:
+    with pytest.raises(PatternError, match=said):
+        parse_weights(name, quantize, activations)
+
+
+def test_positions_take_no_bits_where_dense_groups_multiply_integers() -> None:
+    for pattern, bits in ((NM(8, 16), 4), (NM(16, 16), 0), (NM(4, 4), 0), (NM(3, 4), 2)):
+        assert INT8_A8.position_bits(pattern) == bits
+        assert FLOAT.position_bits(pattern) == INT8.position_bits(pattern) == pattern.index_bits
+    with pytest.raises(PatternError, match="not stored as N:M groups"):
+        FLOAT.position_bits(Block(4, 4, 0.5))
+
+
 def test_sizes_are_counted_in_bits() -> None:
     half, byte = Numbers(4), INT8
     assert [half.bytes_of(count, torch.float32) for count in (0, 1, 2, 7)] == [0, 1, 1, 4]
@@ -134,7 +176,8 @@ def test_sizes_are_counted_in_bits() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_names_and_sizes_are_those_of_packed_weights(pattern: str, dtype: torch.dtype) -> None:
     floating = sc.pack(torch.zeros(6, 20, dtype=dtype), pattern)
-    for packed, numbers in ((floating, FLOAT), (sc.quantize(floating), INT8)):
+    quantised = ((sc.quantize(floating), INT8), (sc.quantize(floating, "int8"), INT8_A8))
+    for packed, numbers in ((floating, FLOAT), *quantised):
         assert tuple(packed.parts) == numbers.part_names
         nbytes = 6 * numbers.bytes_of(packed.values.shape[1], dtype) + numbers.scales_bytes(packed.shape)
         assert packed.nbytes - packed.metadata.nbytes == nbytes
@@ -156,13 +199,15 @@ def test_tensors_of_a_weight_are_named() -> None:
 def test_numbers_in_words() -> None:
     assert FLOAT.in_words(torch.float32) == "float32"
     assert INT8.in_words(torch.bfloat16) == "int8 weights, bfloat16"
+    assert INT8_A8.in_words(torch.float32) == "int8 weights and int8 activations, float32"
 
 
 @pytest.mark.parametrize("name", ["cpu", "dense", "reference", "triton"])
 def test_backends_refuse_numbers_they_have_no_kernel_for(name: str) -> None:
     device = "cuda" if name == "triton" else "cpu"
     request = Request(parse("2:4"), (16, 32), torch.float32, device, 1, Numbers(4, 32))
-    assert backends()[name].supports(request) == "has no kernel for weights in int4@g32; float and int8 only"
+    known = "float, int8 and int8@a8" if name in ("dense", "reference") else "float and int8"
+    assert backends()[name].supports(request) == f"has no kernel for weights in int4@g32; {known} only"
 
 
 def test_weights_are_not_stored_in_numbers_that_nothing_computes() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsecomp.backends.base import Kernel
+from sparsecomp.backends.base import Kernel, numbers_why_not
 from sparsecomp.backends.gpu.gluon import GluonBackend
 from sparsecomp.errors import BackendError
 from sparsecomp.machine.request import Request
@@ -18,7 +18,7 @@ from sparsecomp.packing.quantize import quantize
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.numbers import INT8
 
-_WITHOUT_SCALES = "has no kernel for {} weights without row scales; quantise them (quantized=True)"
+_WITHOUT_SCALES = 'has no kernel for {} weights without row scales; quantise them with quantize="int8"'
 
 
 class GluonTf32Backend(GluonBackend):
@@ -52,17 +52,19 @@ class GluonInt8Backend(GluonBackend):
 
     def supports(self, request: Request) -> str | None:
         """None if the kernel runs this request, else the reason why not: int8 weights with row scales only."""
-        if request.numbers != INT8:
+        if not request.numbers.has_scales:
             return _WITHOUT_SCALES.format(request.dtype)
-        return super().supports(request)
+        return numbers_why_not(request.numbers, (INT8,)) or super().supports(request)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """Fragments and metadata int32 as ``to_fragments`` gives them, and the scales fp32 [out].
 
         Raises BackendError for a weight that ``supports`` refuses.
         """
-        if packed.numbers != INT8:
+        if not packed.numbers.has_scales:
             raise BackendError(f"the {self.name} backend {_WITHOUT_SCALES.format(packed.values.dtype)}")
+        if reason := numbers_why_not(packed.numbers, (INT8,)):
+            raise BackendError(f"the {self.name} backend {reason}")
         return super().prepare(packed)
 
     def prepare_dense(self, weight: Tensor, pattern: Pattern) -> Kernel:
