@@ -107,7 +107,7 @@ def _canonical_shapes(kernel: Kernel) -> tuple[tuple[int, ...], tuple[int, int]]
     nm = row_nm(pattern)
     assert nm is not None  # it was prepared
     slots = nm.slots(columns)
-    return (out, slots), (-(-out // nm.mask_rows), packed_bytes(slots, nm.index_bits))
+    return (out, slots), (-(-out // nm.mask_rows), packed_bytes(slots, kernel.numbers.position_bits(nm)))
 
 
 def _unfit_block(pattern: Block) -> str | None:

@@ -1,6 +1,7 @@
 """Adapter that unpacks the weight into a temporary at every call and multiplies with torch: correct for every pattern.
 
-Holds the canonical tensors only, so it costs no memory and serves what has no kernel. Knows no kernel.
+Holds the canonical tensors only, so it costs no memory and serves what has no kernel. Where numbers ask for rounded
+activations it multiplies them as they are, which is the product that the rounding approximates. Knows no kernel.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch.nn import functional
 from sparsecomp.backends.base import Backend, Kernel, numbers_why_not
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.format import PackedWeight
-from sparsecomp.patterns.numbers import FLOAT, INT8, LAYER_DTYPES
+from sparsecomp.patterns.numbers import COMPUTED, LAYER_DTYPES
 
 
 class DenseBackend(Backend):
@@ -29,7 +30,7 @@ class DenseBackend(Backend):
         """None for every packable pattern in a floating dtype, else the reason."""
         if request.dtype not in LAYER_DTYPES:
             return f"multiplies in {', '.join(map(str, LAYER_DTYPES))}, not in {request.dtype}"
-        return numbers_why_not(request.numbers, (FLOAT, INT8))
+        return numbers_why_not(request.numbers, COMPUTED)
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The canonical tensors themselves."""

@@ -45,7 +45,7 @@ class Explanation:
         """Some lines: the request, the kernel, the bound, the times, the rejected."""
         out, columns = self.request.shape
         numbers = self.request.numbers
-        weights = f", {numbers} weights," if numbers.has_scales else ""
+        weights = f", {numbers.weights_in_words}," if numbers.has_scales else ""
         lines = [
             f"{out}x{columns} {self.request.pattern} {self.request.dtype}{weights} on {self.request.device}, "
             f"batch {self.request.batch}",
@@ -102,6 +102,8 @@ def explain_kernel(kernel: Kernel, batch: int, choice: Choice, activation: str =
     notes: list[str] = []
     if where.kind == "cuda" and not registry.backends()[chosen].of_a_vendor:
         notes += filter(None, [uncertified(device)])
+    if kernel.numbers.activation_bits is not None and (unpacked or chosen == "dense"):
+        notes.append("the dense weight is multiplied, by x as it is: activations are not rounded")
     if limit is None:
         notes.append("the bound is unknown: measuring the peaks of the device needs more memory than is free")
     return Explanation(request, chosen, reason, limit, seconds, rejected, epilogue, tuple(notes))

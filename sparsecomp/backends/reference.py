@@ -1,4 +1,4 @@
-"""The slow, obvious twin of every kernel: unpack, multiply in float64, round once. Always there; taken by name."""
+"""The slow, obvious twin of every kernel: unpack, multiply exactly, round once. Always there; taken by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 from sparsecomp.activations import activate
 from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.dense import DenseBackend
+from sparsecomp.packing.format import PackedWeight
+
+_LEVELS = 254  # steps from the smallest to the largest number of a row, which become 1 to 255
 
 
 class ReferenceBackend(DenseBackend):
@@ -27,9 +30,46 @@ class ReferenceBackend(DenseBackend):
     def run_activated(self, kernel: Kernel, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """``run`` with the activation in float64, before the rounding."""
         packed = self.restore(kernel)
-        if packed.numbers.has_scales:
-            packed = replace(packed, dense_dtype=torch.float64)  # the weight itself is not rounded
-        y = x.to(torch.float64) @ packed.unpack().to(torch.float64).T
+        if packed.numbers.activation_bits is not None:
+            y = _integer_product(packed, x)
+        else:
+            if packed.numbers.has_scales:
+                packed = replace(packed, dense_dtype=torch.float64)  # the weight itself is not rounded
+            y = x.to(torch.float64) @ packed.unpack().to(torch.float64).T
         if bias is not None:
             y = y + bias.to(torch.float64)
         return activate(y, activation).to(kernel.dtype)
+
+
+def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [batch, in] in integers, each row with a step and a zero of its own: x is nearly (integers - zeros) * steps.
+
+    Integers are 1 to 255, int64; ``zeros`` int64 and ``steps`` fp32 are [batch, 1]. A row of zeros has the step 1. The
+    step of a row that holds NaN or Inf is NaN, and its integers are all its zero.
+    """
+    x = x.to(torch.float32)
+    finite = torch.isfinite(x).all(dim=1, keepdim=True)
+    safe = torch.where(finite, x, 0.0)
+    low, high = (edge(safe) if x.shape[1] else safe.sum(1, keepdim=True) for edge in (_lowest, _highest))
+    steps = high / _LEVELS - low / _LEVELS  # the difference itself may be infinite
+    steps = torch.where(steps > 0, steps, 1.0)
+    zeros = 1 - torch.round(low / steps)
+    integers = (torch.round(safe / steps) + zeros).clamp(1, 1 + _LEVELS)
+    return integers.to(torch.int64), zeros.to(torch.int64), torch.where(finite, steps, torch.nan)
+
+
+def _lowest(x: Tensor) -> Tensor:
+    return x.amin(dim=1, keepdim=True).clamp_max(0)
+
+
+def _highest(x: Tensor) -> Tensor:
+    return x.amax(dim=1, keepdim=True).clamp_min(0)
+
+
+def _integer_product(packed: PackedWeight, x: Tensor) -> Tensor:
+    """x [batch, in] in integers times the integers of the weight, exactly; in float64, scaled."""
+    assert packed.scales is not None  # its numbers say so
+    integers, zeros, steps = rounded_rows(x)
+    # every sum is a whole number below 2**53, and torch multiplies no integers on a GPU
+    sums = (integers - zeros).to(torch.float64) @ packed.integers().unpack().to(torch.float64).T
+    return sums * steps.to(torch.float64) * packed.scales.to(torch.float64)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,11 +23,13 @@ from sparsecomp.errors import FormatError, ModelError, PatternError
 from sparsecomp.nn import Choice
 from sparsecomp.packing import PackedWeight
 from sparsecomp.patterns import parse
-from sparsecomp.patterns.numbers import DTYPES, FLOAT, INT8, Numbers
+from sparsecomp.patterns.numbers import DTYPES, FLOAT, INT8, Numbers, parse_numbers
 from sparsecomp.reporting.codec import decoded
 from sparsecomp.reporting.writing import require_folder, whole_file
 
 FORMAT_VERSION = "1"
+# of files with layers that readers of version 1 would multiply otherwise, as they know no rounded activations
+_ROUNDED_VERSION = "2"
 _PREFIX = "sparsecomp."
 _USER = "user."
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -43,6 +45,7 @@ class Contents:
     biased: frozenset[str]
     activations: dict[str, str]
     choices: dict[str, Choice]
+    format_version: str
     package_version: str
     metadata: dict[str, str]
 
@@ -85,12 +88,13 @@ def write(
             "dtype": _dtype_name(e.dtype),
             "bias": e.bias,
             "activation": e.activation,
-            "quantized": e.numbers == INT8,
+            "quantized": e.numbers.has_scales,
+            "numbers": str(e.numbers),
         }
         for name, e in layers.items()
     }
     header = {
-        f"{_PREFIX}format": FORMAT_VERSION,
+        f"{_PREFIX}format": _version_of(e.numbers for e in layers.values()),
         f"{_PREFIX}version": _package_version(),
         f"{_PREFIX}layers": json.dumps(described, sort_keys=True),
         f"{_PREFIX}aliases": json.dumps(dict(aliases), sort_keys=True),
@@ -125,9 +129,9 @@ def read(path: Path) -> Contents:
     written_as = header.get(f"{_PREFIX}format")
     if written_as is None:
         raise FormatError(f"{path} was not written by sparsecomp.save; its header has no {_PREFIX}format")
-    if written_as != FORMAT_VERSION:
+    if written_as not in (FORMAT_VERSION, _ROUNDED_VERSION):
         raise FormatError(
-            f"{path} has format version {written_as}, this package reads {FORMAT_VERSION}; "
+            f"{path} has format version {written_as}, this package reads {FORMAT_VERSION} and {_ROUNDED_VERSION}; "
             f"it was written by sparsecomp {header.get(f'{_PREFIX}version', '(unknown)')}"
         )
     if _checksum(tensors, header) != header.get(f"{_PREFIX}crc32"):
@@ -154,7 +158,12 @@ def read(path: Path) -> Contents:
     missing += [key(name, "bias") for name in biased if _stored(key(name, "bias"), aliases) not in tensors]
     if missing:
         raise FormatError(f"{path}: tensors named in the header are missing: {some(missing)}; save it again")
-    return Contents(tensors, aliases, layers, biased, activations, choices, header[f"{_PREFIX}version"], user)
+    versions = written_as, header[f"{_PREFIX}version"]
+    return Contents(tensors, aliases, layers, biased, activations, choices, *versions, user)
+
+
+def _version_of(every: Iterable[Numbers]) -> str:
+    return FORMAT_VERSION if all(each.activation_bits is None for each in every) else _ROUNDED_VERSION
 
 
 def _activation(name: str, activation: object) -> str:
@@ -182,13 +191,14 @@ def _packed(
 ) -> PackedWeight:
     try:
         pattern = parse(entry["pattern"])
+        # version 0.1.0 knew int8 weights alone, and said whether they are
+        numbers = parse_numbers(entry.get("numbers", str(INT8 if entry["quantized"] is True else FLOAT)))
     except PatternError as error:
         raise FormatError(f'layer "{name}": {error}') from error
     out, columns = entry["shape"]
     if not isinstance(out, int) or not isinstance(columns, int) or min(out, columns) < 0:
         raise FormatError(f'layer "{name}" has shape {entry["shape"]}; a shape is [out, in]')
     found = []
-    numbers = INT8 if entry["quantized"] is True else FLOAT
     for part in numbers.part_names:
         stored = _stored(key(name, part), aliases)
         if stored not in tensors:

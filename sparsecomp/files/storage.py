@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsecomp.errors import FormatError, ModelError, SparsecompError
-from sparsecomp.files.container import FORMAT_VERSION, Contents, LayerEntry, key, read, some, write
+from sparsecomp.files.container import Contents, LayerEntry, key, read, some, write
 from sparsecomp.files.fitting import check_copied, check_entries, check_state, check_unknown, replaceable
 from sparsecomp.files.live import copy_into, has_own_way, live_entries, place, restoring, torch_copies, why_no_plain
 from sparsecomp.models.batches import eager
@@ -206,7 +206,7 @@ def inspect(path: str | Path) -> Summary:
     saved_once = [layer for layer in layers if key(layer.name, "values") in stored]
     return Summary(
         Path(path),
-        FORMAT_VERSION,
+        contents.format_version,
         contents.package_version,
         layers,
         len(contents.tensors) - len(stored),

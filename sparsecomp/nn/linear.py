@@ -29,7 +29,7 @@ from sparsecomp.packing.format import PackedWeight, pack, require_packable
 from sparsecomp.packing.move import zero_weight
 from sparsecomp.packing.quantize import in_numbers
 from sparsecomp.patterns import Pattern, parse
-from sparsecomp.patterns.numbers import FLOAT, FLOAT_DTYPES, INT8
+from sparsecomp.patterns.numbers import FLOAT_DTYPES, INT8, parse_weights
 
 if TYPE_CHECKING:
     from sparsecomp.backends.explain import Explanation
@@ -50,8 +50,12 @@ class SparseLinear(PackedModule):
     ``activation`` is "none", "relu", "gelu" (exact), "gelu_tanh" or "silu", as torch.nn.functional defines them; the
     CPU kernels apply it before they round and store y. Like the pattern it is no part of the weights; it can be set.
 
-    With ``quantized`` the weight is int8 with one fp32 scale for each row (``sparsecomp.quantize``), ``scales`` in
-    the state_dict, while x, y and the bias stay in ``dtype``; ``to`` then changes the latter only.
+    With ``quantize="int8"``, or the pattern "2:4+int8", the weight is int8 with one fp32 scale for each row
+    (``sparsecomp.quantize``), ``scales`` in the state_dict, while x, y and the bias stay in ``dtype``; ``to`` then
+    changes the latter only. ``quantized=True`` says the same. With ``activations="int8"``, or "2:4+int8@a8", the
+    product rounds each row of x to 255 steps between its extremes as well and sums integers; a row of x that holds NaN
+    or Inf gives a row of NaN. The gradient of x is that of the product without the rounding of x (straight through).
+    Where the dense weight is multiplied, by the backend "dense" or from ``dense_above`` rows on, x is not rounded.
 
     Raises ModelError for a weight that no backend runs and PatternError for a pattern that cannot be packed.
     """
@@ -68,11 +72,14 @@ class SparseLinear(PackedModule):
         backend: str | None = None,
         activation: str = "none",
         quantized: bool = False,
+        quantize: str | None = None,
+        activations: str | None = None,
     ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         place = torch.device(device) if device is not None else torch.get_default_device()
-        packed = zero_weight(parse(pattern), (out_features, in_features), place, dtype, INT8 if quantized else FLOAT)
+        kept, numbers = parse_weights(pattern, _asked(quantized, quantize), activations)
+        packed = zero_weight(kept, (out_features, in_features), place, dtype, numbers)
         parameter = nn.Parameter(torch.zeros(out_features, device=place, dtype=dtype)) if bias else None
         self._build(packed, Choice.asked(packed.pattern, packed.numbers, backend), parameter, activation)
 
@@ -129,37 +136,25 @@ class SparseLinear(PackedModule):
         activation: str = "none",
         quantized: bool = False,
         preferred: str | None = None,
+        quantize: str | None = None,
+        activations: str | None = None,
     ) -> SparseLinear:
         """A packed copy of ``linear``, which stays as it is, with copies of its hooks, attributes and buffers.
 
         Without ``method`` the weight must fit ``pattern`` already (PatternError names the first group that does not).
         With one it is pruned first; ``gram`` [in, in] is X^T X of the layer's inputs for methods that need it.
         ``activation`` is what the layer applies after the product; the model must then no longer apply it.
-        ``quantized`` rounds the packed weight to int8 with row scales. ``backend`` pins one backend by name, also when
-        the layer is moved; ``preferred`` is taken wherever it runs the weight, and others elsewhere.
+        ``quantize="int8"`` rounds the packed weight to int8 with row scales, ``activations="int8"`` beside it the rows
+        of x as well; the pattern "2:4+int8@a8" says both, ``quantized=True`` the first. ``backend`` pins one backend by
+        name, also when the layer is moved; ``preferred`` is taken wherever it runs the weight, and others elsewhere.
         Raises ModelError for another module, whose weight may be [in, out], for one that does more than nn.Linear, and
         for float64, which no sparse kernel computes in.
         """
-        facts = method, gram, backend, activation, quantized, preferred
-        layer = cls.of_weight_and_bias(linear, pattern, *facts)
+        weights = parse_weights(pattern, _asked(quantized, quantize), activations)
+        choice = Choice.asked(*weights, backend, preferred)
+        layer = cls.following(linear, choice, method, gram, activation)
         carry_over(linear, layer, cls.reserved_names(), shared=False)
         return layer
-
-    @classmethod
-    def of_weight_and_bias(
-        cls,
-        linear: nn.Linear,
-        pattern: str | Pattern = "2:4",
-        method: str | None = None,
-        gram: Tensor | None = None,
-        backend: str | None = None,
-        activation: str = "none",
-        quantized: bool = False,
-        preferred: str | None = None,
-    ) -> SparseLinear:
-        """As ``from_linear``, without what the layer has beside weight and bias; who swaps layers carries that over."""
-        choice = Choice.asked(parse(pattern), INT8 if quantized else FLOAT, backend, preferred)
-        return cls.following(linear, choice, method, gram, activation)
 
     @classmethod
     def following(
@@ -170,7 +165,10 @@ class SparseLinear(PackedModule):
         gram: Tensor | None = None,
         activation: str = "none",
     ) -> SparseLinear:
-        """As ``of_weight_and_bias``, by what was decided: pattern, numbers, backend and when the product is dense."""
+        """As ``from_linear``, by what was decided: pattern, numbers, backend and when the product is dense.
+
+        Nothing but weight and bias is taken over; who swaps layers carries the rest over.
+        """
         check_linear(linear, choice.pattern)
         weight = linear.weight.detach()
         if method is not None:
@@ -322,6 +320,10 @@ class SparseLinear(PackedModule):
             f"pattern={self.pattern}, {activation}dtype={self.dtype}, {weights}kernel={self.kernel.backend}, "
             f"bytes={self.kernel.nbytes} of {dense} dense{copy}"
         )
+
+
+def _asked(quantized: bool, quantize: str | None) -> str | None:
+    return str(INT8) if quantized and quantize is None else quantize
 
 
 def check_linear(linear: nn.Linear, pattern: str | Pattern) -> None:

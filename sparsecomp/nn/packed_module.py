@@ -49,7 +49,7 @@ def _parts_of(packed: PackedWeight) -> tuple[Any, ...]:
 def _parameter_of(weights: str, shape: tuple[int, int], dtype: torch.dtype, *parts: Tensor) -> PackedParameter:
     """What stands for a packed weight without a module around it: a pickled parameter comes back as this."""
     pattern, numbers = parse_weights(weights)
-    if len(parts) == len(INT8.part_names):  # pickled when the name was the pattern's alone
+    if not numbers.has_scales and len(parts) == len(INT8.part_names):  # pickled when the name was the pattern's alone
         numbers = INT8
     packed = PackedWeight.of(parts, pattern, shape, dtype, numbers)
     facts = packed.shape, packed.dtype, packed.device
@@ -309,6 +309,7 @@ class PackedModule(nn.Module):
         notes = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if notes is not None:
             notes["pattern"] = str(self.pattern)
+            notes["numbers"] = str(self.numbers)
             notes["activation"] = self._activation
 
     def _load_from_state_dict(

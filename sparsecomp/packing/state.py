@@ -22,10 +22,14 @@ STATE_VERSION = 1
 def require_kind(values: Tensor, numbers: Numbers) -> None:
     """Raises ModelError for values of floating weights where ``numbers`` are integers, and the other way round."""
     if (values.dtype == torch.int8) != numbers.has_scales:
-        raise ModelError(
-            f"the state holds {values.dtype} weights, this layer was made with quantized={numbers.has_scales}; "
-            f"make it the other way, or from the packed weight with SparseLinear.from_packed"
-        )
+        raise _other_numbers(str(values.dtype), numbers)
+
+
+def _other_numbers(stored: str, numbers: Numbers) -> ModelError:
+    return ModelError(
+        f"the state holds {stored} weights, this layer was made for {numbers}; make it for the same with quantize= and "
+        f"activations=, or from the packed weight with SparseLinear.from_packed"
+    )
 
 
 def packed_of_state(
@@ -51,4 +55,6 @@ def packed_of_state(
             f"set layer.activation to the one that is meant"
         )
     require_kind(parts[0], numbers)
+    if (multiplied := notes.get("numbers", str(numbers))) != str(numbers):
+        raise _other_numbers(multiplied, numbers)
     return PackedWeight.of(parts, pattern, shape, dtype, numbers).validate()

@@ -246,12 +246,15 @@ def put(name, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h, t: h.update({"sparsecomp.format": "2"}), "format version 2, this package reads 1"),
+        (lambda h, t: h.update({"sparsecomp.format": "3"}), "format version 3, this package reads 1 and 2"),
         (lambda h, t: h.pop("sparsecomp.format"), "not written by sparsecomp.save"),
         (lambda h, t: h.pop("sparsecomp.layers"), "does not describe its layers"),
         (lambda h, t: h.update({"sparsecomp.layers": "[1]"}), "does not describe its layers"),
         (edit_layer(pattern="3:5"), 'pattern "3:5" has no such group'),
         (edit_layer(pattern="unstructured:0.5"), "not stored as N:M"),
+        (edit_layer(numbers="int4@a8"), 'no kernel computes numbers "int4@a8" yet'),
+        (edit_layer(numbers="int8@a8"), 'has no tensor "first.scales"'),
+        (edit_layer(numbers=8), "numbers are a name or a value of Numbers, not int"),
         (edit_layer(pattern="1:4"), "packed tensors have shapes"),
         (edit_layer(shape=[13, 30]), "packed tensors have shapes"),
         (edit_layer(shape=[-1, 22]), "a shape is"),

@@ -113,13 +113,13 @@ def test_weight_is_held_once_and_smaller() -> None:
 
 
 def test_states_of_the_other_kind_are_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"torch\.int8 weights, this layer was made with quantized=False"):
+    with pytest.raises(RuntimeError, match=r"torch\.int8 weights, this layer was made for float"):
         make().load_state_dict(quantised().state_dict())
     for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r"torch\.float32 weights, this layer was made with quantized=True"):
+        with pytest.raises(RuntimeError, match=r"torch\.float32 weights, this layer was made for int8"):
             quantised().load_state_dict(make().state_dict(), strict=strict)
     state = make().state_dict() | {"scales": torch.ones(24)}
-    with pytest.raises(RuntimeError, match=r"torch\.float32 weights, this layer was made with quantized=True"):
+    with pytest.raises(RuntimeError, match=r"torch\.float32 weights, this layer was made for int8"):
         quantised().load_state_dict(state)
 
 
@@ -205,5 +205,5 @@ def test_onnx_writes_what_the_integers_stand_for(tmp_path: Path) -> None:
 
 def test_quantize_says_what_it_takes() -> None:
     for other in (nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), torch.zeros(8, 8)):
-        with pytest.raises(ModelError, match=rf"takes a PackedWeight, got {type(other).__name__}.*quantized=True"):
+        with pytest.raises(ModelError, match=rf"takes a PackedWeight, got {type(other).__name__}.*quantize="):
             sc.quantize(other)  # type: ignore[arg-type]
