@@ -17,6 +17,7 @@ struct Candidate {
   const Isa* isa;
   const NmKernels* nm;
   const BlockKernels* blocks;
+  const int8::Kernels* int8;
 };
 
 #if defined(__x86_64__)
@@ -43,16 +44,19 @@ std::vector<Candidate> supported() {
   const bool avx512 = avx2 && bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31) && (state & kZmm) == kZmm;
   unsigned a71 = 0;
   if (a7 >= 1 && !__get_cpuid_count(7, 1, &a71, &b, &c, &d)) a71 = 0;
-  if (avx512 && bit(a71, 5)) found.push_back({"avx512_bf16", &kAvx512Bf16, &kNmAvx512Bf16, &kBlockAvx512});
-  if (avx512) found.push_back({"avx512", &kAvx512, &kNmAvx512, &kBlockAvx512});
-  if (avx2) found.push_back({"avx2", &kAvx2, &kNmAvx2, &kBlockAvx2});
+  // the first processors with AVX-512 had no VNNI; it has 512 bits there and, in later ones without AVX-512, 256
+  const int8::Kernels* rounded = bit(c7, 11) ? &int8::kAvx512Vnni : &int8::kAvx2;
+  if (avx512 && bit(a71, 5)) found.push_back({"avx512_bf16", &kAvx512Bf16, &kNmAvx512Bf16, &kBlockAvx512, rounded});
+  if (avx512) found.push_back({"avx512", &kAvx512, &kNmAvx512, &kBlockAvx512, rounded});
+  if (avx2 && bit(a71, 4)) found.push_back({"avx2_vnni", &kAvx2, &kNmAvx2, &kBlockAvx2, &int8::kAvx2Vnni});
+  if (avx2) found.push_back({"avx2", &kAvx2, &kNmAvx2, &kBlockAvx2, &int8::kAvx2});
   return found;
 }
 
 #elif defined(__aarch64__)
 
 // NEON is part of the architecture.
-std::vector<Candidate> supported() { return {{"neon", &kNeon, &kNmNeon, &kBlockNeon}}; }
+std::vector<Candidate> supported() { return {{"neon", &kNeon, &kNmNeon, &kBlockNeon, nullptr}}; }
 
 #else
 
@@ -72,7 +76,7 @@ struct State {
 
   State() {
     std::vector<Candidate> candidates = supported();
-    candidates.push_back({"reference", nullptr, nullptr, nullptr});
+    candidates.push_back({"reference", nullptr, nullptr, nullptr, nullptr});
     for (const Candidate& candidate : candidates)
       available += (available.empty() ? "" : ",") + std::string(candidate.name);
     Candidate chosen = candidates.front();
@@ -86,8 +90,13 @@ struct State {
         error = "SPARSECOMP_ISA=" + printable(wanted) + " cannot run on this machine; it can run " + available +
                 ": set SPARSECOMP_ISA to one of these or unset it";
     }
-    dispatch = {chosen.name,   chosen.isa,        chosen.nm,
-                chosen.blocks, available.c_str(), error.empty() ? nullptr : error.c_str()};
+    dispatch = {chosen.name,
+                chosen.isa,
+                chosen.nm,
+                chosen.blocks,
+                chosen.int8,
+                available.c_str(),
+                error.empty() ? nullptr : error.c_str()};
   }
 };
 

@@ -4,6 +4,7 @@
 
 #include "block/linear.hpp"
 #include "common/isa.hpp"
+#include "int8/linear.hpp"
 #include "nm/kernels.hpp"
 
 namespace sparsecomp {
@@ -13,6 +14,7 @@ struct Dispatch {
   const Isa* isa;              // nullptr: the scalar reference
   const NmKernels* nm;         // likewise
   const BlockKernels* blocks;  // likewise
+  const int8::Kernels* int8;   // nullptr: the scalar reference of int8 products
   const char* available;       // best first, separated by commas
   const char* error;           // one sentence if SPARSECOMP_ISA could not be followed, else nullptr
 };

@@ -21,8 +21,9 @@ extern "C" {
 
 enum { SPARSECOMP_OK = 0, SPARSECOMP_INVALID = 1, SPARSECOMP_UNSUPPORTED = 2, SPARSECOMP_NO_MEMORY = 3 };
 
-/* Element types of weights and activations. */
-enum { SPARSECOMP_F32 = 0, SPARSECOMP_F16 = 1, SPARSECOMP_BF16 = 2, SPARSECOMP_I8 = 3 };
+/* Element types of weights and activations. I8_A8 is of N:M weights: int8 whose product rounds the activations to 8
+ * bits and adds integers, where that of I8 is in fp32. */
+enum { SPARSECOMP_F32 = 0, SPARSECOMP_F16 = 1, SPARSECOMP_BF16 = 2, SPARSECOMP_I8 = 3, SPARSECOMP_I8_A8 = 4 };
 
 /* Activation functions, as torch.nn.functional defines them: max(0, v), v Phi(v) with the normal distribution function
  * Phi, its approximation by tanh, and v / (1 + exp(-v)). */
@@ -34,7 +35,8 @@ enum {
   SPARSECOMP_SILU = 4
 };
 
-/* An N:M weight [out_features, in_features]; mask_rows consecutive rows share their metadata (1: none do). */
+/* An N:M weight [out_features, in_features]; mask_rows consecutive rows share their metadata (1: none do). A row of an
+ * I8_A8 weight keeps at most 65536 weights, so that its sums fit 32 bits. */
 typedef struct sparsecomp_nm {
   int64_t out_features;
   int64_t in_features;
@@ -52,8 +54,8 @@ typedef struct sparsecomp_epilogue {
 
 SPARSECOMP_API const char* sparsecomp_error_text(int code);
 
-/* Name of the instruction set in use: "avx512_bf16", "avx512", "avx2", "neon" or "reference". Chosen once at load from
- * CPUID and OS state; the environment variable SPARSECOMP_ISA names a lower one. */
+/* Name of the instruction set in use: "avx512_bf16", "avx512", "avx2_vnni", "avx2", "neon" or "reference". Chosen once
+ * at load from CPUID and OS state; the environment variable SPARSECOMP_ISA names a lower one. */
 SPARSECOMP_API const char* sparsecomp_isa(void);
 /* All instruction sets this machine can run, best first, separated by commas. */
 SPARSECOMP_API const char* sparsecomp_isa_available(void);
@@ -75,7 +77,9 @@ SPARSECOMP_API int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const voi
 
 /* y [batch, out_features] = epilogue(x [batch, in_features] W^T); sums are fp32. W is `values` times `scales`
  * [out_features], one for each row, or `values` alone where scales are NULL. `dtype` is that of x, the bias and y: the
- * weight's own, or F32, F16 or BF16 for an int8 weight.
+ * weight's own, or F32, F16 or BF16 for an int8 weight. With an I8_A8 weight each row of x is first rounded to integers
+ * q from -127 to 127, x = (q - zero point) * scale with scale = (max(0, largest) - min(0, smallest)) / 254; sums are
+ * int32, and a row of x that holds Inf or NaN makes its row of y NaN.
  * ldx and ldy are in elements; epilogue may be NULL; threads <= 0 means all cores.
  * y must not overlap what is read. */
 SPARSECOMP_API int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata,

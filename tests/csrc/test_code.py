@@ -26,7 +26,7 @@ def _code(source: str, *flags: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("source", ["nm/permute.cpp", "nm/panel.cpp", "block/linear.cpp"])
+@pytest.mark.parametrize("source", ["nm/permute.cpp", "nm/panel.cpp", "int8/linear.cpp", "block/linear.cpp"])
 def test_prefetches_are_in_the_code(source):
     """GCC drops calls of functions that do nothing else, silently; a product then waits for every line of y."""
     code = _code(source)
@@ -51,7 +51,10 @@ def test_panels_ask_for_weights_and_for_y():
     assert "prefetcht1" in code  # lines of y, to L2
 
 
-@pytest.mark.parametrize(("folder", "strangers"), [("common", "nm|block"), ("nm", "block"), ("block", "nm")])
+@pytest.mark.parametrize(
+    ("folder", "strangers"),
+    [("common", "nm|block|int8"), ("nm", "block"), ("block", "nm|int8"), ("int8", "nm|block")],
+)
 def test_families_of_kernels_do_not_include_each_other(folder, strangers):
     include = re.compile(rf'#include "({strangers})/')
     files = [path for path in (CSRC / "cpu" / folder).rglob("*") if path.suffix in (".cpp", ".hpp")]

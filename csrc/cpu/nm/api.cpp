@@ -1,4 +1,5 @@
 // The C ABI of N:M weights: checks its arguments and hands over to the layout, the kernels or the reference.
+#include "int8/api.hpp"
 #include "common/pages.hpp"
 #include "common/parallel.hpp"
 #include "dispatch.hpp"
@@ -15,6 +16,9 @@ namespace {
 // Below this many stored weights a second thread costs more than it saves.
 constexpr int64_t kManyWeights = 1 << 18;
 
+// Weights that the family of int8 products serves, from their layout on.
+bool rounds_activations(const sparsecomp_nm* weight) { return weight && weight->dtype == SPARSECOMP_I8_A8; }
+
 // Packing is set-up work: it takes every core.
 template <class Function>
 int for_tiles(const Geometry& g, int threads, const Function& function) {
@@ -28,17 +32,21 @@ int for_tiles(const Geometry& g, int threads, const Function& function) {
 extern "C" {
 
 int64_t sparsecomp_nm_values_bytes(const sparsecomp_nm* weight) {
+  if (rounds_activations(weight)) return sparsecomp::int8::values_bytes(*weight);
   Geometry g;
   return weight && make_geometry(*weight, &g) ? g.tiles * g.steps * g.value_bytes : -1;
 }
 
 int64_t sparsecomp_nm_metadata_bytes(const sparsecomp_nm* weight) {
+  if (rounds_activations(weight)) return sparsecomp::int8::metadata_bytes(*weight);
   Geometry g;
   return weight && make_geometry(*weight, &g) ? g.tiles * g.steps * g.metadata_bytes : -1;
 }
 
 int sparsecomp_nm_pack(const sparsecomp_nm* weight, const void* canonical_values, const uint8_t* canonical_metadata,
                        void* values, void* metadata) {
+  if (rounds_activations(weight))
+    return sparsecomp::int8::pack(*weight, canonical_values, canonical_metadata, values, metadata);
   Geometry g;
   if (!weight || !make_geometry(*weight, &g)) return SPARSECOMP_INVALID;
   if (g.out == 0 || g.in == 0) return SPARSECOMP_OK;
@@ -57,6 +65,8 @@ int sparsecomp_nm_pack(const sparsecomp_nm* weight, const void* canonical_values
 
 int sparsecomp_nm_unpack(const sparsecomp_nm* weight, const void* values, const void* metadata, void* canonical_values,
                          uint8_t* canonical_metadata) {
+  if (rounds_activations(weight))
+    return sparsecomp::int8::unpack(*weight, values, metadata, canonical_values, canonical_metadata);
   Geometry g;
   if (!weight || !make_geometry(*weight, &g)) return SPARSECOMP_INVALID;
   if (g.out == 0 || g.in == 0) return SPARSECOMP_OK;
@@ -69,6 +79,7 @@ int sparsecomp_nm_unpack(const sparsecomp_nm* weight, const void* values, const 
 
 int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const void* values, const void* metadata, void* dense,
                            int threads) {
+  if (rounds_activations(weight)) return sparsecomp::int8::to_dense(*weight, values, metadata, dense, threads);
   Geometry g;
   if (!weight || !make_geometry(*weight, &g)) return SPARSECOMP_INVALID;
   if (g.out == 0 || g.in == 0) return SPARSECOMP_OK;
@@ -82,15 +93,7 @@ int sparsecomp_nm_to_dense(const sparsecomp_nm* weight, const void* values, cons
 int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const void* metadata, const float* scales,
                          int32_t dtype, const void* x, int64_t ldx, int64_t batch, const sparsecomp_epilogue* epilogue,
                          void* y, int64_t ldy, int threads) {
-  Geometry g;
-  if (!weight || !make_geometry(*weight, &g) || batch < 0) return SPARSECOMP_INVALID;
   const sparsecomp_epilogue last = epilogue ? *epilogue : sparsecomp_epilogue{};
-  if (!sparsecomp::known_activation(last.activation)) return SPARSECOMP_INVALID;
-  if (dtype < SPARSECOMP_F32 || dtype > SPARSECOMP_BF16) return SPARSECOMP_UNSUPPORTED;
-  if (g.dtype != SPARSECOMP_I8 && g.dtype != dtype) return SPARSECOMP_UNSUPPORTED;
-  if (g.out == 0 || batch == 0) return SPARSECOMP_OK;
-  if (batch > 1 && (ldx < g.in || ldy < g.out)) return SPARSECOMP_INVALID;
-  if (!y || (g.in > 0 && (!x || !values || !metadata))) return SPARSECOMP_INVALID;
   const sparsecomp::LinearCall call{static_cast<const uint8_t*>(values),
                                     static_cast<const uint8_t*>(metadata),
                                     scales,
@@ -102,6 +105,15 @@ int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const 
                                     y,
                                     ldy,
                                     sparsecomp::resolve_threads(threads)};
+  if (rounds_activations(weight)) return sparsecomp::int8::linear(*weight, call);
+  Geometry g;
+  if (!weight || !make_geometry(*weight, &g) || batch < 0) return SPARSECOMP_INVALID;
+  if (!sparsecomp::known_activation(last.activation)) return SPARSECOMP_INVALID;
+  if (dtype < SPARSECOMP_F32 || dtype > SPARSECOMP_BF16) return SPARSECOMP_UNSUPPORTED;
+  if (g.dtype != SPARSECOMP_I8 && g.dtype != dtype) return SPARSECOMP_UNSUPPORTED;
+  if (g.out == 0 || batch == 0) return SPARSECOMP_OK;
+  if (batch > 1 && (ldx < g.in || ldy < g.out)) return SPARSECOMP_INVALID;
+  if (!y || (g.in > 0 && (!x || !values || !metadata))) return SPARSECOMP_INVALID;
   const sparsecomp::Dispatch& dispatch = sparsecomp::dispatch();
   if (!dispatch.isa) {
     sparsecomp::reference_linear(g, call);

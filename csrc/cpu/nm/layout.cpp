@@ -3,31 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the canonical metadata is read as little-endian words"
-#endif
+#include "common/bits.hpp"
 
 namespace sparsecomp {
 namespace {
-
-// The positions of one row and step as one integer; 16 positions of 4 bits are the most there can be. A step starts at
-// most 7 - (bits of the step) % 8 bits into a byte, so 8 bytes always reach its end.
-uint64_t load_bits(const uint8_t* row, int64_t row_bytes, int64_t first_bit) {
-  const int64_t byte = first_bit / 8;
-  uint64_t bits = 0;
-  if (byte < row_bytes) std::memcpy(&bits, row + byte, static_cast<size_t>(std::min<int64_t>(8, row_bytes - byte)));
-  return bits >> (first_bit % 8);
-}
-
-void or_bits(uint8_t* row, int64_t row_bytes, int64_t first_bit, uint64_t bits) {
-  const int64_t byte = first_bit / 8;
-  if (byte >= row_bytes) return;
-  const auto size = static_cast<size_t>(std::min<int64_t>(8, row_bytes - byte));
-  uint64_t old = 0;
-  std::memcpy(&old, row + byte, size);
-  old |= bits << (first_bit % 8);
-  std::memcpy(row + byte, &old, size);
-}
 
 void store_word(const Geometry& g, uint8_t* block, int word, int row, uint32_t value) {
   uint8_t* plane = block + word * kTile * 4;
@@ -47,8 +26,6 @@ uint64_t padding_bits(const Geometry& g) {
   for (int slot = 0; slot < g.slots; ++slot) bits |= uint64_t(slot % g.n) << (slot * g.bits);
   return bits;
 }
-
-uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
 template <class T>
 void move_values_in(const Geometry& g, const T* canonical, int slots, uint8_t* block, int row) {
@@ -151,7 +128,7 @@ bool make_geometry(const sparsecomp_nm& weight, Geometry* geometry) {
   g.tiles = (g.out + kTile - 1) / kTile;
   g.steps = (g.in + kStep - 1) / kStep;
   if (g.tiles * g.steps >= kMostBlocks) return false;
-  g.bits = g.m == 16 ? 4 : g.m == 8 ? 3 : g.m == 4 ? 2 : 1;
+  g.bits = position_bits(g.m);
   g.mask = g.m - 1;
   g.slots = kStep / g.m * g.n;
   g.word_slots = 32 / g.bits;
