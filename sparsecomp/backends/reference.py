@@ -11,8 +11,7 @@ from sparsecomp.activations import activate
 from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.dense import DenseBackend
 from sparsecomp.packing.format import PackedWeight
-
-_LEVELS = 254  # steps from the smallest to the largest number of a row, which become 1 to 255
+from sparsecomp.patterns.rounding import rounded_rows
 
 
 class ReferenceBackend(DenseBackend):
@@ -39,31 +38,6 @@ class ReferenceBackend(DenseBackend):
         if bias is not None:
             y = y + bias.to(torch.float64)
         return activate(y, activation).to(kernel.dtype)
-
-
-def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [batch, in] in integers, each row with a step and a zero of its own: x is nearly (integers - zeros) * steps.
-
-    Integers are 1 to 255, int64; ``zeros`` int64 and ``steps`` fp32 are [batch, 1]. A row of zeros has the step 1. The
-    step of a row that holds NaN or Inf is NaN, and its integers are all its zero.
-    """
-    x = x.to(torch.float32)
-    finite = torch.isfinite(x).all(dim=1, keepdim=True)
-    safe = torch.where(finite, x, 0.0)
-    low, high = (edge(safe) if x.shape[1] else safe.sum(1, keepdim=True) for edge in (_lowest, _highest))
-    steps = high / _LEVELS - low / _LEVELS  # the difference itself may be infinite
-    steps = torch.where(steps > 0, steps, 1.0)
-    zeros = 1 - torch.round(low / steps)
-    integers = (torch.round(safe / steps) + zeros).clamp(1, 1 + _LEVELS)
-    return integers.to(torch.int64), zeros.to(torch.int64), torch.where(finite, steps, torch.nan)
-
-
-def _lowest(x: Tensor) -> Tensor:
-    return x.amin(dim=1, keepdim=True).clamp_max(0)
-
-
-def _highest(x: Tensor) -> Tensor:
-    return x.amax(dim=1, keepdim=True).clamp_min(0)
 
 
 def _integer_product(packed: PackedWeight, x: Tensor) -> Tensor:

@@ -16,14 +16,14 @@ def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor | None = None) -
     ``weight`` W and ``pruned`` V [out, in] of any float dtype; ``gram`` G = X^T X [in, in] over the rows of X, or None
     for the identity, which gives ||W-V|| / ||W||. 0.0 if nothing changes on G; inf if only the dense output is zero.
     """
-    changed = _energy(weight.double() - pruned.double(), gram)
-    whole = _energy(weight.double(), gram)
+    changed = energy(weight.double() - pruned.double(), gram)
+    whole = energy(weight.double(), gram)
     if changed == 0.0:
         return 0.0
     return math.sqrt(changed / whole) if whole > 0.0 else math.inf
 
 
-def _energy(weight: Tensor, gram: Tensor | None) -> float:
+def energy(weight: Tensor, gram: Tensor | None) -> float:
     """tr(W G W^T) for a float64 W; rounding below zero counts as zero."""
     if gram is None:
         return float(weight.square().sum())

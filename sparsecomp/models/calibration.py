@@ -28,10 +28,15 @@ ENOUGH_ROWS = 4
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """What calibration knows of a layer: ``gram`` = X^T X [in, in], exactly symmetric, of its ``tokens`` input rows."""
+    """What calibration knows of a layer: ``gram`` = X^T X [in, in], exactly symmetric, of its ``tokens`` input rows.
+
+    ``rounding`` float64 [in] sums, for each input, the squares of what rounding these rows to int8 moves; None in
+    statistics that were made without.
+    """
 
     gram: Tensor
     tokens: int
+    rounding: Tensor | None = None
 
     @property
     def rows_per_input(self) -> float:
@@ -203,7 +208,7 @@ def _result(recorder: Recorder, layers: LayerTable) -> Calibration:
         if total is None:
             continue
         if id(total) not in finished:
-            finished[id(total)] = LayerStatistics(total.finish(), total.tokens)
+            finished[id(total)] = LayerStatistics(total.finish(), total.tokens, total.rounding)
             if not bool(torch.isfinite(finished[id(total)].gram).all()):
                 raise CalibrationError(
                     f"{name or 'the model'}: its Gram matrix overflows float32; use dtype=torch.float64"

@@ -10,13 +10,13 @@ from torch import Tensor
 
 import sparsecomp as sc
 from sparsecomp.activations import ACTIVATIONS, activate
-from sparsecomp.backends.reference import rounded_rows
 from sparsecomp.backends.registry import backends, explain
 from sparsecomp.machine.request import Request
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.packing import PackedWeight
 from sparsecomp.patterns import parse
 from sparsecomp.patterns.numbers import INT8_A8
+from sparsecomp.patterns.rounding import rounded_rows
 from tests.sparse_layers import TOLERANCE
 
 PATTERNS = ["2:4", "8:16", "12:16", "1:16", "5:8", "16:16", "4:4", "2:4@v4", "4:2:8"]

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsecomp.errors import CalibrationError, ModelError
-from sparsecomp.models.calibration import calibrate
+from sparsecomp.models.calibration import LayerStatistics, calibrate
 from sparsecomp.models.gram import GramSum
+from sparsecomp.patterns.rounding import rounded_rows, rounding_energy
 
 
 def explicit(rows):
@@ -284,3 +285,38 @@ def test_other_arguments_that_cannot_be_used():
         calibrate(Attention(), [torch.randn(2, 8)], dtype=torch.float16)
     with pytest.raises(ModelError, match="no layer that can be sparse"):
         calibrate(nn.Sequential(nn.ReLU()), [torch.randn(2, 8)])
+
+
+def test_what_rounding_would_move_is_summed_over_the_same_rows():
+    torch.manual_seed(0)
+    model, ids = Masked(), torch.randint(0, 20, (6, 5))
+    mask = torch.ones(6, 5, dtype=torch.int64)
+    mask[2:, 3:] = 0
+    batches = [
+        {"input_ids": each, "attention_mask": kept} for each, kept in zip(ids.split(2), mask.split(2), strict=True)
+    ]
+    cal = calibrate(model, batches)
+    for name, rows in (("body", model.embedding(ids)[mask.bool()]), ("pooler", model.embedding(ids)[:, 0])):
+        integers, zeros, steps = rounded_rows(rows.detach())
+        want = ((integers - zeros) * steps - rows.detach()).double().square().sum(0)
+        assert cal[name].tokens == len(rows) and float(want.sum()) > 0
+        torch.testing.assert_close(cal[name].rounding, want)
+
+
+def test_sums_of_rounding_are_those_of_their_parts():
+    rows = torch.randn(5000, 7)
+    whole, parts = GramSum(7, torch.float32, torch.device("cpu")).add_rows(rows), []
+    for each in rows.split([1, 2999, 2000]):
+        parts.append(GramSum(7, torch.float32, torch.device("cpu")).add_rows(each))
+    copied = parts[0].clone()
+    for other in parts[1:]:
+        parts[0].add_sum(other)
+    torch.testing.assert_close(parts[0].rounding, whole.rounding)
+    assert torch.equal(copied.rounding, rounding_energy(rows[:1])) and whole.rounding.dtype == torch.float64
+    assert GramSum(7, torch.float32, torch.device("cpu")).add_rows(rows[:0]).rounding.tolist() == [0.0] * 7
+
+
+def test_statistics_pickled_without_what_rounding_moves_are_read():
+    older = LayerStatistics.__new__(LayerStatistics)
+    older.__dict__.update(gram=torch.eye(2), tokens=3)
+    assert older.rounding is None and older.rows_per_input == 1.5

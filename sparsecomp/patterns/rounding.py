@@ -1,0 +1,36 @@
+"""How rows of activations become 8-bit integers, and what that costs: the rule that every kernel of such numbers obeys.
+
+Takes and gives tensors. Knows no weight and no kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEVELS = 254  # steps from the smallest to the largest number of a row, which become 1 and 255
+
+
+def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [batch, in] in integers, each row with a step and a zero of its own: x is nearly (integers - zeros) * steps.
+
+    The step is (max(0, largest) - min(0, smallest)) / 254, so that 0 is an integer itself. Integers are 1 to 255, int64;
+    ``zeros`` int64 and ``steps`` fp32 are [batch, 1]. A row of zeros has the step 1. The step of a row that holds NaN or
+    Inf is NaN, and its integers are all its zero.
+    """
+    x = x.to(torch.float32)
+    finite = torch.isfinite(x).all(dim=1, keepdim=True)
+    safe = torch.where(finite, x, 0.0)
+    edge = safe.new_zeros(x.shape[0], 1)
+    low, high = torch.cat([safe, edge], dim=1).aminmax(dim=1, keepdim=True)
+    steps = high / LEVELS - low / LEVELS  # the difference itself may be infinite
+    steps = torch.where(steps > 0, steps, 1.0)
+    zeros = 1 - torch.round(low / steps)
+    integers = (torch.round(safe / steps) + zeros).clamp(1, 1 + LEVELS)
+    return integers.to(torch.int64), zeros.to(torch.int64), torch.where(finite, steps, torch.nan)
+
+
+def rounding_energy(x: Tensor) -> Tensor:
+    """The squares of what rounding moves in each column of finite rows [batch, in], summed: float64 [in]."""
+    integers, zeros, steps = rounded_rows(x)
+    return ((integers - zeros) * steps - x).to(torch.float64).square().sum(dim=0)
