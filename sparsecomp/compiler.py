@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError, naming
 from sparsecomp.methods.registry import get_method
 from sparsecomp.models.batches import eager
-from sparsecomp.models.calibration import Calibration
+from sparsecomp.models.calibration import Calibration, LayerStatistics
 from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
 from sparsecomp.modules.snapshot import outside_inference_mode
 from sparsecomp.nn import SparseLinear
@@ -24,13 +25,14 @@ from sparsecomp.nn.linear import check_linear
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.check import check_weight
 from sparsecomp.planning.planner import Patterns, Plan, plan
-from sparsecomp.planning.selection import choices_of, choose_patterns, made_elsewhere
+from sparsecomp.planning.rounding import MOST_ROUNDING, borne
+from sparsecomp.planning.selection import choices_of, choose_weights, made_elsewhere
 from sparsecomp.planning.summary import Summary, summarise
 from sparsecomp.pruning.checkpoint import Checkpoint
 from sparsecomp.pruning.model import check_calibration
 from sparsecomp.pruning.report import LayerReport
 from sparsecomp.pruning.solve import Solved, make_jobs, solve_each, warn_of_notes, warn_of_thin
-from sparsecomp.reporting.terminal import progress
+from sparsecomp.reporting.terminal import counted, progress
 from sparsecomp.swap import share_bias, swap
 
 _PLAN = "_sparsecomp_plan"
@@ -47,6 +49,9 @@ def compile(
     batch: int | Sequence[int] = (1, 128),
     where: Literal["faster", "everywhere"] = "faster",
     max_error: float | None = None,
+    quantize: str | None = None,
+    activations: str | None = None,
+    max_rounding: float = MOST_ROUNDING,
 ) -> nn.Module:
     """Replace linear layers of ``model`` by packed SparseLinears, in place, and return the model.
 
@@ -62,6 +67,11 @@ def compile(
     that would report: notes of the method, and layers with few calibration rows. For held-out statistics, an example
     batch, masks or a checkpoint call ``prune`` first and ``compile`` without a method.
 
+    ``quantize="int8"`` stores the packed weights as integers, ``activations="int8"`` beside it rounds the inputs of
+    these layers in the product; "8:16+int8@a8" says both, and "16:16+int8@a8" prunes nothing. A layer whose output
+    rounding would move by more than ``max_rounding`` on the inputs of ``calibration`` steps back as ``plan`` tells:
+    with ``where="everywhere"`` by the weight that is packed, and a UserWarning names these layers.
+
     Of a model that torch.compile wrapped, the layers of the eager model are replaced; it is compiled again when called.
 
     Raises the errors of ``plan`` and ``prune``, and ModelError for a plan of another model. The model is
@@ -72,45 +82,92 @@ def compile(
     if method is not None:  # before a plan is measured
         check_calibration(get_method(method), [], calibration)
     if isinstance(plan_or_pattern, Plan):
+        if quantize is not None or activations is not None:
+            raise ModelError("the plan has decided in what numbers layers are stored; give quantize= to sc.plan")
         decided: Plan | None = plan_or_pattern
         if (warning := made_elsewhere(plan_or_pattern)) is not None:
             warnings.warn(warning, stacklevel=2)
     elif where == "faster":
         decided = plan(
-            model, plan_or_pattern, batch=batch, only=only, skip=skip, calibration=calibration, max_error=max_error
+            model,
+            plan_or_pattern,
+            batch=batch,
+            only=only,
+            skip=skip,
+            calibration=calibration,
+            max_error=max_error,
+            quantize=quantize,
+            activations=activations,
+            max_rounding=max_rounding,
         )
     elif where == "everywhere":
         decided = None
     else:
         raise ModelError(f'where="{where}" is not known; use "faster" or "everywhere"')
-    choices = _choices(decided, plan_or_pattern, found)
+    choices = _choices(decided, plan_or_pattern, found, (quantize, activations))
+    # what was planned is followed; without a plan each weight is asked what it bears
+    rounding = _Rounding(calibration or {}, max_rounding if decided is None else None)
     if method is None and decided is not None and isinstance(plan_or_pattern, str | Pattern | Mapping):
         _check_dense(decided, found)
     for name, choice in choices.items():
         with naming(name):
             check_linear(found[name].as_linear(), choice.pattern)
     if method is None:
-        layers = {
-            name: _packed(found[name], None, choice) for name, choice in progress(list(choices.items()), "packing")
+        made = {
+            name: _packed(found[name], None, choice, rounding)
+            for name, choice in progress(list(choices.items()), "packing")
         }
     else:
-        layers, reports = _pruned(found, choices, method, calibration)
+        made, reports = _pruned(found, choices, method, calibration, rounding)
         warn_of_thin(reports)
         warn_of_notes(reports)
+    layers = {name: layer for name, layer in made.items() if layer is not None}
     swap(model, layers)
     if decided is not None:
         model.__dict__[_PLAN] = decided  # past a __setattr__ of the model's own, which might refuse it
     if not layers:
-        warnings.warn(_nothing_packed(decided, found), stacklevel=2)
+        warnings.warn(_nothing_packed(decided, found, rounding), stacklevel=2)
+    elif rounding.told:
+        warnings.warn(rounding.in_words(), stacklevel=2)
     return given
 
 
-def _nothing_packed(decided: Plan | None, found: LayerTable) -> str:
-    why = "" if decided is None else next(iter({**decided.stayed_dense, **decided.skipped}.values()), "")
+def _nothing_packed(decided: Plan | None, found: LayerTable, rounding: _Rounding) -> str:
+    reasons = rounding.told if decided is None else {**decided.stayed_dense, **decided.skipped}
+    why = next(iter(reasons.values()), "")
+    report = "" if decided is None else ", and sparsecomp.compiler.report(model) holds every reason"
     return (
         f"compile packed 0 of {len(found)} layers{f', the first because {why}' if why else ''}; the model runs dense, "
-        "as before, and sparsecomp.compiler.report(model) holds every reason"
+        f"as before{report}"
     )
+
+
+@dataclass
+class _Rounding:
+    """What weights bear that no plan has decided about; ``told`` collects by layer why some are stored otherwise."""
+
+    statistics: Mapping[str, LayerStatistics]
+    most: float | None
+    told: dict[str, str] = field(default_factory=dict)
+
+    def bears(self, name: str, weight: Tensor, asked: Choice) -> Choice | None:
+        """How to store a weight [out, in] that fits its pattern; None where the layer is left as it is."""
+        if self.most is None or not asked.numbers.has_scales:
+            return asked
+        way = next(borne(weight, asked, self.statistics.get(name), self.most))
+        if way.refused:
+            stored = "it stays dense" if way.choice is None else f"it is stored as {way.choice.weights}"
+            self.told[name] = f"{' and '.join(way.refused)}, so {stored}"
+        return way.choice
+
+    def in_words(self) -> str:
+        """A sentence on the layers that are stored otherwise than asked for."""
+        name, why = next(iter(self.told.items()))
+        first = f', the first of them "{name}"' if len(self.told) > 1 else f', "{name}"'
+        return (
+            f"{counted(len(self.told), 'layer')} did not bear the integers asked for{first}: {why}; raise max_rounding "
+            "to store it so all the same"
+        )
 
 
 def report(model: nn.Module) -> Plan | None:
@@ -129,7 +186,9 @@ def summary(model: nn.Module, batch: Sequence[int] = (1, 32)) -> Summary:
     return summarise(model, batch, {} if followed is None else {**followed.stayed_dense, **followed.skipped})
 
 
-def _choices(decided: Plan | None, pattern: Plan | Patterns, found: LayerTable) -> dict[str, Choice]:
+def _choices(
+    decided: Plan | None, pattern: Plan | Patterns, found: LayerTable, stored: tuple[str | None, str | None]
+) -> dict[str, Choice]:
     """How each layer to be packed is to run."""
     if decided is not None:
         return choices_of(decided, found)
@@ -137,7 +196,7 @@ def _choices(decided: Plan | None, pattern: Plan | Patterns, found: LayerTable) 
         raise ModelError('where="everywhere" packs every layer in one pattern; give one, or use where="faster"')
     if "auto" in (pattern.values() if isinstance(pattern, Mapping) else (pattern,)):
         raise ModelError('where="everywhere" takes named patterns; pattern "auto" needs where="faster"')
-    return {name: Choice(each) for name, each in choose_patterns(found, pattern)[0].items()}
+    return choose_weights(found, pattern, *stored)[0]
 
 
 def _check_dense(decided: Plan, found: LayerTable) -> None:
@@ -149,15 +208,19 @@ def _check_dense(decided: Plan, found: LayerTable) -> None:
 
 
 def _pruned(
-    found: LayerTable, choices: Mapping[str, Choice], method: str, calibration: Calibration | None
-) -> tuple[dict[str, SparseLinear], list[LayerReport]]:
+    found: LayerTable,
+    choices: Mapping[str, Choice],
+    method: str,
+    calibration: Calibration | None,
+    rounding: _Rounding,
+) -> tuple[dict[str, SparseLinear | None], list[LayerReport]]:
     """Layers of what ``prune`` would write, and its reports; of dense results one lives at a time, none is written."""
     patterns = {name: choice.pattern for name, choice in choices.items()}
     reports: list[LayerReport] = []
 
-    def pack(solved: Solved) -> SparseLinear:
+    def pack(solved: Solved) -> SparseLinear | None:
         reports.append(solved.report)
-        return _packed(solved.layer, solved.weight, choices[solved.layer.name])
+        return _packed(solved.layer, solved.weight, choices[solved.layer.name], rounding)
 
     with outside_inference_mode():
         check_calibration(get_method(method), list(patterns), calibration)
@@ -165,9 +228,12 @@ def _pruned(
         return solve_each(jobs, (), Checkpoint(None), f"pruning ({method}) and packing", pack), reports
 
 
-def _packed(ref: LinearRef, weight: Tensor | None, choice: Choice) -> SparseLinear:
+def _packed(ref: LinearRef, weight: Tensor | None, asked: Choice, rounding: _Rounding) -> SparseLinear | None:
     with naming(ref.name), torch.no_grad():
         linear = ref.as_linear(weight)
+        choice = rounding.bears(ref.name, linear.weight.detach(), asked)
+        if choice is None:
+            return None
         layer = SparseLinear.following(linear, choice)
     share_bias(linear, layer)
     return layer

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sparsecomp.errors import ModelError
 from sparsecomp.patterns import Pattern
-from sparsecomp.patterns.numbers import FLOAT, Numbers
+from sparsecomp.patterns.numbers import FLOAT, Numbers, weights_name
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Choice:
             f"dense_above must be an int or None, got {self.dense_above!r}; set the number of rows from which the "
             "product is dense"
         )
+
+    @property
+    def weights(self) -> str:
+        """The name of pattern and numbers, such as "2:4" or "8:16+int8@a8"."""
+        return weights_name(self.pattern, self.numbers)
 
     @classmethod
     def asked(

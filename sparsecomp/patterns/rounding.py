@@ -14,9 +14,9 @@ LEVELS = 254  # steps from the smallest to the largest number of a row, which be
 def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [batch, in] in integers, each row with a step and a zero of its own: x is nearly (integers - zeros) * steps.
 
-    The step is (max(0, largest) - min(0, smallest)) / 254, so that 0 is an integer itself. Integers are 1 to 255, int64;
-    ``zeros`` int64 and ``steps`` fp32 are [batch, 1]. A row of zeros has the step 1. The step of a row that holds NaN or
-    Inf is NaN, and its integers are all its zero.
+    The step is (max(0, largest) - min(0, smallest)) / 254, so that 0 is an integer itself. Integers are 1 to 255,
+    int64; ``zeros`` int64 and ``steps`` fp32 are [batch, 1]. A row of zeros has the step 1. The step of a row that
+    holds NaN or Inf is NaN, and its integers are all its zero.
     """
     x = x.to(torch.float32)
     finite = torch.isfinite(x).all(dim=1, keepdim=True)

@@ -6,8 +6,9 @@ Decides nothing and measures nothing; ``sparsecomp.plan`` makes it, ``sparsecomp
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,17 @@ from sparsecomp.patterns.numbers import FLOAT
 from sparsecomp.planning.overview import Row, draw, grouped
 from sparsecomp.reporting.codec import decoded, plain
 from sparsecomp.reporting.figures import microseconds
-from sparsecomp.reporting.terminal import by_reason, counted, terminal_width, wrap
+from sparsecomp.reporting.terminal import by_reason, counted, listed, terminal_width, wrap
 from sparsecomp.reporting.writing import require_folder, whole_file
 
 PLAN_VERSION = 1
 _ERROR = (
     "error: relative, of the layer's output, after a plain pruning by magnitude (by Wanda where there was a "
     "calibration), whatever method prunes it"
+)
+ASSUMED = (
+    "no calibration tells of the inputs, which are taken to be normally distributed: outliers, which integers serve "
+    "badly, are not seen"
 )
 _AGAIN = 'make it again with sparsecomp.plan(...).save(path) or "sparsecomp plan ... --output FILE"'
 
@@ -40,6 +45,8 @@ class LayerPlan:
     backends that run it; empty where nothing was measured, and None where nothing could be tried. ``others`` are the
     sparse seconds of the other backends by batch. ``error`` is the relative layer error where ``max_error`` asked for
     it: of a plain pruning to the pattern, by magnitude or, with a calibration, by Wanda, whatever method prunes later.
+    ``rounding`` is how far the integers of ``tried`` move the layer's output on calibration inputs, relative to it;
+    None of floats and where nothing was calibrated.
     """
 
     name: str
@@ -52,6 +59,7 @@ class LayerPlan:
     bound: Mapping[int, Bound]
     error: float | None = None
     others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    rounding: float | None = None
 
     @property
     def pattern(self) -> Pattern | None:
@@ -113,6 +121,7 @@ class LayerPlan:
             "bound": {str(batch): limit.value for batch, limit in self.bound.items()},
             "dense_above": self.dense_above,
             "error": self.error,
+            "rounding": self.rounding,
             "pinned": self.choice is not None and self.choice.pinned,
             "tried": plain(self.tried),
             "limits": plain(self.bound),
@@ -256,6 +265,7 @@ class Plan:
         rows = [_row(layer) for layer in self.layers]
         drawn = draw(rows if every else grouped(rows), self.batches, self.device.describe(), "runs", width, None)
         errors = [wrap(_ERROR, width)] if any(layer.error is not None for layer in self.layers) else []
+        errors += [wrap(sentence, width) for sentence in _rounding(self.layers)]
         return "\n".join([drawn, *errors, *by_reason("skipped", self.skipped, width, every), *self._sums(width)])
 
     def _sums(self, width: int) -> list[str]:
@@ -276,9 +286,29 @@ class Plan:
         return [wrap(line, width) for line in lines]
 
 
+def _rounding(layers: Sequence[LayerPlan]) -> Iterator[str]:
+    """What is known of layers that round, in sentences."""
+    known: dict[str, float] = {}
+    assumed: list[str] = []
+    for layer in layers:
+        if layer.choice is None or not layer.choice.numbers.has_scales:
+            continue
+        if layer.rounding is not None:
+            known[layer.name] = layer.rounding
+        elif layer.choice.numbers.activation_bits is not None:
+            assumed.append(layer.name)
+    if known:
+        worst = max(known, key=lambda name: known[name])
+        yield (
+            f"integers move the output of a layer by {statistics.mean(known.values()):.1%} in the mean and "
+            f'{known[worst]:.1%} at most ("{worst}"), on calibration inputs'
+        )
+    if assumed:
+        yield f"{listed(assumed)}: {ASSUMED}"
+
+
 def _row(layer: LayerPlan) -> Row:
     error = {} if layer.error is None else {">error": f"{layer.error:.3f}"}
     facts = layer.dense, layer.sparse, layer.bound
-    return Row(
-        (layer.name,), layer.shape, str(layer.pattern or "dense"), layer.backend or "", *facts, layer.reason, error
-    )
+    runs = "dense" if layer.choice is None else layer.choice.weights
+    return Row((layer.name,), layer.shape, runs, layer.backend or "", *facts, layer.reason, error)

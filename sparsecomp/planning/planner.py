@@ -7,28 +7,34 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from sparsecomp.backends import registry
 from sparsecomp.backends.choice import Choice
-from sparsecomp.errors import ModelError, PatternError
+from sparsecomp.errors import ModelError, PatternError, naming
 from sparsecomp.machine.bound import Bound, known_bounds
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
 from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement, lookup
 from sparsecomp.models.batches import eager
-from sparsecomp.models.calibration import Calibration, require_statistics
+from sparsecomp.models.calibration import Calibration, LayerStatistics, require_statistics
 from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
-from sparsecomp.patterns import Pattern, parse
-from sparsecomp.patterns.numbers import FLOAT_DTYPES
+from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.check import breach
+from sparsecomp.patterns.numbers import FLOAT_DTYPES, parse_weights
 from sparsecomp.planning import measure as measuring
 from sparsecomp.planning.plan import LayerPlan, Plan
+from sparsecomp.planning.rounding import MOST_ROUNDING, Borne, borne
 from sparsecomp.planning.summary import taken_seconds
 from sparsecomp.reporting.terminal import progress
+
+if TYPE_CHECKING:
+    from sparsecomp.methods.weight import PrunedWeight
 
 # one pattern, candidates of which the fastest is taken, or what each layer gets by its name or a glob on names
 Patterns = str | Pattern | Sequence[str | Pattern] | Mapping[str, str | Pattern]
@@ -46,7 +52,11 @@ _LONGER = 0.16
 
 @dataclass(frozen=True)
 class _Trial:
-    """One pattern tried on one shape, with the fastest backend."""
+    """One pattern in its numbers tried on one shape, with the fastest backend.
+
+    ``rounding`` is the error that these numbers make in one layer, where a calibration tells, and ``why`` says why it
+    has not those that were asked for.
+    """
 
     choice: Choice
     dense: Mapping[int, float]
@@ -55,6 +65,8 @@ class _Trial:
     mean: float
     refusal: str | None
     others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    rounding: float | None = None
+    why: tuple[str, ...] = ()
 
 
 def plan(
@@ -69,6 +81,9 @@ def plan(
     max_error: float | None = None,
     min_speedup: float = 1.0,
     measure: bool = True,
+    quantize: str | None = None,
+    activations: str | None = None,
+    max_rounding: float = MOST_ROUNDING,
 ) -> Plan:
     """Decide layer by layer what this machine can turn into speed. No weight is touched.
 
@@ -79,6 +94,12 @@ def plan(
     Gram matrices of ``calibration`` if given, else magnitude's on the weight. ``batch`` counts rows (tokens) of x.
     ``device`` is "auto" (where the model is), "cpu" or "cuda". Layers whose weight the model read during calibration,
     beside calling the layer, stay dense: packed they would keep a dense copy, and those reads would gain nothing.
+
+    Patterns may name numbers, as "8:16+int8@a8" does; ``quantize="int8", activations="int8"`` says the same of all. A
+    layer whose output rounding to integers would move by more than ``max_rounding``, relative to the output in floats
+    on the inputs that ``calibration`` saw, steps back to int8 weights alone and then to floats; of dense groups
+    ("16:16+int8@a8") it stays dense. The reason tells. The error is that of the weight as it is where it fits the
+    pattern already, else of a plain pruning. Without a calibration inputs count as normal, so that no outlier is seen.
 
     Dense is torch's own product of the dense weight, not another engine's: where ONNX Runtime or OpenVINO run the dense
     model faster than torch does, they may beat a layer that is planned sparse as well; ``sparsecomp bench`` tells.
@@ -96,26 +117,37 @@ def plan(
     read = calibration.read if isinstance(calibration, Calibration) else ()
     found = require_layers(find_linears(eager(model), only, skip))
     where = detect(str(next(iter(found.values())).device) if device == "auto" else device)
-    named, skipped = _by_layer(found, pattern, where)
-    tried: dict[tuple[Pattern, tuple[int, int], torch.dtype], _Trial | str] = {}
+    named, skipped = _by_layer(found, pattern, where, (quantize, activations))
+    tried: dict[tuple[Choice, tuple[int, int], torch.dtype], _Trial | str] = {}
     layers = []
-    for name, patterns in progress(list(named.items()), "measuring layers"):
+    for name, candidates in progress(list(named.items()), "measuring layers"):
         ref = found[name]
         if name in read:
             layers.append(LayerPlan(name, ref.shape, None, _READ, None, {}, {}, {}))
             continue
         trials: list[_Trial] = []
         refusals: list[str] = []
-        for candidate in patterns:
-            key = (candidate, ref.shape, ref.dtype)
-            if key not in tried:
-                tried[key] = _try(candidate, ref, where, batches, min_speedup, measure)
-            trial = tried[key]
-            if isinstance(trial, str):
-                refusals.append(trial)
-            else:
-                trials.append(trial)
-        gram = calibration[name].gram if calibration is not None and name in calibration else None
+        known = calibration[name] if calibration is not None and name in calibration else None
+        for each in candidates:
+            before: list[str] = []
+            for way in _bearable(name, ref, each, known, max_rounding):
+                if way.choice is None:
+                    refusals += way.refused
+                    break
+                key = (way.choice, ref.shape, ref.dtype)
+                if key not in tried:
+                    tried[key] = _try(way.choice, ref, where, batches, min_speedup, measure)
+                trial = tried[key]
+                if isinstance(trial, str):
+                    refusals.append(trial)
+                    before.append(trial)
+                    continue
+                why = (*before, *way.refused)
+                trials.append(replace(trial, rounding=None if known is None else way.error, why=why))
+                if trial.refusal is None:
+                    break
+                before.append(trial.refusal)
+        gram = None if known is None else known.gram
         layers.append(_decide(name, ref, trials, refusals, gram, max_error, measure))
     weights = sum(each.numel() for each in model.parameters() if not isinstance(each, nn.UninitializedParameter))
     return Plan(where, batches, tuple(layers), skipped, weights)
@@ -124,16 +156,18 @@ def plan(
 _READ = "the model reads its weight beside calling it; packed, it would hold a dense copy for that as well"
 
 
-def _by_layer(found: LayerTable, pattern: Patterns, device: Device) -> tuple[dict[str, list[Pattern]], dict[str, str]]:
+def _by_layer(
+    found: LayerTable, pattern: Patterns, device: Device, stored: tuple[str | None, str | None]
+) -> tuple[dict[str, list[Choice]], dict[str, str]]:
     """The candidates of each layer, and the reason for each layer that has none."""
     if not isinstance(pattern, Mapping):
-        return dict.fromkeys(found, _candidates(pattern, device)), dict(found.skipped)
-    from sparsecomp.planning.selection import choose_patterns
+        return dict.fromkeys(found, _candidates(pattern, device, stored)), dict(found.skipped)
+    from sparsecomp.planning.selection import choose_weights
 
     known = {glob: device.natural_pattern() if each == "auto" else each for glob, each in pattern.items()}
     for each in known.values():
-        _candidates(each, device)
-    chosen, skipped = choose_patterns(found, known)
+        _candidates(each, device, stored)
+    chosen, skipped = choose_weights(found, known, *stored)
     if not chosen:
         raise PatternError("the patterns by layer give no layer one; name at least one layer or glob in them")
     return {name: [each] for name, each in chosen.items()}, skipped
@@ -146,23 +180,41 @@ def _batches(batch: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({int(size) for size in batches}))  # True is 1, and becomes it
 
 
-def _candidates(pattern: str | Pattern | Sequence[str | Pattern], device: Device) -> list[Pattern]:
+def _bearable(name: str, ref: LinearRef, asked: Choice, known: LayerStatistics | None, most: float) -> Iterator[Borne]:
+    """How the layer can be stored; of a weight that does not fit its pattern yet, by a plain pruning of it."""
+    if not asked.numbers.has_scales or ref.dtype not in FLOAT_DTYPES or ref.get_weight().is_meta:
+        yield Borne(asked, 0.0)
+        return
+    with naming(name):
+        weight = ref.get_weight()
+        if breach(weight != 0, asked.pattern) is not None:
+            weight = _plainly_pruned(ref, asked.pattern, None if known is None else known.gram).weight
+        yield from borne(weight, asked, known, most)
+
+
+def _candidates(
+    pattern: str | Pattern | Sequence[str | Pattern], device: Device, stored: tuple[str | None, str | None]
+) -> list[Choice]:
     single = isinstance(pattern, str) or not isinstance(pattern, Sequence)
     names: Sequence[str | Pattern] = [pattern] if single else pattern  # type: ignore[list-item,assignment]
-    patterns = [device.natural_pattern() if name == "auto" else parse(name) for name in names]
-    if not patterns:
+    natural = (device.natural_pattern() if name == "auto" else name for name in names)
+    choices = [Choice(*parse_weights(each, *stored)) for each in natural]
+    if not choices:
         raise PatternError('no pattern was given; use one such as "2:4", a list of them, or "auto"')
-    for each in patterns:
-        if each.mask_only:
-            raise PatternError(f'"{each}" is a mask-only pattern that no kernel runs; choose N:M or block patterns')
-    return patterns
+    for each in choices:
+        if each.pattern.mask_only:
+            raise PatternError(
+                f'"{each.pattern}" is a mask-only pattern that no kernel runs; choose N:M or block patterns'
+            )
+    return choices
 
 
 def _try(
-    pattern: Pattern, ref: LinearRef, device: Device, batches: tuple[int, ...], min_speedup: float, measure: bool
+    asked: Choice, ref: LinearRef, device: Device, batches: tuple[int, ...], min_speedup: float, measure: bool
 ) -> _Trial | str:
-    """One pattern on one shape: its times and whether it is fast enough, or why it cannot run at all."""
-    requests = {size: Request(pattern, ref.shape, ref.dtype, device.place, size) for size in batches}
+    """One pattern in its numbers on one shape: its times and whether it is fast enough, or why it cannot run at all."""
+    facts = asked.pattern, ref.shape, ref.dtype, device.place
+    requests = {size: Request(*facts, size, asked.numbers) for size in batches}
     if 0 in ref.shape:
         return "the layer has no weights"
     first = requests[batches[0]]
@@ -171,19 +223,19 @@ def _try(
         if ref.dtype not in FLOAT_DTYPES:
             dtype = str(ref.dtype).removeprefix("torch.")
             return f"{dtype} has no sparse kernel; convert the model to float32 or bfloat16"
-        return f"no sparse kernel for {pattern} here ({registry.why_no_kernel(first)})"
+        return f"no sparse kernel for {asked.weights} here ({registry.why_no_kernel(first)})"
     if not measure:
         bounds = known_bounds(requests, device, dict.fromkeys(batches, True))
         if len(bounds) < len(batches):
             return "the bound is unknown: measuring the peaks of the device needs more memory than is free"
         mean = statistics.geometric_mean([each.value for each in bounds.values()])
         refusal = None if mean > min_speedup else f"even the bound is only {mean:.2f}x"
-        return _Trial(Choice(pattern, backend=names[0]), {}, {}, bounds, mean, refusal)
+        return _Trial(replace(asked, backend=names[0]), {}, {}, bounds, mean, refusal)
     trials: list[_Trial] = []
     failures: list[str] = []
     for name in names:
         try:
-            trials.append(_measured(name, pattern, requests, device, min_speedup))
+            trials.append(_measured(name, asked, requests, device, min_speedup))
         except Exception as error:
             # what cannot be measured on this machine is no candidate; with one backend the error is the caller's
             if len(names) == 1 or not registry.of_a_library(error):
@@ -192,14 +244,12 @@ def _try(
     if not trials:
         return "; ".join(failures)
     for failure in failures:
-        warnings.warn(f"{pattern}: {failure}; the layer is planned without it", stacklevel=2)
+        warnings.warn(f"{asked.weights}: {failure}; the layer is planned without it", stacklevel=2)
     best = max(trials, key=lambda trial: (trial.refusal is None, trial.mean))
     return replace(best, others={str(trial.choice.backend): trial.sparse for trial in trials if trial is not best})
 
 
-def _measured(
-    name: str, pattern: Pattern, requests: Mapping[int, Request], device: Device, min_speedup: float
-) -> _Trial:
+def _measured(name: str, asked: Choice, requests: Mapping[int, Request], device: Device, min_speedup: float) -> _Trial:
     """The times of one backend. Raises what its library raises if it cannot prepare a weight."""
     new = [size for size, request in requests.items() if lookup(request, name, device) is None]
     measured = {size: measuring.measure(request, backend=name) for size, request in requests.items()}
@@ -217,10 +267,10 @@ def _measured(
     worst = min(ratios, key=lambda size: ratios[size])
     refusal = None
     if ratios[worst] < TOLERATED:
-        refusal = f"dense is faster at batch {worst}: {pattern} reaches {ratios[worst]:.2f}x"
+        refusal = f"dense is faster at batch {worst}: {asked.weights} reaches {ratios[worst]:.2f}x"
     elif mean <= min_speedup:
-        refusal = f"{pattern} reaches {mean:.2f}x in the mean, not above {min_speedup:g}x"
-    return _Trial(Choice(pattern, backend=name, dense_above=above), dense, sparse, bounds, mean, refusal)
+        refusal = f"{asked.weights} reaches {mean:.2f}x in the mean, not above {min_speedup:g}x"
+    return _Trial(replace(asked, backend=name, dense_above=above), dense, sparse, bounds, mean, refusal)
 
 
 def _dense_above(measured: Mapping[int, Measurement]) -> int | None:
@@ -246,12 +296,14 @@ def _decide(
     fast = sorted((trial for trial in trials if trial.refusal is None), key=lambda trial: -trial.mean)
     reasons = [*refusals, *(trial.refusal for trial in trials if trial.refusal is not None)]
     for trial in fast:
-        error = None if max_error is None else _error(ref, trial.choice.pattern, gram)
+        error = None if max_error is None else _plainly_pruned(ref, trial.choice.pattern, gram).error
         if max_error is not None and error is not None and error > max_error:
             reasons.append(f"{trial.choice.pattern} has an error of {error:.3f}, above {max_error:g}")
             continue
         how = "in the mean" if measured else "at most, by its bound; not measured"
-        return _layer_plan(name, ref, trial, trial.choice, f"{trial.mean:.2f}x {how}", error)
+        told = "; ".join([*trial.why, f"{trial.mean:.2f}x {how}"])
+        return _layer_plan(name, ref, trial, trial.choice, told, error)
+    reasons += (reason for trial in trials for reason in trial.why)
     reason = "; ".join(dict.fromkeys(reasons))
     if not trials:
         return LayerPlan(name, ref.shape, None, reason, None, {}, {}, {})
@@ -263,10 +315,11 @@ def _layer_plan(
     name: str, ref: LinearRef, trial: _Trial, choice: Choice | None, reason: str, error: float | None
 ) -> LayerPlan:
     times = trial.dense, trial.sparse, trial.bound
-    return LayerPlan(name, ref.shape, choice, reason, trial.choice, *times, error, trial.others)
+    rounding = trial.rounding if trial.choice.numbers.has_scales else None
+    return LayerPlan(name, ref.shape, choice, reason, trial.choice, *times, error, trial.others, rounding)
 
 
-def _error(ref: LinearRef, pattern: Pattern, gram: Tensor | None) -> float:
+def _plainly_pruned(ref: LinearRef, pattern: Pattern, gram: Tensor | None) -> PrunedWeight:
     from sparsecomp.methods.weight import prune_weight
 
-    return prune_weight(ref.get_weight(), pattern, "magnitude" if gram is None else "wanda", gram).error
+    return prune_weight(ref.get_weight(), pattern, "magnitude" if gram is None else "wanda", gram)

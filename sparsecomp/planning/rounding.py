@@ -23,23 +23,19 @@ from sparsecomp.patterns.rounding import LEVELS
 
 # relative, of the output of a layer. A layer without outliers moves by 1 to 2% (int8@a8) and 1% (int8).
 MOST_ROUNDING = 0.05
-ASSUMED = (
-    "no calibration tells of the inputs of these layers; they are taken to be normally distributed, so outliers among "
-    "them are not seen"
-)
 
 
 @dataclass(frozen=True)
 class Borne:
     """Numbers that a layer bears, None for a layer that is left as it is.
 
-    ``error`` is the relative error of its output by rounding, 0.0 of floats. ``reason`` says what was asked for and not
-    borne; "" where it is what was asked for.
+    ``error`` is the relative error of its output by rounding, 0.0 of floats. ``refused`` are sentences on numbers that
+    come before these and are not borne.
     """
 
     choice: Choice | None
     error: float
-    reason: str = ""
+    refused: tuple[str, ...] = ()
 
 
 def rounding_error(
@@ -92,11 +88,11 @@ def borne(
     for numbers in (asked.numbers,) if dense else _steps_back(asked.numbers):
         error = rounding_error(weight, asked.pattern, numbers, statistics)
         if error <= most:  # no NaN
-            yield Borne(replace(asked, numbers=numbers), error, "; ".join(refused))
+            yield Borne(replace(asked, numbers=numbers), error, tuple(refused))
         else:
             refused.append(f"{numbers} would move its output by {error:.1%}, above {most:.1%}")
     if dense:
-        yield Borne(None, 0.0, "; ".join(refused))
+        yield Borne(None, 0.0, tuple(refused))
 
 
 def _steps_back(numbers: Numbers) -> tuple[Numbers, ...]:

@@ -12,7 +12,8 @@ from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import BackendError, ModelError, PatternError
 from sparsecomp.machine.device import detect
 from sparsecomp.models.layers import LayerTable, check_globs
-from sparsecomp.patterns import Pattern, parse
+from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.numbers import parse_weights
 from sparsecomp.planning.plan import Plan
 
 _UNITS = {"cpu": "cores", "cuda": "SMs"}
@@ -23,15 +24,31 @@ def choose_patterns(
 ) -> tuple[dict[str, Pattern], dict[str, str]]:
     """The pattern of each layer to be pruned, and the reason for each that is not.
 
-    Raises ModelError for a glob that matches no layer or decides none, and a plan of another model.
+    Numbers behind a pattern's name say how the weight is stored afterwards, which pruning leaves alone. Raises as
+    ``choose_weights``.
+    """
+    chosen, skipped = choose_weights(found, pattern)
+    return {name: choice.pattern for name, choice in chosen.items()}, skipped
+
+
+def choose_weights(
+    found: LayerTable,
+    pattern: str | Pattern | Mapping[str, str | Pattern] | Plan,
+    quantize: str | None = None,
+    activations: str | None = None,
+) -> tuple[dict[str, Choice], dict[str, str]]:
+    """Pattern and numbers of each layer to be packed, and the reason for each that is not.
+
+    ``quantize`` and ``activations`` are for all of them, as ``parse_weights`` takes them. Raises ModelError for a glob
+    that matches no layer or decides none, and a plan of another model, PatternError for names that are none.
     """
     skipped = dict(found.skipped)
     if isinstance(pattern, str | Pattern):
-        return dict.fromkeys(found, parse(pattern)), skipped
+        return dict.fromkeys(found, Choice(*parse_weights(pattern, quantize, activations))), skipped
     if not isinstance(pattern, Mapping):
         return _planned(found, pattern, skipped)
     check_globs(pattern, [*found, *found.skipped], "pattern for")
-    parsed = {glob: parse(each) for glob, each in pattern.items()}
+    parsed = {glob: Choice(*parse_weights(each, quantize, activations)) for glob, each in pattern.items()}
     deciding = _deciding(found, parsed)
     skipped.update({name: "no pattern was given for it" for name in found if name not in deciding})
     return {name: parsed[glob] for name, glob in deciding.items()}, skipped
@@ -65,7 +82,7 @@ def made_elsewhere(plan: Plan) -> str | None:
     )
 
 
-def _deciding(found: LayerTable, patterns: Mapping[str, Pattern]) -> dict[str, str]:
+def _deciding(found: LayerTable, patterns: Mapping[str, Choice]) -> dict[str, str]:
     """Which name or glob decides for each layer; ModelError for a glob that a broader one before it leaves nothing."""
     reach: dict[str, set[str]] = {glob: set() for glob in patterns}
     deciding: dict[str, str] = {}
@@ -85,18 +102,18 @@ def _deciding(found: LayerTable, patterns: Mapping[str, Pattern]) -> dict[str, s
             if narrower and patterns[glob] != patterns[first]:
                 raise ModelError(
                     f'pattern for "{glob}" decides for no layer: "{first}" comes before it and gives "{name}" the '
-                    f'pattern {patterns[first]}; put "{glob}" before "{first}", or leave it out'
+                    f'pattern {patterns[first].weights}; put "{glob}" before "{first}", or leave it out'
                 )
     return deciding
 
 
-def _planned(found: LayerTable, plan: Plan, skipped: dict[str, str]) -> tuple[dict[str, Pattern], dict[str, str]]:
+def _planned(found: LayerTable, plan: Plan, skipped: dict[str, str]) -> tuple[dict[str, Choice], dict[str, str]]:
     if not isinstance(plan, Plan):
         raise PatternError(
             f'pattern is a {type(plan).__name__}; allowed are a name such as "2:4", a Pattern, a mapping from globs to '
             "them, and a Plan"
         )
-    patterns = {name: choice.pattern for name, choice in choices_of(plan, found).items()}
+    choices = choices_of(plan, found)
     dense = {name: f"the plan leaves it dense: {reason}" for name, reason in plan.stayed_dense.items()}
-    skipped.update({name: dense.get(name, "the plan does not have it") for name in found if name not in patterns})
-    return patterns, skipped
+    skipped.update({name: dense.get(name, "the plan does not have it") for name in found if name not in choices})
+    return choices, skipped

@@ -49,7 +49,8 @@ def prune(
 
     ``pattern`` is one pattern, a mapping from names and globs on names to patterns (a layer's own name wins over any
     glob, and the first glob that matches over later ones; layers that none matches stay dense and are named in the
-    report), or a Plan, whose decisions are followed. ``only`` and ``skip`` are
+    report), or a Plan, whose decisions are followed. Numbers in a name, as in "8:16+int8@a8", are for ``compile``: the
+    weights that are written here are floats. ``only`` and ``skip`` are
     globs as in ``find_linears``. ``masks`` (bool [out, in], True = kept) by exact layer name replace the method's
     choice; the masks of all layers are in the report. ``held_out`` is the calibration on other batches: errors on it
     are reported, and "best" chooses by it. With ``method="best"`` and an ``example`` batch, hidden channels that the
