@@ -14,15 +14,20 @@
 namespace sparsecomp::int8 {
 namespace {
 
-// Batch columns of a task, at most: their activations stay in the L2 cache, unless rows are long.
+// Batch columns of a task, at most, and what their activations take in the L2 cache.
 constexpr int64_t kTaskColumns = 128;
-// Two tiles of so many columns stay in the L1 cache while the batch passes over them. A batch that passes once, and
-// rows that are not much longer, are not cut.
-constexpr int64_t kChunkColumns = 768;
-constexpr int64_t kUncutColumns = 1024;
+constexpr int64_t kTaskBytes = 384 << 10;
+// So many columns of the weight are multiplied at once: where the L1 cache is small, two tiles of them stay in it while
+// the batch passes over them. Elsewhere what a cut costs, some 35 ns for each call of a micro-kernel, is more. A batch
+// that passes once is not cut.
+constexpr int64_t kSmallL1 = 32 << 10;
+constexpr int64_t kChunkColumns = 4096, kSmallL1ChunkColumns = 1024;
 // Rounding so many numbers keeps a second thread busy for longer than it takes to wake.
 constexpr int64_t kManyNumbers = 1 << 16;
 constexpr int64_t kLineBytes = 64;
+
+// The integer nearest to a number from 0 to 2^22, ties to even: the last bit of the sum is worth 1.
+int nearest(float number) { return static_cast<int>((number + 0x1p23f) - 0x1p23f); }
 
 struct Panel {
   uint8_t* integers;  // [batch][ld]
@@ -72,13 +77,14 @@ struct Task {
 
 class TaskRunner {
  public:
-  TaskRunner(const Isa& isa, const MicroSet& kernels, const Geometry& g, const LinearCall& call, const Panel& panel)
+  TaskRunner(const Isa& isa, const MicroSet& kernels, const Geometry& g, const LinearCall& call, const Panel& panel,
+             const Processor& processor)
       : isa_(isa), kernels_(kernels), g_(g), call_(call), panel_(panel) {
     plain_ = call.dtype == SPARSECOMP_F32 && call.epilogue.activation == SPARSECOMP_NO_ACTIVATION;
     // one column waits for memory: several tiles would be several streams of it
     tiles_ = call.batch == 1 || !kernels.micro[2][1] ? 1 : kMostTiles;
-    const int64_t columns = g.columns();
-    const int64_t chunks = call.batch > kMostColumns && columns > kUncutColumns ? divide_up(columns, kChunkColumns) : 1;
+    const int64_t most = processor.l1_bytes > kSmallL1 ? kChunkColumns : kSmallL1ChunkColumns;
+    const int64_t chunks = call.batch > kMostColumns ? std::max<int64_t>(1, divide_up(g.columns(), most)) : 1;
     chunk_rounds_ = divide_up(g.rounds, chunks);
   }
 
@@ -175,13 +181,14 @@ RoundedRow rounding_of(bool finite, float smallest, float largest) {
   if (!finite) return {std::numeric_limits<float>::quiet_NaN(), 0};
   // apart, because the difference may be more than fp32 holds; a smaller scale would have no inverse
   const float scale = std::max(largest / kLevels - smallest / kLevels, std::numeric_limits<float>::min());
-  const int below = static_cast<int>(std::nearbyint(-smallest / scale));
+  const int below = nearest(-smallest / scale);
   return {scale, std::min(below - kLargest, kLargest)};
 }
 
 float inverse_of(const RoundedRow& row) { return std::isnan(row.scale) ? 0.0f : 1.0f / row.scale; }
 
-int linear(const Isa& isa, const Kernels& kernels, const Geometry& g, const LinearCall& call) {
+int linear(const Isa& isa, const Kernels& kernels, const Geometry& g, const LinearCall& call,
+           const Processor& processor) {
   static thread_local Workspace space;
   const MicroSet& set = *kernels.select(g, call.batch);
   Panel panel;
@@ -200,8 +207,10 @@ int linear(const Isa& isa, const Kernels& kernels, const Geometry& g, const Line
   if (!complete.load()) return SPARSECOMP_NO_MEMORY;
 
   const int words = static_cast<int>(g.round_steps * g.words);
-  const Partition parts = make_partition(g.tiles, call.batch, g.rounds, words, call.threads, kTaskColumns);
-  const TaskRunner runner(isa, set, g, call, panel);
+  const int64_t columns =
+      std::clamp<int64_t>(round_up(kTaskBytes / panel.ld, kMostColumns), kMostColumns, kTaskColumns);
+  const Partition parts = make_partition(g.tiles, call.batch, g.rounds, words, call.threads, columns);
+  const TaskRunner runner(isa, set, g, call, panel, processor);
   parallel_for(call.threads, parts.tasks(), [&](int64_t index) {
     Task task;
     task.tile = index % parts.row_tasks * parts.tile_block;

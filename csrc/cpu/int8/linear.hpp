@@ -11,6 +11,7 @@
 
 #include "common/call.hpp"
 #include "common/isa.hpp"
+#include "common/processor.hpp"
 #include "int8/layout.hpp"
 
 namespace sparsecomp::int8 {
@@ -84,6 +85,7 @@ RoundedRow rounding_of(bool finite, float smallest, float largest);
 float inverse_of(const RoundedRow& row);
 
 // SPARSECOMP_OK or SPARSECOMP_NO_MEMORY.
-int linear(const Isa& isa, const Kernels& kernels, const Geometry& g, const LinearCall& call);
+int linear(const Isa& isa, const Kernels& kernels, const Geometry& g, const LinearCall& call,
+           const Processor& processor);
 
 }  // namespace sparsecomp::int8

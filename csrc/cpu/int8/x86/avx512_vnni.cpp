@@ -11,7 +11,9 @@ namespace {
 
 constexpr int kWordBytes = kTile * kWordWeights;
 constexpr int kLanes128 = 4;
-constexpr int64_t kCopiedBatch = 16;  // from so many columns on
+// Copies pay from so many batch columns on, of rows that are short enough to stay near with them.
+constexpr int64_t kCopiedBatch = 16, kCopiedColumns = 8192;
+constexpr int64_t kCopiedSmallBatch = 4, kCopiedFewColumns = 512;
 
 // The columns of word `word` of a round.
 inline __m512i word_columns(const uint8_t* metadata, int word) {
@@ -170,7 +172,9 @@ const MicroSet* sparse_set(int words) {
 const MicroSet* select(const Geometry& g, int64_t batch) {
   if (g.dense) return set_of<4, true, 1>();
   if (g.words == 1) return set_of<1, false, 1>();
-  return batch < kCopiedBatch ? sparse_set<1>(g.words) : sparse_set<kLanes128>(g.words);
+  const bool copied = g.columns() <= kCopiedFewColumns ? batch >= kCopiedSmallBatch
+                                                       : batch >= kCopiedBatch && g.columns() <= kCopiedColumns;
+  return copied ? sparse_set<kLanes128>(g.words) : sparse_set<1>(g.words);
 }
 
 constexpr int kLanes = 16;
