@@ -25,8 +25,8 @@ import sparsecomp as sc
 from sparsecomp.benchmark.cores import Cores
 from sparsecomp.benchmark.machine import describe
 from sparsecomp.benchmark.report import EVEN
-from sparsecomp.benchmark.timing import Sampler, measure, use_threads, wait_until_idle
 from sparsecomp.engines.base import DTYPES
+from sparsecomp.engines.timing import Sampler, measure, use_threads, wait_until_idle
 from sparsecomp.machine.device import detect
 from sparsecomp.reporting.terminal import counted, progress, table
 

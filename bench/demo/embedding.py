@@ -16,7 +16,7 @@ from torch import nn
 
 import sparsecomp as sc
 from bench import minilm
-from sparsecomp.benchmark.timing import Sampler, wait_until_idle
+from sparsecomp.engines.timing import Sampler, wait_until_idle
 
 # input_ids and attention_mask, int64 [texts, tokens]
 Arrays = Mapping[str, np.ndarray[Any, Any]]

@@ -26,9 +26,9 @@ from bench.demo.engines import Contender, Files, contenders
 from bench.demo.report import render
 from bench.demo.result import DemoResult, LayerRow, Measured, to_dict
 from sparsecomp.benchmark import machine
-from sparsecomp.benchmark.timing import Timing, measure
-from sparsecomp.benchmark.worker import Worker, ask_all, workers
 from sparsecomp.compiler import summary
+from sparsecomp.engines.timing import Timing, measure
+from sparsecomp.engines.worker import Worker, ask_all, workers
 from sparsecomp.errors import PatternError, SparsecompError
 from sparsecomp.patterns import parse, row_nm
 from sparsecomp.planning.summary import Summary

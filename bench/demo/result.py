@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.minilm import Quality
-from sparsecomp.benchmark.timing import Timing
+from sparsecomp.engines.timing import Timing
 
 DENSE, INT8, SPARSE = "dense fp32", "dense int8", "sparse fp32"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bench.demo.result import DENSE, INT8, SPARSE, DemoResult, Measured
 from bench.minilm import Quality
-from sparsecomp.benchmark.timing import Timing
+from sparsecomp.engines.timing import Timing
 
 # times, sizes and cosines nearer than these count as level
 _SAME_TIME, _SAME_SIZE, _SAME_COSINE = 1.05, 1.02, 0.002

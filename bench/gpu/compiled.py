@@ -21,7 +21,7 @@ from bench.gpu.machine import describe, watch
 from bench.gpu.sampler import GpuSampler
 from bench.gpu.supervise import Journal
 from bench.gpu.sweep import TOLERANCE, distance, gathered, random_operands, row, write
-from sparsecomp.benchmark.timing import measure
+from sparsecomp.engines.timing import measure
 from sparsecomp.errors import SparsecompError
 from sparsecomp.nn import SparseLinear
 

@@ -1,6 +1,6 @@
 """Seconds of a call on a GPU, from CUDA events around a captured graph of calls that rotate over several operands.
 
-Gives samplers for ``sparsecomp.benchmark.timing.measure``. Knows nothing of linear layers.
+Gives samplers for ``sparsecomp.engines.timing.measure``. Knows nothing of linear layers.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from bench.gpu.packing import packing_rows
 from bench.gpu.report import Row, summary
 from bench.gpu.sampler import GpuSampler
 from bench.gpu.supervise import Journal, supervise
-from sparsecomp.benchmark.timing import Timing, measure
+from sparsecomp.engines.timing import Timing, measure
 
 FORMAT = 1
 DTYPES = {

@@ -18,12 +18,12 @@ from typing import Any
 import sparsecomp as sc
 from sparsecomp.benchmark.cores import Cores
 from sparsecomp.benchmark.machine import describe
-from sparsecomp.benchmark.product import Product
 from sparsecomp.benchmark.sparse import SparseEngine
-from sparsecomp.benchmark.timing import Timing, measure
-from sparsecomp.benchmark.worker import Worker, ask_all, workers
 from sparsecomp.engines.base import DTYPES, Engine
+from sparsecomp.engines.product import Product
 from sparsecomp.engines.registry import float_engines
+from sparsecomp.engines.timing import Timing, measure
+from sparsecomp.engines.worker import Worker, ask_all, workers
 from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.bound import bound
 from sparsecomp.machine.device import Device, detect
@@ -214,12 +214,8 @@ def _too_small(settings: Settings, shape: tuple[int, int], dtype: str) -> str | 
 
 def _check(errors: Mapping[str, float], engines: Iterable[Engine], dtype: str, where: str) -> None:
     for engine in engines:
-        error, allowed = errors[engine.name], engine.tolerance(dtype)
-        if not error <= allowed:
-            raise SparsecompError(
-                f"{engine.name} is wrong at {where}: relative error {error:.2e} against float64, at most {allowed:g} "
-                f"in {engine.computes(dtype)}; its time would mean nothing"
-            )
+        if not errors[engine.name] <= engine.tolerance(dtype):
+            raise SparsecompError(f"{engine.name} is wrong at {where}: {engine.wrong(errors[engine.name], dtype)}")
 
 
 def _times(timing: Timing, copies: int) -> dict[str, float | int]:

@@ -13,8 +13,10 @@ from sparsecomp.reporting.terminal import wrap
 _EXAMPLE = """\
 example: sparsecomp plan shop.models:build --pattern 2:4 --batch 1,32
 
-Dense torch and the sparse kernel are timed at every batch, once for all layers of one shape and dtype. A layer goes
-sparse if sparse is slower at no batch and faster in the mean of them. "bound" is what the measured peaks of this
+Dense torch and the sparse kernel are timed at every batch, once for all layers of one shape and dtype; a layer of less
+than float32 is timed dense in float32 as well, and the faster of the two counts. A layer goes sparse if sparse is
+slower at no batch and faster in the mean of them. --engines times ONNX Runtime, OpenVINO and int8 as well, which takes
+seconds for each shape and decides nothing. "bound" is what the measured peaks of this
 machine allow at most. Weights need not be pruned yet. --output writes the plan as a file, which "sparsecomp compile
 --plan FILE" and sparsecomp.Plan.load(FILE) follow without measuring again. Times are kept in a cache for the next run;
 SPARSECOMP_CACHE=off measures anew. --json prints the plan as JSON, all times in seconds.
@@ -28,6 +30,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     choices.add_pattern(parser, False, "; default auto")
     parser.add_argument("--batch", metavar="LIST", type=counts, help="rows of x to plan for (default 1,128)")
     models.add_selection(parser)
+    parser.add_argument("--engines", action="store_true", help="time the other dense engines of this machine beside it")
     parser.add_argument("--all", action="store_true", help="a row for each layer, where equal ones share one else")
     parser.add_argument(
         "-o", "--output", metavar="FILE", type=output_file(".json"), help="write the plan as well, for compile --plan"
@@ -47,7 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = choices.by_layer(found, choices.without_auto(given, model), None)
     with hub.without_cache(model):
         plan = sc.plan(
-            model, choices.exactly(chosen), batch=arguments.batch or BATCHES, only=arguments.only, skip=arguments.skip
+            model,
+            choices.exactly(chosen),
+            batch=arguments.batch or BATCHES,
+            only=arguments.only,
+            skip=arguments.skip,
+            engines=arguments.engines,
         )
     if arguments.output is not None:
         plan.save(arguments.output)

@@ -22,6 +22,7 @@ DENSE_INT8 = replace(INT8, activation_bits=8)
 # normal activations with one scale, to 7 bits as torch does, gives 0.025, and weights of 7 bits 0.017.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 _INT8_TOLERANCE = 4e-2
+_LIBRARIES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,17 @@ class Engine(ABC):
         """The numbers that it multiplies in a layer of ``dtype``: "fp32", "bf16", or "int8" on both sides."""
         return dtype if self.numbers.activation_bits is None else f"int{self.numbers.activation_bits}"
 
+    def title(self, dtype: str) -> str:
+        """Its library and the numbers that it multiplies, as a report says them: "OpenVINO bf16"."""
+        return titled(self.name) if self.numbers.has_scales else f"{titled(self.name)} {self.computes(dtype)}"
+
+    def wrong(self, error: float, dtype: str) -> str:
+        """The sentence on a product whose ``error`` exceeds the tolerance."""
+        return (
+            f"relative error {error:.2e} against float64, at most {self.tolerance(dtype):g} in {self.computes(dtype)}; "
+            "its time would mean nothing"
+        )
+
     def tolerance(self, dtype: str) -> float:
         """The relative Frobenius distance to the float product above which its product is wrong."""
         return _TOLERANCE[dtype] if self.numbers.activation_bits is None else _INT8_TOLERANCE
@@ -107,6 +119,12 @@ class Modules(Loaded):
             return y  # type: ignore[no-any-return]
 
         return Runner(call=call, result=lambda: call().float())
+
+
+def titled(name: str) -> str:
+    """The name of an engine as a report says it: "ONNX Runtime int8" of "onnxruntime int8"."""
+    library, _, rest = name.partition(" ")
+    return f"{_LIBRARIES.get(library, library)} {rest}".rstrip()
 
 
 def quantized(weight: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,9 @@ from sparsecomp.machine.request import Request
 from sparsecomp.machine.sources import digest, file_digest, gpu_folders
 
 SPARSE, DENSE, UNPACKED = "sparse", "dense", "unpacked"
+# a dense product in float32 of a layer of less, x and y converted in the call
+WIDENED = "dense float32"
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 _STEADY = 0.25  # spread up to which a measurement is kept for other processes; a busy machine shows more
 
@@ -26,9 +29,10 @@ _STEADY = 0.25  # spread up to which a measurement is kept for other processes; 
 class Measurement:
     """Medians of one request on this machine.
 
-    ``seconds`` by candidate: "sparse" (the layer's kernel, named by ``kernel``), "dense" (nn.Linear), "unpacked" (the
-    weight unpacked at every call, then a dense product). ``spread`` is the interquartile range over the median.
-    ``cold`` tells whether the weights were rotated over more memory than the last-level cache holds.
+    ``seconds`` by candidate: "sparse" (the layer's kernel, named by ``kernel``), "dense" (nn.Linear in the layer's
+    dtype), "dense float32" (nn.Linear in float32 between conversions of x and y, for a layer of less on a CPU),
+    "unpacked" (the weight unpacked at every call, then a dense product). ``spread`` is the interquartile range over the
+    median. ``cold`` tells whether the weights were rotated over more memory than the last-level cache holds.
     """
 
     kernel: str
@@ -37,9 +41,25 @@ class Measurement:
     cold: bool
 
     @property
+    def dense(self) -> float:
+        """Seconds of the fastest dense product of this process."""
+        return min(self.seconds[DENSE], self.seconds.get(WIDENED, self.seconds[DENSE]))
+
+    @property
     def speedup(self) -> float:
         """Dense time over sparse time."""
-        return self.seconds[DENSE] / self.seconds[SPARSE]
+        return self.dense / self.seconds[SPARSE]
+
+    def baseline(self, dtype: torch.dtype) -> str:
+        """The name of the dense product that ``dense`` is the time of, in a layer of ``dtype``: "torch bf16"."""
+        ways = self.dense_ways(dtype)
+        return min(ways, key=lambda way: ways[way])
+
+    def dense_ways(self, dtype: torch.dtype) -> dict[str, float]:
+        """Seconds of each dense product of this process by its name, that of a layer of ``dtype`` as it is first."""
+        own = f"torch {_SHORT[dtype]}"
+        widened = {"torch fp32": self.seconds[WIDENED]} if WIDENED in self.seconds else {}
+        return {own: self.seconds[DENSE], **widened}
 
 
 _known: dict[str, Measurement] = {}
@@ -63,6 +83,11 @@ def keep(measurement: Measurement, request: Request, device: Device) -> None:
     if max(measurement.spread.values()) <= _STEADY:
         cache.store("tune", key, _as_json(measurement))
     _known[key] = measurement
+
+
+def widens(request: Request) -> bool:
+    """Whether its dense layer could also run in float32, which a CPU may multiply faster than what is narrower."""
+    return request.device == "cpu" and request.dtype in (torch.bfloat16, torch.float16)
 
 
 @lru_cache(maxsize=1)
@@ -92,7 +117,8 @@ def _key(request: Request, device: Device, backend: str) -> str:
     dtype = f"{request.dtype} of {numbers} weights" if numbers.has_scales else request.dtype
     what = f"{request.pattern} {out}x{columns} {dtype} batch {request.batch} threads {device.threads}"
     versions = _versions() if device.kind == "cpu" else f"{_versions()} {_gpu_versions()}"
-    return f"{device.fingerprint} {versions} {what} by {backend}"
+    beside = " beside float32" if widens(request) else ""
+    return f"{device.fingerprint} {versions} {what}{beside} by {backend}"
 
 
 def _as_json(measurement: Measurement) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import cycle, islice
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from sparsecomp.backends import registry
@@ -19,14 +20,12 @@ from sparsecomp.backends.base import Backend, Kernel
 from sparsecomp.machine import clock
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
-from sparsecomp.machine.timings import Measurement, keep, lookup
+from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, WIDENED, Measurement, keep, lookup, widens
 from sparsecomp.nn import SparseLinear
 from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.packing.quantize import in_numbers
 from sparsecomp.patterns import Pattern, rows_together
 from sparsecomp.patterns.project import project
-
-SPARSE, DENSE, UNPACKED = "sparse", "dense", "unpacked"
 
 _BUDGET = 0.04  # seconds of measuring, per request
 _SAMPLE = 1e-4  # seconds one timed sample should last, far above the clock's resolution
@@ -50,7 +49,7 @@ def measure(
     backend = backend or registry.choose(request)
     if not again and (known := lookup(request, backend, device)) is not None:
         return known
-    copies, cold = _copies(request, device)
+    copies, cold = rotation(request, device)
     weight = in_numbers(random_weight(request.pattern, request.shape, request.dtype), request.numbers)
     weight = weight.to(request.device)
     bias = torch.zeros(request.shape[0], dtype=request.dtype, device=request.device)
@@ -60,6 +59,8 @@ def measure(
     dense += [copy.deepcopy(dense[0]) for _ in range(copies - 1)]
     kernel = sparse[0].kernel
     calls: dict[str, Sequence[Callable[[torch.Tensor], object]]] = {SPARSE: sparse, DENSE: dense}
+    if widens(request):
+        calls[WIDENED] = [partial(_widened, copy.deepcopy(layer).float()) for layer in dense]
     if kernel.backend != "dense":
         calls[UNPACKED] = [
             partial(_unpacked, registry.backends()[kernel.backend], layer.kernel, bias) for layer in sparse
@@ -94,7 +95,11 @@ def _unpacked(backend: Backend, kernel: Kernel, bias: torch.Tensor, x: torch.Ten
     return functional.linear(x, backend.dense(kernel), bias)
 
 
-def _copies(request: Request, device: Device) -> tuple[int, bool]:
+def _widened(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return functional.linear(x.float(), layer.weight, layer.bias).to(x.dtype)
+
+
+def rotation(request: Request, device: Device) -> tuple[int, bool]:
     """How many weights to rotate over, and whether their packed form then exceeds the last-level cache."""
     weight = max(request.shape[0] * request.shape[1] * request.dtype.itemsize, 1)
     bits = request.numbers.weight_bits(request.dtype)

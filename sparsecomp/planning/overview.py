@@ -13,6 +13,8 @@ from sparsecomp.reporting.figures import microseconds
 from sparsecomp.reporting.terminal import fits, label, listed, numbered, table, wrap
 
 _MEAN = " in the mean"
+_TORCH = "torch "
+_TOTAL = ("total",)  # the name of a row of sums
 _ABOVE = (
     "*: above its bound. The bound compares with a dense torch that reaches the measured peaks of this machine, and "
     "there torch is below them"
@@ -23,7 +25,8 @@ _ABOVE = (
 class Row:
     """Layers ``names`` of one shape [out, in], run in one way. Times in seconds by batch, empty if not measured.
 
-    ``facts`` are further cells by the name of their column, as ``table`` takes it.
+    ``facts`` are further cells by the name of their column, as ``table`` takes it. ``by`` is the dense product that was
+    timed, by batch, "torch" where it is not known.
     """
 
     names: tuple[str, ...]
@@ -35,6 +38,7 @@ class Row:
     bound: Mapping[int, Bound]
     why: str
     facts: Mapping[str, str] = field(default_factory=dict)
+    by: Mapping[int, str] = field(default_factory=dict)
 
 
 def grouped(rows: Iterable[Row]) -> list[Row]:
@@ -53,7 +57,8 @@ def grouped(rows: Iterable[Row]) -> list[Row]:
 def draw(rows: Sequence[Row], batches: Sequence[int], title: str, runs: str, width: int, last: Row | None) -> str:
     """The table of the rows: one line a row where that fits ``width``, else one line a row and batch.
 
-    ``runs`` heads the column of what runs a layer. ``last`` is a row of sums under the others, or None. Where reasons
+    ``runs`` heads the column of what runs a layer. The column of dense times is named after the product that was timed,
+    and each time is where they differ. ``last`` is a row of sums under the others, or None. Where reasons
     have no column they follow as sentences.
     """
     every = [*rows, *([last] if last is not None else [])]
@@ -93,14 +98,15 @@ def draw(rows: Sequence[Row], batches: Sequence[int], title: str, runs: str, wid
 def _wide(rows: Sequence[Row], batches: Sequence[int], runs: str) -> tuple[list[str], list[list[object]]]:
     facts = list(dict.fromkeys(name for row in rows for name in row.facts))
     columns = ["layer", ">out x in", runs, *facts, "kernel"]
+    dense = _baseline(rows)
     for batch in batches:
-        columns += [f">torch b{batch}", ">sparse", ">speedup", ">bound"]
+        columns += [f">{dense or 'torch'} b{batch}", ">sparse", ">speedup", ">bound"]
     cells: list[list[object]] = []
     for row in rows:
         line: list[object] = [label(row.names), _shape(row), row.runs, *(row.facts.get(each, "") for each in facts)]
         line.append(row.kernel)
         for batch in batches:
-            line += _times(row, batch, str(row.bound.get(batch, "")))
+            line += _times(row, batch, str(row.bound.get(batch, "")), not dense)
         cells.append([*line, row.why])
     return [*columns, "why"], cells
 
@@ -108,27 +114,35 @@ def _wide(rows: Sequence[Row], batches: Sequence[int], runs: str) -> tuple[list[
 def _tall(rows: Sequence[Row], batches: Sequence[int], runs: str) -> tuple[list[str], list[list[object]]]:
     facts = list(dict.fromkeys(name for row in rows for name in row.facts))
     columns = ["layer", ">out x in", runs, *(f"?{name}" for name in facts)]
-    columns += [">batch", ">torch", ">sparse", ">speedup", ">bound"]
+    dense = _baseline(rows)
+    columns += [">batch", f">{dense or 'torch'}", ">sparse", ">speedup", ">bound"]
     cells: list[list[object]] = []
     for row in rows:
         first: list[object] = [label(row.names), _shape(row), row.runs, *(row.facts.get(each, "") for each in facts)]
         for i, batch in enumerate(batches):
             limit = row.bound.get(batch)
-            times = _times(row, batch, "" if limit is None else f"{limit.value:.2f}x")
+            times = _times(row, batch, "" if limit is None else f"{limit.value:.2f}x", not dense)
             cells.append([*(first if i == 0 else [""] * len(first)), batch if any(times) else "", *times])
     return columns, cells
+
+
+def _baseline(rows: Sequence[Row]) -> str:
+    """The dense product of all times, "" if there are several, each of torch."""
+    named = {row.by.get(batch, "torch") for row in rows for batch in row.sparse if row.names != _TOTAL}
+    return named.pop() if len(named) == 1 else "" if named else "torch"
 
 
 def _shape(row: Row) -> str:
     return f"{row.shape[0]}x{row.shape[1]}" if row.shape != (0, 0) else ""
 
 
-def _times(row: Row, batch: int, limit: str) -> list[object]:
+def _times(row: Row, batch: int, limit: str, named: bool) -> list[object]:
     if batch not in row.sparse:
         return ["", "", "", limit]
     dense, sparse = row.dense[batch], row.sparse[batch]
     mark = "*" if _above(row, batch) else ""
-    return [microseconds(dense), microseconds(sparse), f"{dense / sparse:.2f}x{mark}", limit]
+    by = f" {row.by[batch].removeprefix(_TORCH)}" if named and batch in row.by else ""
+    return [f"{microseconds(dense)}{by}", microseconds(sparse), f"{dense / sparse:.2f}x{mark}", limit]
 
 
 def _above(row: Row, batch: int) -> bool:

@@ -19,6 +19,7 @@ from sparsecomp.machine.bound import Bound
 from sparsecomp.machine.device import Device
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.numbers import FLOAT
+from sparsecomp.planning.beside import Beside, draw_beside
 from sparsecomp.planning.overview import Row, draw, grouped
 from sparsecomp.reporting.codec import decoded, plain
 from sparsecomp.reporting.figures import microseconds
@@ -42,8 +43,10 @@ class LayerPlan:
     """What happens to one layer. ``choice`` is how it runs sparse, None where it stays dense; ``reason`` says why.
 
     Times in seconds by batch, dense and with ``tried``, the choice that was decided about, by the fastest of the
-    backends that run it; empty where nothing was measured, and None where nothing could be tried. ``others`` are the
-    sparse seconds of the other backends by batch. ``error`` is the relative layer error where ``max_error`` asked for
+    backends that run it; empty where nothing was measured, and None where nothing could be tried. ``dense`` is the
+    fastest of ``dense_ways``, the dense products of this process by name ("torch bf16", "torch fp32"), that of the
+    layer as it is first. ``others`` are the sparse seconds of the other backends by batch, ``engines`` dense ones of
+    other libraries where they were asked for. ``error`` is the relative layer error where ``max_error`` asked for
     it: of a plain pruning to the pattern, by magnitude or, with a calibration, by Wanda, whatever method prunes later.
     ``rounding`` is how far the integers of ``tried`` move the layer's output on calibration inputs, relative to it;
     None of floats and where nothing was calibrated.
@@ -60,6 +63,31 @@ class LayerPlan:
     error: float | None = None
     others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     rounding: float | None = None
+    dense_ways: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    engines: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    @property
+    def baseline(self) -> Mapping[int, str]:
+        """The dense product that ``dense`` is the time of, by batch; "torch" in a plan of before it was kept."""
+        ways = self.dense_ways
+        named = {batch: [way for way in ways if batch in ways[way]] for batch in self.dense}
+        return {
+            batch: min(known, key=lambda way, at=batch: ways[way][at], default="torch")  # type: ignore[misc]
+            for batch, known in named.items()
+        }
+
+    @property
+    def planned(self) -> Mapping[int, float]:
+        """Seconds as planned by batch: of the sparse layer, or of the dense one as it is, in its own dtype."""
+        if self.choice is not None:
+            return self.sparse
+        own = next(iter(self.dense_ways.values()), self.dense)
+        return {batch: own.get(batch, seconds) for batch, seconds in self.dense.items() if batch in self.sparse}
+
+    @property
+    def runs(self) -> str:
+        """What it runs in, for a table: its pattern and numbers, or "dense"."""
+        return "dense" if self.choice is None else self.choice.weights
 
     @property
     def pattern(self) -> Pattern | None:
@@ -78,14 +106,14 @@ class LayerPlan:
         return None if self.choice is None else self.choice.dense_above
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also what was pickled before a layer's plan held a choice."""
+        """Also what was pickled before a layer's plan held a choice, or further dense products."""
         if "choice" not in state:
             state = dict(state)
             pattern, tried, backend = state.pop("pattern"), state.pop("tried"), state.pop("backend", None)
             above = state.pop("dense_above", None)
             state["choice"] = None if pattern is None else Choice(pattern, FLOAT, backend, above)
             state["tried"] = None if tried is None else Choice(tried, FLOAT, backend, above)
-        self.__dict__.update(state)
+        self.__dict__.update({"rounding": None, "dense_ways": {}, "engines": {}} | state)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the layer") -> LayerPlan:
@@ -99,7 +127,8 @@ class LayerPlan:
 
     def _require_times(self, where: str) -> None:
         """FormatError for times that nothing takes, and for batches with a sparse time and no dense one."""
-        for what, times in {"dense_seconds": self.dense, "sparse_seconds": self.sparse, **self.others}.items():
+        dense = {**self.dense_ways, **self.engines}
+        for what, times in {"dense_seconds": self.dense, "sparse_seconds": self.sparse, **self.others, **dense}.items():
             for batch, seconds in times.items():
                 if seconds <= 0:
                     raise FormatError(f"{where} takes {seconds!r} seconds at batch {batch} ({what}), where more belong")
@@ -118,6 +147,9 @@ class LayerPlan:
             "dense_seconds": plain(self.dense),
             "sparse_seconds": plain(self.sparse),
             "other_backends": plain(self.others),
+            "baseline": plain(self.baseline),
+            "dense_ways": plain(self.dense_ways),
+            "engines": plain(self.engines),
             "bound": {str(batch): limit.value for batch, limit in self.bound.items()},
             "dense_above": self.dense_above,
             "error": self.error,
@@ -137,7 +169,8 @@ class LayerPlan:
 class Plan:
     """Decisions for every layer that could be sparse, in the order of the model; the layers left out, with reasons.
 
-    ``weights`` counts the elements of all parameters of the model, None if they were not counted.
+    ``weights`` counts the elements of all parameters of the model, None if they were not counted. ``engines_missing``
+    are the other dense engines that were asked for and gave no times, each with the reason.
     """
 
     device: Device
@@ -145,6 +178,11 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     skipped: Mapping[str, str]
     weights: int | None = None
+    engines_missing: Mapping[str, str] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also what was pickled before other engines were measured."""
+        self.__dict__.update({"engines_missing": {}} | state)
 
     def __getitem__(self, name: str) -> LayerPlan:
         """The decision for the layer of that name; KeyError if the plan has none."""
@@ -180,6 +218,7 @@ class Plan:
             "batches": list(self.batches),
             "weights": self.weights,
             "skipped": dict(self.skipped),
+            "engines_missing": dict(self.engines_missing),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -233,15 +272,13 @@ class Plan:
         """The whole model in figures: the share of its weights that goes sparse, and the times of all layers by batch.
 
         ``share`` is None where the model's weights were not counted. ``torch_seconds`` sums one dense call of each
-        decided layer, ``planned_seconds`` the same calls as planned; layers that were not measured are in neither.
+        decided layer, by its ``baseline``, ``planned_seconds`` the same calls as planned; layers that were not measured
+        are in neither.
         """
         sparse = sum(layer.shape[0] * layer.shape[1] for layer in self.sparse.values())
         known = {batch: [layer for layer in self.layers if batch in layer.sparse] for batch in self.batches}
         dense = {str(batch): sum(layer.dense[batch] for layer in known[batch]) for batch in self.batches}
-        planned = {
-            str(batch): sum((layer.dense if layer.pattern is None else layer.sparse)[batch] for layer in known[batch])
-            for batch in self.batches
-        }
+        planned = {str(batch): sum(layer.planned[batch] for layer in known[batch]) for batch in self.batches}
         return {
             "layers": len(self.layers),
             "sparse_layers": len(self.sparse),
@@ -257,7 +294,7 @@ class Plan:
         return self.text()
 
     def text(self, width: int | None = None, every: bool = False) -> str:
-        """Tables and sentences of at most ``width`` columns (None: the terminal's), "torch" being dense torch.
+        """Tables and sentences of at most ``width`` columns (None: the terminal's), "torch fp32" being its dense layer.
 
         Layers that are decided and timed alike share a row, unless ``every`` asks for a row each.
         """
@@ -266,7 +303,10 @@ class Plan:
         drawn = draw(rows if every else grouped(rows), self.batches, self.device.describe(), "runs", width, None)
         errors = [wrap(_ERROR, width)] if any(layer.error is not None for layer in self.layers) else []
         errors += [wrap(sentence, width) for sentence in _rounding(self.layers)]
-        return "\n".join([drawn, *errors, *by_reason("skipped", self.skipped, width, every), *self._sums(width)])
+        others = [Beside((each.name,), each.runs, each.planned, each.engines) for each in self.layers]
+        beside = draw_beside(others, self.batches, self.engines_missing, width, every)
+        skipped = by_reason("skipped", self.skipped, width, every)
+        return "\n".join([drawn, *errors, *skipped, *self._sums(width), *beside])
 
     def _sums(self, width: int) -> list[str]:
         if not self.layers:
@@ -280,7 +320,8 @@ class Plan:
         for batch in self.batches:
             dense, planned = totals["torch_seconds"][str(batch)], totals["planned_seconds"][str(batch)]
             if planned:
-                times = f"{microseconds(dense)} in dense torch, {microseconds(planned)} as planned"
+                named = " or ".join(sorted({each.baseline[batch] for each in self.layers if batch in each.sparse}))
+                times = f"{microseconds(dense)} in dense {named}, {microseconds(planned)} as planned"
                 ratio = f"{dense / planned:.2f}x (one call of each; the rest of the model is not in it)"
                 lines.append(f"batch {batch}: these layers take {times}, {ratio}")
         return [wrap(line, width) for line in lines]
@@ -310,5 +351,13 @@ def _rounding(layers: Sequence[LayerPlan]) -> Iterator[str]:
 def _row(layer: LayerPlan) -> Row:
     error = {} if layer.error is None else {">error": f"{layer.error:.3f}"}
     facts = layer.dense, layer.sparse, layer.bound
-    runs = "dense" if layer.choice is None else layer.choice.weights
-    return Row((layer.name,), layer.shape, runs, layer.backend or "", *facts, layer.reason, error)
+    return Row(
+        (layer.name,),
+        layer.shape,
+        layer.runs,
+        layer.backend or "",
+        *facts,
+        layer.reason,
+        error,
+        layer.baseline,
+    )

@@ -5,6 +5,7 @@ Takes a model and candidate patterns, gives a Plan. Prunes nothing in the model,
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from sparsecomp.backends import registry
 from sparsecomp.backends.choice import Choice
+from sparsecomp.engines.peers import Peers
 from sparsecomp.errors import ModelError, PatternError, naming
 from sparsecomp.machine.bound import Bound, known_bounds
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
-from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement, lookup
+from sparsecomp.machine.timings import SPARSE, UNPACKED, Measurement, lookup
 from sparsecomp.models.batches import eager
 from sparsecomp.models.calibration import Calibration, LayerStatistics, require_statistics
 from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
@@ -67,6 +69,7 @@ class _Trial:
     others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     rounding: float | None = None
     why: tuple[str, ...] = ()
+    ways: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 def plan(
@@ -84,6 +87,7 @@ def plan(
     quantize: str | None = None,
     activations: str | None = None,
     max_rounding: float = MOST_ROUNDING,
+    engines: bool = False,
 ) -> Plan:
     """Decide layer by layer what this machine can turn into speed. No weight is touched.
 
@@ -101,22 +105,29 @@ def plan(
     ("16:16+int8@a8") it stays dense. The reason tells. The error is that of the weight as it is where it fits the
     pattern already, else of a plain pruning. Without a calibration inputs count as normal, so that no outlier is seen.
 
-    Dense is torch's own product of the dense weight, not another engine's: where ONNX Runtime or OpenVINO run the dense
-    model faster than torch does, they may beat a layer that is planned sparse as well; ``sparsecomp bench`` tells.
+    Dense is the fastest product of the dense weight that this process can call: torch in the layer's dtype, and on a
+    CPU, for a layer of less than float32, torch in float32 with x and y converted in the call, which is what
+    ``model.float()`` would give. The plan names which it was at each batch. ``engines=True`` measures the other dense
+    engines of this machine beside it, ONNX Runtime, OpenVINO and torch's int8, each in a process of its own; that takes
+    seconds for each shape, and their times decide nothing.
     A layer goes sparse if at no batch it is slower than 0.98 of dense, and if the geometric mean of its speedups
     exceeds ``min_speedup``; otherwise it stays dense, and the plan holds both times. Nothing is promised of batches
     that are not named. Where several backends run it, as on a GPU, each is measured, and the layer gets the fastest;
     those that round activations are left out. With ``measure=False`` the bound stands in for the measured speedup, and
     the reason says so.
 
-    Raises PatternError for a pattern that cannot be packed, ModelError for a model without linear layers and for
-    batches that are no sizes, BackendError for a device that is not there.
+    Raises PatternError for a pattern that cannot be packed, ModelError for a model without linear layers, for batches
+    that are no sizes and for engines on a GPU, BackendError for a device that is not there.
     """
     batches = _batches(batch)
     require_statistics("calibration", calibration)
     read = calibration.read if isinstance(calibration, Calibration) else ()
     found = require_layers(find_linears(eager(model), only, skip))
     where = detect(str(next(iter(found.values())).device) if device == "auto" else device)
+    if engines and where.kind != "cpu":
+        raise ModelError(
+            f"engines=True measures dense engines of the CPU, and the plan is for {where.place}; leave it out"
+        )
     named, skipped = _by_layer(found, pattern, where, (quantize, activations))
     tried: dict[tuple[Choice, tuple[int, int], torch.dtype], _Trial | str] = {}
     layers = []
@@ -150,10 +161,30 @@ def plan(
         gram = None if known is None else known.gram
         layers.append(_decide(name, ref, trials, refusals, gram, max_error, measure))
     weights = sum(each.numel() for each in model.parameters() if not isinstance(each, nn.UninitializedParameter))
-    return Plan(where, batches, tuple(layers), skipped, weights)
+    beside, absent = _beside(layers, found, where, batches) if engines else ({}, {})
+    decided = tuple(replace(layer, engines=beside.get(layer.name, {})) for layer in layers)
+    return Plan(where, batches, decided, skipped, weights, absent)
 
 
 _READ = "the model reads its weight beside calling it; packed, it would hold a dense copy for that as well"
+
+
+def _beside(
+    layers: Sequence[LayerPlan], found: LayerTable, device: Device, batches: tuple[int, ...]
+) -> tuple[dict[str, dict[str, dict[int, float]]], dict[str, str]]:
+    """Seconds of the other engines by layer, engine and batch, and the reason for each engine that gave none."""
+    alike: dict[tuple[tuple[int, int], torch.dtype, int], list[str]] = {}
+    for layer in layers:
+        if layer.tried is not None:
+            dtype = found[layer.name].dtype
+            request = Request(layer.tried.pattern, layer.shape, dtype, device.place, batches[0], layer.tried.numbers)
+            copies, _ = measuring.rotation(request, device)
+            alike.setdefault((layer.shape, dtype, copies), []).append(layer.name)
+    beside: dict[str, dict[str, dict[int, float]]] = {}
+    with Peers(device) as peers:
+        for (shape, dtype, copies), names in progress(list(alike.items()), "measuring other engines"):
+            beside |= dict.fromkeys(names, peers.seconds(shape, dtype, batches, copies))
+        return beside, peers.missing
 
 
 def _by_layer(
@@ -255,22 +286,29 @@ def _measured(name: str, asked: Choice, requests: Mapping[int, Request], device:
     measured = {size: measuring.measure(request, backend=name) for size, request in requests.items()}
     above = _dense_above(measured)
     for size in new:
-        ratio = measured[size].seconds[DENSE] / taken_seconds(measured[size], size, above)
+        ratio = measured[size].dense / taken_seconds(measured[size], size, above)
         if _DOUBTFUL[0] <= ratio < _DOUBTFUL[1]:
             measured[size] = measuring.measure(requests[size], backend=name, again=True, budget=_LONGER)
     above = _dense_above(measured)
     bounds = known_bounds(requests, device, {size: not value.cold for size, value in measured.items()})
-    dense = {size: value.seconds[DENSE] for size, value in measured.items()}
+    dense = {size: value.dense for size, value in measured.items()}
+    ways: dict[str, dict[int, float]] = {}
+    for size, value in measured.items():
+        for way, seconds in value.dense_ways(requests[size].dtype).items():
+            ways.setdefault(way, {})[size] = seconds
     sparse = {size: taken_seconds(value, size, above) for size, value in measured.items()}
     ratios = {size: dense[size] / sparse[size] for size in measured}
     mean = statistics.geometric_mean(ratios.values())
     worst = min(ratios, key=lambda size: ratios[size])
     refusal = None
     if ratios[worst] < TOLERATED:
-        refusal = f"dense is faster at batch {worst}: {asked.weights} reaches {ratios[worst]:.2f}x"
+        own, fastest = next(iter(ways)), min(ways, key=lambda way: ways[way].get(worst, math.inf))
+        how = "" if fastest == own else f" in {fastest}, to be had with model.float()"
+        refusal = f"dense is faster at batch {worst}{how}: {asked.weights} reaches {ratios[worst]:.2f}x"
     elif mean <= min_speedup:
         refusal = f"{asked.weights} reaches {mean:.2f}x in the mean, not above {min_speedup:g}x"
-    return _Trial(replace(asked, backend=name, dense_above=above), dense, sparse, bounds, mean, refusal)
+    choice = replace(asked, backend=name, dense_above=above)
+    return _Trial(choice, dense, sparse, bounds, mean, refusal, ways=ways)
 
 
 def _dense_above(measured: Mapping[int, Measurement]) -> int | None:
@@ -316,7 +354,8 @@ def _layer_plan(
 ) -> LayerPlan:
     times = trial.dense, trial.sparse, trial.bound
     rounding = trial.rounding if trial.choice.numbers.has_scales else None
-    return LayerPlan(name, ref.shape, choice, reason, trial.choice, *times, error, trial.others, rounding)
+    kept = trial.others, rounding, trial.ways
+    return LayerPlan(name, ref.shape, choice, reason, trial.choice, *times, error, *kept)
 
 
 def _plainly_pruned(ref: LinearRef, pattern: Pattern, gram: Tensor | None) -> PrunedWeight:

@@ -6,7 +6,7 @@ Takes layers, bounds and measurements that exist or can be had, gives printable 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,7 @@ from sparsecomp.errors import ModelError
 from sparsecomp.machine.bound import Bound, known_bounds
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
-from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement
+from sparsecomp.machine.timings import SPARSE, UNPACKED, Measurement
 from sparsecomp.nn import SparseLinear
 from sparsecomp.planning import measure as measuring
 from sparsecomp.planning.overview import Row, draw, grouped
@@ -27,7 +27,10 @@ from sparsecomp.reporting.terminal import by_reason, terminal_width
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One linear layer of a model. Times are in seconds by batch, empty for a layer that stayed dense unmeasured."""
+    """One linear layer of a model. Times are in seconds by batch, empty for a layer that stayed dense unmeasured.
+
+    ``baseline`` names the dense product that ``dense`` is the time of, by batch.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -40,6 +43,11 @@ class SummaryRow:
     dense: Mapping[int, float]
     sparse: Mapping[int, float]
     bound: Mapping[int, Bound]
+    baseline: Mapping[int, str] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also what was pickled before the baseline was named."""
+        self.__dict__.update({"baseline": {}} | state)
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Summary:
                     "kernel": row.kernel,
                     "why": row.why,
                     "dense_seconds": {str(batch): value for batch, value in row.dense.items()},
+                    "baseline": {str(batch): way for batch, way in row.baseline.items()},
                     "sparse_seconds": {str(batch): value for batch, value in row.sparse.items()},
                     "bound": {str(batch): value.value for batch, value in row.bound.items()},
                 }
@@ -118,7 +127,7 @@ class Summary:
 def _line(row: SummaryRow) -> Row:
     sizes = {"dtype": row.dtype, ">bytes dense": megabytes(row.dense_bytes), ">packed": megabytes(row.bytes)}
     times = row.dense, row.sparse, row.bound
-    return Row((row.name,), row.shape, row.pattern, row.kernel, *times, row.why, sizes)
+    return Row((row.name,), row.shape, row.pattern, row.kernel, *times, row.why, sizes, row.baseline)
 
 
 def summarise(model: nn.Module, batch: Sequence[int], stayed_dense: Mapping[str, str]) -> Summary:
@@ -152,9 +161,10 @@ def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Devic
         bytes=layer.kernel.nbytes,
         kernel=backend,
         why=_why(layer),
-        dense={batch: value.seconds[DENSE] for batch, value in measured.items()},
+        dense={batch: value.dense for batch, value in measured.items()},
         sparse={batch: taken_seconds(value, batch, layer.dense_above) for batch, value in measured.items()},
         bound=known_bounds(requests, device, {batch: not value.cold for batch, value in measured.items()}),
+        baseline={batch: value.baseline(layer.dtype) for batch, value in measured.items()},
     )
 
 

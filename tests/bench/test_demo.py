@@ -13,7 +13,7 @@ from bench.demo.report import render
 from bench.demo.result import DENSE, INT8, SPARSE, DemoResult, LayerRow, Measured, to_dict
 from bench.demo.verdict import compare, dense_side, int8_side, next_steps, sparse_side, verdict
 from bench.minilm import Quality
-from sparsecomp.benchmark.timing import Timing
+from sparsecomp.engines.timing import Timing
 
 
 def timing(ms: float, spread: float = 0.01) -> Timing:

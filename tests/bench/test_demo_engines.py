@@ -159,7 +159,7 @@ every = len(os.sched_getaffinity(0))
 import torch
 from functools import partial
 from importlib import import_module
-from sparsecomp.benchmark.worker import workers
+from sparsecomp.engines.worker import workers
 
 if __name__ == "__main__":
     torch.set_num_threads(2)

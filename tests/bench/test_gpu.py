@@ -20,7 +20,7 @@ from bench.gpu.engines import engines, pattern_of
 from bench.gpu.machine import ranges
 from bench.gpu.packing import packing_rows
 from bench.gpu.supervise import Journal
-from sparsecomp.benchmark.timing import Timing
+from sparsecomp.engines.timing import Timing
 from sparsecomp.packing.format import pack
 
 CASE = Case(64, 32, 8, "somewhere")

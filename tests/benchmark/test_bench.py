@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from sparsecomp.benchmark import report, sweep, timing
-from sparsecomp.benchmark.product import Product
+from sparsecomp.benchmark import report, sweep
 from sparsecomp.benchmark.sparse import SparseEngine
-from sparsecomp.benchmark.worker import ask_all, workers
+from sparsecomp.engines import timing
 from sparsecomp.engines.base import Engine, Loaded, Operands
+from sparsecomp.engines.product import Product
 from sparsecomp.engines.pytorch import TorchEngine
+from sparsecomp.engines.worker import ask_all, workers
 from sparsecomp.errors import FormatError, PatternError, SparsecompError
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from sparsecomp.benchmark import cores, timing
+from sparsecomp.benchmark import cores
 from sparsecomp.benchmark.cores import Cores
+from sparsecomp.engines import timing
 
 APART, CLOCKED_DOWN, TOGETHER, BESIDE_A_NEIGHBOUR = [2.4, 2.3], [2.1, 2.0], [1.3, 1.0], [2.3, 1.2]
 

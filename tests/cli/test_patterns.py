@@ -14,6 +14,8 @@ from sparsecomp.cli import choices
 from sparsecomp.cli.main import main
 from sparsecomp.cli.models import _items, call_factory
 from sparsecomp.machine.device import detect
+from sparsecomp.machine.request import Request
+from sparsecomp.machine.timings import DENSE, SPARSE, Measurement
 
 
 def packed(path: str) -> dict[str, str]:
@@ -218,7 +220,13 @@ def test_a_part_that_no_batch_has_is_named(
     assert says in capsys.readouterr().err
 
 
-def test_plan_is_a_verb_with_json(capsys: pytest.CaptureFixture[str]) -> None:
+def measured(request: Request, **longer: object) -> Measurement:
+    """Times that differ between shapes, so that no two kinds of layers share a sentence."""
+    return Measurement("cpu", {DENSE: 1e-6 * request.shape[0], SPARSE: 2e-5}, {}, False)
+
+
+def test_plan_is_a_verb_with_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsecomp.planning.measure.measure", measured)
     arguments = ["plan", "shop:headed", "--pattern", "2:4", "--batch", "1,4", "--skip", "classifier"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
@@ -230,9 +238,11 @@ def test_plan_is_a_verb_with_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert [layer["name"] for layer in plan["layers"]] == BLOCKS
     facts = {"name", "shape", "pattern", "backend", "reason", "dense_seconds", "sparse_seconds"}
     facts |= {"other_backends", "bound", "dense_above", "error", "numbers", "pinned", "tried", "limits"}
+    facts |= {"baseline", "dense_ways", "engines", "rounding"}
     for layer in plan["layers"]:
         assert layer.keys() == facts
         assert layer["dense_seconds"].keys() == layer["sparse_seconds"].keys() == {"1", "4"}
+        assert layer["baseline"] == {"1": "torch fp32", "4": "torch fp32"} and layer["engines"] == {}
     assert plan["totals"]["layers"] == 4 and plan["totals"]["torch_seconds"].keys() == {"1", "4"}
     assert plan["skipped"] == {"classifier": 'excluded by skip "classifier"'}
     assert not list(Path().glob("*.safetensors"))

@@ -119,7 +119,7 @@ def test_every_file_has_a_room() -> None:
         ("sparsecomp.packing.format", "def f():\n    from sparsecomp import backends"),
         ("sparsecomp.methods.scores", "import sparsecomp.packing.bits"),
         ("sparsecomp.onnx.export", "import importlib\nimportlib.import_module('sparsecomp.backends.cpu')"),
-        ("sparsecomp.planning.measure", "from sparsecomp.benchmark import timing"),
+        ("sparsecomp.planning.measure", "from sparsecomp.benchmark import sweep"),
         ("sparsecomp.engines.registry", "from sparsecomp.backends.registry import choose"),
         ("sparsecomp.planning.measure", "import openvino"),
         ("sparsecomp.benchmark.sweep", "from bench.gpu import cases"),

@@ -16,7 +16,7 @@ from sparsecomp.machine import cache, sources, timings
 from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
 from sparsecomp.machine.sources import file_digest
-from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement, keep, lookup
+from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, WIDENED, Measurement, keep, lookup
 from sparsecomp.patterns import Block, parse
 from sparsecomp.patterns.project import project
 from sparsecomp.planning import measure as tune
@@ -46,10 +46,30 @@ def test_every_candidate_is_measured(pattern: str, dtype: torch.dtype) -> None:
     request = replace(REQUEST, pattern=parse(pattern), dtype=dtype)
     got = measure(request, budget=0.0)
     assert got.kernel == choose(request)
-    assert set(got.seconds) == ({SPARSE, DENSE} if got.kernel == "dense" else {SPARSE, DENSE, UNPACKED})
+    widened = {WIDENED} if dtype == torch.bfloat16 else set()
+    unpacked = set() if got.kernel == "dense" else {UNPACKED}
+    assert set(got.seconds) == {SPARSE, DENSE} | unpacked | widened
     assert set(got.spread) == set(got.seconds)
     assert all(seconds > 0 for seconds in got.seconds.values())
-    assert got.speedup == got.seconds[DENSE] / got.seconds[SPARSE]
+    assert got.speedup == min(got.seconds[each] for each in {DENSE} | widened) / got.seconds[SPARSE]
+
+
+def test_dense_is_the_fastest_product_of_this_process() -> None:
+    def timed(**seconds: float) -> Measurement:
+        return Measurement("cpu", {SPARSE: 1.0, DENSE: 4.0, **seconds}, {}, False)
+
+    alone, both = timed(), timed(**{WIDENED: 3.0})
+    assert (alone.dense, alone.speedup, alone.baseline(torch.float16)) == (4.0, 4.0, "torch fp16")
+    assert (both.dense, both.speedup, both.baseline(torch.bfloat16)) == (3.0, 3.0, "torch fp32")
+    assert both.dense_ways(torch.bfloat16) == {"torch bf16": 4.0, "torch fp32": 3.0}
+    assert timed(**{WIDENED: 5.0}).baseline(torch.bfloat16) == "torch bf16"
+
+
+def test_the_product_in_float32_takes_and_gives_the_dtype_of_the_layer() -> None:
+    layer = torch.nn.Linear(16, 8, device="cpu", dtype=torch.float32)
+    x = torch.randn(3, 16, device="cpu", dtype=torch.float32).bfloat16()
+    y = tune._widened(layer, x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, layer(x.float()).bfloat16())
 
 
 def test_measurements_are_remembered_by_request_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,10 +217,10 @@ def test_rotation_exceeds_the_cache_where_memory_allows(monkeypatch: pytest.Monk
     device = replace(detect("cpu"), l3_bytes=1 << 20)
     monkeypatch.setattr(tune, "_COPIES_BYTES", 64 << 20)
     request = replace(REQUEST, shape=(256, 256))
-    copies, cold = tune._copies(request, device)
+    copies, cold = tune.rotation(request, device)
     assert cold and copies * 256 * 256 * 2 > 1 << 20
     monkeypatch.setattr(tune, "_COPIES_BYTES", 1)
-    assert tune._copies(request, device) == (1, False)
+    assert tune.rotation(request, device) == (1, False)
 
 
 def test_hopeless_candidates_are_not_measured_on() -> None:

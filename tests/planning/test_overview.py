@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -75,3 +77,13 @@ def test_rows_are_grouped_only_if_nothing_but_the_name_differs() -> None:
 )
 def test_times_are_written_in_the_unit_that_suits_them(seconds: float, text: str) -> None:
     assert microseconds(seconds) == text
+
+
+def test_a_summary_names_the_product_it_compares_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = summary_of_here()
+    assert {way for row in made.rows for way in row.baseline.values()} == {"torch fp32"}
+    assert "torch fp32" in made.text(80) and "torch fp32 b1" in made.text(300)
+    assert made.to_dict()["layers"][0]["baseline"] == {"1": "torch fp32"}
+    old = SummaryRow.__new__(SummaryRow)
+    old.__setstate__({name: value for name, value in vars(made.rows[0]).items() if name != "baseline"})
+    assert old == replace(made.rows[0], baseline={})

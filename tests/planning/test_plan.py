@@ -5,20 +5,22 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from sparsecomp.engines.peers import Peers
 from sparsecomp.errors import BackendError, ModelError, PatternError
 from sparsecomp.machine import bound as cost
 from sparsecomp.machine import timings
 from sparsecomp.machine.device import detect
 from sparsecomp.machine.native import native
 from sparsecomp.machine.request import Request
-from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, Measurement
+from sparsecomp.machine.timings import DENSE, SPARSE, UNPACKED, WIDENED, Measurement
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.models.calibration import calibrate
 from sparsecomp.patterns import parse
@@ -312,10 +314,63 @@ def test_a_plan_says_what_dense_is_and_marks_what_is_above_its_bound(
     )
     made = plan(model(), "2:4", batch=(1, 8), only="0")
     wide = made.text(300)
-    assert "torch b1" in wide and "torch b8" in wide and "dense b" not in wide
+    assert "torch fp32 b1" in wide and "torch fp32 b8" in wide and "dense b" not in wide
     assert "7.50x*" in wide and "1.50x " in wide and "*: above its bound" in wide
-    assert "7.50x*" in made.text(80) and "torch" in made.text(80)
+    assert "7.50x*" in made.text(80) and "torch fp32" in made.text(80)
     assert "above its bound" not in plan(model(), "2:4", batch=8, only="0").text(300)
+
+
+def test_a_bf16_layer_is_compared_with_torch_in_float32_as_well(timed: Callable[[Seconds], list[Request]]) -> None:
+    # as on a processor that does not multiply bf16: 7.6 times as fast as torch bf16, and slower than torch fp32
+    timed(lambda request: {DENSE: 7.6e-5, WIDENED: 0.8e-5 if request.batch == 8 else 9e-5, SPARSE: 1e-5})
+    net = model().bfloat16()
+    made = plan(net, "2:4", batch=(1, 8), only="0")
+    layer = made["0"]
+    how = "in torch fp32, to be had with model.float()"
+    assert layer.pattern is None and layer.reason == f"dense is faster at batch 8 {how}: 2:4 reaches 0.80x"
+    assert layer.dense == {1: 7.6e-5, 8: 0.8e-5} and layer.baseline == {1: "torch bf16", 8: "torch fp32"}
+    assert layer.planned == {1: 7.6e-5, 8: 7.6e-5}  # it stays what it is
+    for width in (80, 300):
+        text = made.text(width)
+        assert "76 us bf16" in text and "8 us fp32" in text and "0.80x" in text
+        assert "8 us in dense torch fp32, 76 us as planned, 0.11x" in " ".join(text.split())
+    alone = plan(net, "2:4", batch=1, only="0")
+    assert alone["0"].pattern is not None and "torch bf16" in alone.text(80) and "7.60x" in alone.text(80)
+
+
+def test_other_engines_stand_beside_the_plan_and_decide_nothing(
+    timed: Callable[[Seconds], list[Request]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(lambda request: {DENSE: 4e-5, SPARSE: 2e-5 if request.shape == (48, 32) else 8e-5})
+    asked: list[tuple[tuple[int, int], torch.dtype, Sequence[int]]] = []
+
+    def seconds(
+        self: Peers, shape: tuple[int, int], dtype: torch.dtype, batches: Sequence[int], copies: int
+    ) -> dict[str, dict[int, float]]:
+        asked.append((shape, dtype, batches))
+        self.missing["torch int8"] = "it was built without"
+        return {"OpenVINO fp32": {1: 3e-5, 8: 3e-5}, "ONNX Runtime int8": {1: 1e-5, 8: 2.5e-5}}
+
+    monkeypatch.setattr(Peers, "seconds", seconds)
+    made = plan(model(), "2:4", batch=(1, 8), engines=True)
+    assert list(made.sparse) == ["0", "3"] and len(asked) == 2  # equal shapes once
+    assert made["0"].engines["ONNX Runtime int8"] == {1: 1e-5, 8: 2.5e-5}
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    for width in (60, 80, 200):
+        assert max(map(len, made.text(width).splitlines())) <= width
+    text = " ".join(made.text(200).split())
+    assert "2 x * 1 2:4 20 us 30 us OpenVINO fp32 10 us ONNX Runtime int8 (2.00x)" in text
+    assert "2 x * 8 2:4 20 us 30 us OpenVINO fp32 25 us ONNX Runtime int8" in text
+    assert "2 8 dense 40 us 30 us OpenVINO fp32 (1.33x)" in text
+    assert "not measured: torch int8: it was built without" in text
+    assert "Dense engines" not in plan(model(), "2:4", batch=(1, 8)).text(200)
+
+
+def test_other_engines_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = replace(detect("cpu"), kind="cuda")
+    monkeypatch.setattr("sparsecomp.planning.planner.detect", lambda kind: gpu)
+    with pytest.raises(ModelError, match="measures dense engines of the CPU, and the plan is for cuda:0; leave it out"):
+        plan(model(), "2:4", engines=True)
 
 
 def test_the_totals_are_those_of_the_whole_model(timed: Callable[[Seconds], list[Request]]) -> None:
@@ -330,7 +385,7 @@ def test_the_totals_are_those_of_the_whole_model(timed: Callable[[Seconds], list
     assert totals["planned_seconds"] == {"1": pytest.approx(6e-5), "8": pytest.approx(6e-5)}
     text = " ".join(str(made).split())
     assert f"2 of 3 layers go sparse, which hold {2 * 48 * 32 / every:.1%} of the model's weights" in text
-    assert "batch 8: these layers take 120 us in dense torch, 60 us as planned, 2.00x" in text
+    assert "batch 8: these layers take 120 us in dense torch fp32, 60 us as planned, 2.00x" in text
     json.dumps(totals, allow_nan=False)
 
 

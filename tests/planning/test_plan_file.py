@@ -21,15 +21,20 @@ from sparsecomp.planning.plan import LayerPlan, Plan
 TIMES = {1: 1.1e-5, 128: 2 / 3}
 BOUND = {1: Bound(1.5, "memory", 3e-6, 2e-6), 128: Bound(2.0, "compute", 1e-3, 5e-4)}
 CHOICE = Choice(parse("8:16"), FLOAT, "cpu", 128)
-SPARSE = LayerPlan("up", (48, 32), CHOICE, "2.00x", CHOICE, TIMES, TIMES, BOUND, 0.25, {"triton": TIMES})
+WAYS = {"torch bf16": {1: 1.1e-5, 128: 1.0}, "torch fp32": {1: 2e-5, 128: 2 / 3}}
+BESIDE = {"OpenVINO bf16": TIMES, "ONNX Runtime int8": {1: 1e-5}}
+SPARSE = LayerPlan(
+    "up", (48, 32), CHOICE, "2.00x", CHOICE, TIMES, TIMES, BOUND, 0.25, {"triton": TIMES}, None, WAYS, BESIDE
+)
 TRIED = replace(CHOICE, pattern=parse("2:4@v4"), dense_above=None)
 DENSE = LayerPlan("down", (32, 48), None, "dense is faster", TRIED, TIMES, {}, {})
 UNTRIED = LayerPlan("head", (8, 48), None, "no kernel", None, {}, {}, {})
+MISSING = {"OpenVINO int8 dynamic": "it needs VNNI"}
 GPU = Device("cuda", "a GPU", "sm_90", 132, None, 50 << 20, None, 1)
 
 
 def plan_of(device: Device) -> Plan:
-    return Plan(device, (1, 128), (SPARSE, DENSE, UNTRIED), {"conv": "Conv1d layers stay dense"}, 12345)
+    return Plan(device, (1, 128), (SPARSE, DENSE, UNTRIED), {"conv": "Conv1d layers stay dense"}, 12345, MISSING)
 
 
 @pytest.mark.parametrize("device", [detect("cpu"), GPU], ids=["cpu", "gpu"])
@@ -54,6 +59,18 @@ def test_keys_of_before_are_still_there() -> None:
     assert up["dense_seconds"] == {"1": 1.1e-5, "128": 2 / 3} and up["bound"] == {"1": 1.5, "128": 2.0}
     assert (down["pattern"], down["backend"], down["dense_above"]) == (None, "cpu", None)
     assert (head["pattern"], head["backend"]) == (None, None)
+
+
+def test_a_plan_names_its_baseline_also_in_a_file_of_before() -> None:
+    facts = plan_of(GPU).to_dict()
+    assert facts["layers"][0]["baseline"] == {"1": "torch bf16", "128": "torch fp32"}
+    for layer in facts["layers"]:
+        for key in ("baseline", "dense_ways", "engines"):
+            del layer[key]
+    del facts["engines_missing"]
+    old = Plan.from_dict(facts)
+    assert old["up"].baseline == {1: "torch", 128: "torch"} and old["up"].engines == old.engines_missing == {}
+    assert old["up"].planned == TIMES and "in dense torch," in old.text(300) and "torch b128" in old.text(300)
 
 
 def test_further_keys_do_not_matter() -> None:
@@ -102,6 +119,8 @@ def _with(path: tuple[str | int, ...], value: Any) -> Any:
         (("layers", 0, "error"), float("nan"), r"layers\[0\].error is nan, where a finite number belongs"),
         (("layers", 0, "sparse_seconds", "128"), 0, r"layers\[0\] takes 0.0 seconds at batch 128 \(sparse_seconds\)"),
         (("layers", 0, "other_backends", "triton", "1"), -1.0, r"layers\[0\] takes -1.0 seconds at batch 1 \(triton\)"),
+        (("layers", 0, "dense_ways", "torch bf16", "1"), 0, r"layers\[0\] takes 0.0 seconds at batch 1 \(torch bf16\)"),
+        (("layers", 0, "engines", "OpenVINO bf16"), 3, r"layers\[0\].engines.OpenVINO bf16 is 3, where an object"),
         (("layers", 0, "dense_seconds", "1"), ..., r"layers\[0\] has sparse_seconds of batch 1, and no dense_seconds"),
     ],
 )
@@ -153,9 +172,14 @@ def test_a_plan_pickled_before_it_held_choices_is_read() -> None:
         chosen, tried = facts.pop("choice"), facts.pop("tried")
         facts |= {"pattern": chosen and chosen.pattern, "tried": tried and tried.pattern}
         facts |= {"backend": tried and tried.backend, "dense_above": chosen and chosen.dense_above}
+        facts = {name: value for name, value in facts.items() if name not in ("dense_ways", "engines")}
         old = LayerPlan.__new__(LayerPlan)
         old.__setstate__(facts)
-        assert old == layer and pickle.loads(pickle.dumps(old)) == layer
+        assert old == replace(layer, dense_ways={}, engines={}) and pickle.loads(pickle.dumps(old)) == old
+    before = {name: value for name, value in vars(plan_of(GPU)).items() if name != "engines_missing"}
+    plan = Plan.__new__(Plan)
+    plan.__setstate__(before)
+    assert plan == replace(plan_of(GPU), engines_missing={})
 
 
 def test_the_error_says_whose_it_is() -> None:

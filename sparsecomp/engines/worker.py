@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any
 
-from sparsecomp.benchmark.timing import use_threads
+from sparsecomp.engines.timing import use_threads
 from sparsecomp.errors import SparsecompError
 from sparsecomp.onnx.threads import unbound
 
@@ -31,7 +33,8 @@ class Worker:
     def __init__(
         self, name: str, make: Callable[[], object], threads: int, environment: Mapping[str, str] | None = None
     ) -> None:
-        """Start the process; the first ``answer`` is None, given when the object is there. ``make`` is pickled.
+        """Start the process; the first ``answer`` is None, given when the object is there. ``make`` is pickled
+        and names nothing of the program that runs.
 
         ``environment`` is added to the process's own, in time for libraries that read theirs when they load.
         """
@@ -40,7 +43,7 @@ class Worker:
         self.name = name
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, threads), name=name, daemon=True)
-        with _added(environment or {}):
+        with _added(environment or {}), _main_of_its_own():
             self._process.start()
         theirs.close()
 
@@ -97,6 +100,17 @@ def _added(environment: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
+def _main_of_its_own() -> Iterator[None]:
+    """Processes started within it do not run the caller's program again, which would plan or measure once more."""
+    ours = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = ours
+
+
+@contextmanager
 def workers(
     makes: Mapping[str, Callable[[], object]], threads: int, openmp: Collection[str] = ()
 ) -> Iterator[dict[str, Worker]]:
@@ -140,6 +154,25 @@ def ask_all(asked: Iterable[Worker], method: str, *arguments: object) -> dict[st
     for worker in listed:
         worker.tell(method, *arguments)
     return {worker.name: worker.answer() for worker in listed}
+
+
+def answers(asked: Mapping[str, tuple[Worker, tuple[Any, ...]]], method: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The answers by name, of all at the same time, each to arguments of its own, and the reason for each failure."""
+    given: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for name, (worker, arguments) in asked.items():
+        try:
+            worker.tell(method, *arguments)
+        except SparsecompError as error:
+            failed[name] = str(error)
+    for name, (worker, _) in asked.items():
+        if name in failed:
+            continue
+        try:
+            given[name] = worker.answer()
+        except SparsecompError as error:
+            failed[name] = str(error)
+    return given, failed
 
 
 def _serve(pipe: Connection, make: Callable[[], object], threads: int) -> None:

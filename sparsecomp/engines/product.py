@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import sparsecomp as sc
-from sparsecomp.benchmark.timing import Sampler, wait_until_idle
 from sparsecomp.engines.base import DTYPES, Engine, Loaded, Operands, Runner
+from sparsecomp.engines.timing import Sampler, wait_until_idle
 
 
 class Product:
