@@ -19,8 +19,8 @@ inline __m256i add_pairs(__m256i pairs, __m256i sum) {
 class NarrowProduct {
  public:
   explicit NarrowProduct(__m256i weights) : weights_(weights) {}
-  void add(__m256i activations, __m256i* sum) const {
-    *sum = add_pairs(_mm256_maddubs_epi16(activations, weights_), *sum);
+  __m256i add(__m256i activations, __m256i sum) const {
+    return add_pairs(_mm256_maddubs_epi16(activations, weights_), sum);
   }
 
  private:
@@ -31,8 +31,8 @@ class NarrowProduct {
 class SignedProduct {
  public:
   explicit SignedProduct(__m256i weights) : weights_(weights), sizes_(_mm256_abs_epi8(weights)) {}
-  void add(__m256i activations, __m256i* sum) const {
-    *sum = add_pairs(_mm256_maddubs_epi16(sizes_, _mm256_sign_epi8(activations, weights_)), *sum);
+  __m256i add(__m256i activations, __m256i sum) const {
+    return add_pairs(_mm256_maddubs_epi16(sizes_, _mm256_sign_epi8(activations, weights_)), sum);
   }
 
  private:
@@ -42,8 +42,8 @@ class SignedProduct {
 class WideProduct {
  public:
   explicit WideProduct(__m256i weights) : product_(weights) {}
-  void add(__m256i activations, __m256i* sum) const {
-    product_.add(_mm256_xor_si256(activations, _mm256_set1_epi8(-128)), sum);
+  __m256i add(__m256i activations, __m256i sum) const {
+    return product_.add(_mm256_xor_si256(activations, _mm256_set1_epi8(-128)), sum);
   }
 
  private:

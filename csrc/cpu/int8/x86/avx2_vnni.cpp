@@ -10,7 +10,7 @@ namespace {
 class Product {
  public:
   explicit Product(__m256i weights) : weights_(weights) {}
-  void add(__m256i activations, __m256i* sum) const { *sum = _mm256_dpbusd_avx_epi32(*sum, activations, weights_); }
+  __m256i add(__m256i activations, __m256i sum) const { return _mm256_dpbusd_avx_epi32(sum, activations, weights_); }
 
  private:
   __m256i weights_;

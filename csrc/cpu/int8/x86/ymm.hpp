@@ -82,7 +82,9 @@ inline void multiply_halves(const MicroArgs& args, int first, bool ask) {
                        : _mm256_shuffle_epi8(
                              _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
                              columns);
-            product.add(activations, &sums[h][b][word % kChains]);
+            __m256i& sum = sums[h][b][word % kChains];
+            sum = product.add(activations, sum);
+            __asm__ volatile("" : "+x"(sum));  // in this order: GCC would shuffle ahead and run out of registers
           }
         }
       }
