@@ -84,11 +84,13 @@ auto at_round(const Geometry& g, Byte* values, Byte* metadata, int64_t tile, int
   return found;
 }
 
-// The weights of a row and step of the layout, by column, each column once: what `kept_weights` gave.
-int stored_weights(const Geometry& g, int64_t tile, int64_t step, int row, const uint8_t* values,
+// The weights of a row and step of the layout, by column, each column once: what `kept_weights` gave. Metadata that no
+// canonical form gives may name fewer columns than there are slots; the rest are 0 then.
+void stored_weights(const Geometry& g, int64_t tile, int64_t step, int row, const uint8_t* values,
                    const uint8_t* metadata, int weights[kStep], int columns[kStep]) {
   bool kept[kStep] = {};
   std::fill(weights, weights + kStep, 0);
+  std::fill(columns, columns + kStep, 0);
   const auto block = at_round(g, values, metadata, tile, step);
   for (int i = 0; i < g.words * kWordWeights; ++i) {
     const Place place = place_of(g, step, row, i);
@@ -99,7 +101,6 @@ int stored_weights(const Geometry& g, int64_t tile, int64_t step, int row, const
   int count = 0;
   for (int column = 0; column < kStep; ++column)
     if (kept[column]) columns[count++] = column;
-  return count;
 }
 
 int64_t step_count(const Geometry& g) { return (g.in + kStep - 1) / kStep; }

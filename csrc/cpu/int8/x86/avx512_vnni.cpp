@@ -17,7 +17,7 @@ constexpr int64_t kCopiedSmallBatch = 4, kCopiedFewColumns = 512;
 
 // The columns of word `word` of a round.
 inline __m512i word_columns(const uint8_t* metadata, int word) {
-  const __m512i pair = _mm512_load_si512(metadata + word / 2 * kWordBytes);
+  const __m512i pair = _mm512_loadu_si512(metadata + word / 2 * kWordBytes);
   return _mm512_and_si512(word % 2 ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
 }
 
@@ -87,7 +87,7 @@ void micro(const MicroArgs& args) {
         SPARSECOMP_UNROLL
         for (int w = 0; w < W; ++w) {
           const int word = step * W + w;
-          weights[t][w] = _mm512_load_si512(values + t * value_stride + word * kWordBytes);
+          weights[t][w] = _mm512_loadu_si512(values + t * value_stride + word * kWordBytes);
           if (!kDense) columns[t][w] = word_columns(metadata + t * metadata_stride, word);
         }
       }

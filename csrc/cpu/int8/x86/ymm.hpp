@@ -16,7 +16,7 @@ constexpr int kWordBytes = kTile * kWordWeights;
 constexpr int kHalf = kTile / 2;
 constexpr int kHalfBytes = kWordBytes / 2;
 
-inline __m256i load(const uint8_t* from) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(from)); }
+inline __m256i load(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 
 // The columns of word `word` of a round; `metadata` is that of the half.
 inline __m256i word_columns(const uint8_t* metadata, int word) {
