@@ -1,8 +1,8 @@
 /* sparsecomp: C ABI of the CPU kernels. No torch, Python or ONNX Runtime types cross it.
  *
- * All pointers are to contiguous memory unless a leading dimension is given, aligned as their elements are; `values` and
- * `metadata` of the kernel layout lie anywhere. Every function that returns int gives SPARSECOMP_OK or an error code;
- * sparsecomp_error_text() puts it in words. No function keeps a pointer it was given.
+ * All pointers are to contiguous memory unless a leading dimension is given, aligned as their elements are; `values`
+ * and `metadata` of the kernel layout lie anywhere. Every function that returns int gives SPARSECOMP_OK or an error
+ * code; sparsecomp_error_text() puts it in words. No function keeps a pointer it was given.
  */
 #ifndef SPARSECOMP_H
 #define SPARSECOMP_H

@@ -87,7 +87,7 @@ auto at_round(const Geometry& g, Byte* values, Byte* metadata, int64_t tile, int
 // The weights of a row and step of the layout, by column, each column once: what `kept_weights` gave. Metadata that no
 // canonical form gives may name fewer columns than there are slots; the rest are 0 then.
 void stored_weights(const Geometry& g, int64_t tile, int64_t step, int row, const uint8_t* values,
-                   const uint8_t* metadata, int weights[kStep], int columns[kStep]) {
+                    const uint8_t* metadata, int weights[kStep], int columns[kStep]) {
   bool kept[kStep] = {};
   std::fill(weights, weights + kStep, 0);
   std::fill(columns, columns + kStep, 0);
