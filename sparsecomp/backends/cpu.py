@@ -1,5 +1,5 @@
-"""Adapter of the compiled CPU kernels (C ABI, raw pointers): N:M and V:N:M weights in fp32, fp16, bf16 and int8, and
-block weights in fp32, fp16 and bf16.
+"""Adapter of the compiled CPU kernels (C ABI, raw pointers): N:M and V:N:M weights in fp32, fp16, bf16 and int8, the
+last with activations as they are or rounded to int8, and block weights in fp32, fp16 and bf16.
 
 Gives a Kernel of two byte tensors in the layout of csrc/include/sparsecomp.h, and row scales for int8.
 Knows no instruction set.
@@ -17,13 +17,14 @@ from torch import Tensor
 from sparsecomp.activations import ACTIVATIONS
 from sparsecomp.backends.base import Backend, Kernel, numbers_why_not
 from sparsecomp.errors import BackendError
-from sparsecomp.machine.native import DTYPE_CODES, extension, native
+from sparsecomp.machine.native import DTYPE_CODES, ROUNDING_CODE, extension, native
 from sparsecomp.machine.request import Request
 from sparsecomp.packing.bits import packed_bytes
 from sparsecomp.packing.format import PackedWeight, dequantize, scales_of
 from sparsecomp.patterns import Block, Pattern, row_nm
-from sparsecomp.patterns.numbers import FLOAT, INT8, Numbers
+from sparsecomp.patterns.numbers import COMPUTED, FLOAT, Numbers
 
+MOST_KEPT = 1 << 16  # weights of a row that are multiplied as integers: their sum fits 32 bits
 MOST_PADDING = 1.5  # stored over real weights of a block
 MOST_SIDE = 1 << 20
 _LAYOUT = 2  # byte tensors of the library; scales follow
@@ -37,14 +38,20 @@ def _require_native() -> ModuleType:
     return module
 
 
-def _stored(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, kept: int) -> tuple[str, tuple[int, ...]]:
-    """The family of functions of the library that serve a weight, and its description; ``kept`` counts blocks."""
+def _stored(
+    pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, numbers: Numbers, kept: int
+) -> tuple[str, tuple[int, ...]]:
+    """The family of functions of the library that serve a weight in a layer of ``dtype``, and its description.
+
+    ``kept`` counts blocks.
+    """
+    code = DTYPE_CODES[numbers.values_dtype(dtype)] if numbers.activation_bits is None else ROUNDING_CODE
     if isinstance(pattern, Block):
-        return "block", (*shape, pattern.rows, pattern.cols, kept, DTYPE_CODES[dtype])
+        return "block", (*shape, pattern.rows, pattern.cols, kept, code)
     nm = row_nm(pattern)
     if nm is None:
         raise BackendError(f'"{pattern}" has no packed form; the cpu backend runs N:M, V:N:M and block patterns')
-    return "nm", (*shape, nm.n, nm.m, nm.mask_rows, DTYPE_CODES[dtype])
+    return "nm", (*shape, nm.n, nm.m, nm.mask_rows, code)
 
 
 def _call(family: str, function: str) -> Callable[..., Any]:
@@ -94,7 +101,7 @@ def _kept_blocks(values_bytes: int, pattern: Block, shape: tuple[int, int], dtyp
     down, across = pattern.grid(*shape)
     if down * across == 0:
         return 0
-    family, arguments = _stored(pattern, shape, dtype, 1)
+    family, arguments = _stored(pattern, shape, dtype, FLOAT, 1)
     return min(down * across, values_bytes // int(_call(family, "values_bytes")(*arguments)))
 
 
@@ -121,6 +128,17 @@ def _unfit_block(pattern: Block) -> str | None:
     return (
         f"has no kernel for {pattern}: a {rows}x{cols} block fills less than two thirds of the vectors of 16 weights "
         f"it takes; sides such as 16x1, 4x4, 1x16 and their multiples fill them"
+    )
+
+
+def _unfit_integers(request: Request) -> str | None:
+    """Why sums of integers would not fit 32 bits, or None; sums of floats always do."""
+    nm = row_nm(request.pattern)
+    if request.numbers.activation_bits is None or nm is None or (kept := nm.slots(request.shape[1])) <= MOST_KEPT:
+        return None
+    return (
+        f"has no kernel that sums {kept} integers of a row; {request.numbers} rows keep at most {MOST_KEPT} weights, "
+        f"whose sum fits 32 bits"
     )
 
 
@@ -153,7 +171,7 @@ class CpuBackend(Backend):
             return f"has no kernel for {request.pattern}; N:M, V:N:M and block patterns only"
         if request.dtype not in DTYPE_CODES or request.dtype == torch.int8:
             return f"has no kernel for {request.dtype}; torch.float32, torch.float16 and torch.bfloat16 only"
-        return numbers_why_not(request.numbers, (FLOAT, INT8))
+        return numbers_why_not(request.numbers, COMPUTED) or _unfit_integers(request)
 
     def adopt(
         self,
@@ -164,9 +182,8 @@ class CpuBackend(Backend):
         numbers: Numbers,
     ) -> Kernel:
         """The kernel whose layout these byte tensors (and scales) are; BackendError if they cannot be."""
-        stored = numbers.values_dtype(dtype)
-        kept = _kept_blocks(tensors[0].nbytes, pattern, shape, stored) if isinstance(pattern, Block) else 0
-        family, arguments = _stored(pattern, shape, stored, kept)
+        kept = _kept_blocks(tensors[0].nbytes, pattern, shape, dtype) if isinstance(pattern, Block) else 0
+        family, arguments = _stored(pattern, shape, dtype, numbers, kept)
         layout = _call(family, "values_bytes")(*arguments), _call(family, "metadata_bytes")(*arguments)
         sizes = (*layout, *([numbers.scales_bytes(shape)] if numbers.has_scales else []))
         kernel = Kernel(self.name, tensors, pattern, shape, dtype, numbers, arguments, sizes=sizes)
@@ -179,7 +196,8 @@ class CpuBackend(Backend):
 
     def prepare(self, packed: PackedWeight) -> Kernel:
         """The layout of ``packed``, which must be on the CPU."""
-        family, arguments = _stored(packed.pattern, packed.shape, packed.values.dtype, packed.values.shape[0])
+        facts = packed.pattern, packed.shape, packed.dtype, packed.numbers
+        family, arguments = _stored(*facts, packed.values.shape[0])
         values = torch.empty(_call(family, "values_bytes")(*arguments), dtype=torch.uint8, device="cpu")
         metadata = torch.empty(_call(family, "metadata_bytes")(*arguments), dtype=torch.uint8, device="cpu")
         canonical = {"values": packed.values.detach().contiguous(), "metadata": packed.metadata.contiguous()}

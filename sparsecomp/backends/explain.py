@@ -45,7 +45,7 @@ class Explanation:
         """Some lines: the request, the kernel, the bound, the times, the rejected."""
         out, columns = self.request.shape
         numbers = self.request.numbers
-        weights = f", {numbers.weights_in_words}," if numbers.has_scales else ""
+        weights = f", {numbers.product_in_words}," if numbers.has_scales else ""
         lines = [
             f"{out}x{columns} {self.request.pattern} {self.request.dtype}{weights} on {self.request.device}, "
             f"batch {self.request.batch}",

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from sparsecomp.models.calibration import Calibration
     from sparsecomp.models.layers import LayerTable
-    from sparsecomp.patterns import Pattern
 
 AUTO = "auto"
 # parts of names under which models keep the layer that turns features into scores
@@ -50,8 +49,8 @@ def add_pattern(parser: ArgumentParser, required: bool, otherwise: str = "") -> 
         required=required,
         action="append",
         metavar="[GLOB=]PATTERN",
-        help='such as "2:4", "8:16", "2:4@v4" or "auto" (half the weights in groups that suit this machine); '
-        f"with a glob on layer names it may be repeated{otherwise}",
+        help='such as "2:4", "8:16", "2:4@v4", "auto" (half the weights in groups that suit this machine) or '
+        f'"8:16+int8@a8" (integers); with a glob on layer names it may be repeated{otherwise}',
     )
 
 
@@ -60,7 +59,7 @@ def read_patterns(given: Sequence[str]) -> dict[str, str]:
 
     Raises UsageError for a pattern that is none and for two for one glob.
     """
-    from sparsecomp.patterns import parse
+    from sparsecomp.patterns.numbers import parse_weights
 
     patterns: dict[str, str] = {}
     # a pattern without a glob is for what no glob matches, wherever it stands
@@ -72,34 +71,33 @@ def read_patterns(given: Sequence[str]) -> dict[str, str]:
             raise UsageError(f'two patterns are given for "{glob or "*"}"; give one')
         if pattern != AUTO:
             try:
-                parse(pattern)
+                parse_weights(pattern)
             except PatternError as error:
                 raise UsageError(f"argument --pattern: {error}") from error
         patterns[glob or "*"] = pattern
     return patterns
 
 
-def without_auto(patterns: Mapping[str, str], model: nn.Module) -> dict[str, Pattern]:
+def without_auto(patterns: Mapping[str, str], model: nn.Module) -> dict[str, str]:
     """The patterns, "auto" being the natural one where the model is; a line on standard error says which."""
     from sparsecomp.machine.device import detect
-    from sparsecomp.patterns import parse
 
-    natural: Pattern | None = None
+    natural = AUTO
     if AUTO in patterns.values():
         place = next((each.device for each in model.parameters() if each.device.type in ("cpu", "cuda")), "cpu")
         device = detect(str(place))
-        natural = device.natural_pattern()
+        natural = str(device.natural_pattern())
         say(f'pattern "{AUTO}" is {natural} here ({device.name}, {device.isa or device.kind})')
-    return {glob: natural if each == AUTO and natural is not None else parse(each) for glob, each in patterns.items()}
+    return {glob: natural if each == AUTO else each for glob, each in patterns.items()}
 
 
-def plain(patterns: Mapping[str, Pattern]) -> Pattern | Mapping[str, Pattern]:
+def plain(patterns: Mapping[str, str]) -> str | Mapping[str, str]:
     """One pattern where it is that of all layers, else the mapping."""
     return patterns["*"] if list(patterns) == ["*"] else patterns
 
 
-def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[str, str] | None) -> dict[str, Pattern]:
-    """The pattern of each layer to be packed.
+def by_layer(found: LayerTable, given: Mapping[str, str], recorded: Mapping[str, str] | None) -> dict[str, str]:
+    """The pattern of each layer to be packed, with its numbers where it has any.
 
     ``recorded`` are the patterns that ``prune`` noted beside the weights: layers it left dense are then packed only
     where a glob names them, and the pattern without a glob is that of the pruned layers. Without any pattern given each
@@ -108,33 +106,46 @@ def by_layer(found: LayerTable, given: Mapping[str, Pattern], recorded: Mapping[
     Raises ModelError for globs and names that match no layer, PatternError where no layer has a pattern and for one
     that cannot be packed.
     """
-    from sparsecomp.patterns import parse
-    from sparsecomp.planning.selection import choose_patterns
+    from sparsecomp.planning.selection import choose_weights
 
     if recorded is None:
-        chosen, _ = choose_patterns(found, plain(given))
+        chosen, _ = choose_weights(found, plain(given))
     else:
-        every = {name: given.get("*", parse(pattern)) for name, pattern in recorded.items()}
-        chosen, _ = choose_patterns(found, exactly(every))
+        every = {name: given.get("*", pattern) for name, pattern in recorded.items()}
+        chosen, _ = choose_weights(found, exactly(every))
         if globs := {glob: pattern for glob, pattern in given.items() if glob != "*"}:
-            chosen.update(choose_patterns(found, globs)[0])
+            chosen.update(choose_weights(found, globs)[0])
     if not chosen:
         raise PatternError("no layer has a pattern; name one in --pattern that matches a layer")
-    for pattern in dict.fromkeys(chosen.values()):
+    for pattern in dict.fromkeys(choice.pattern for choice in chosen.values()):
         if pattern.mask_only:
             raise PatternError(f'"{pattern}" is a mask-only pattern that no kernel runs; choose N:M or block patterns')
-    return {name: chosen[name] for name in found if name in chosen}
+    return {name: chosen[name].weights for name in found if name in chosen}
 
 
-def override_note(chosen: Mapping[str, Pattern], recorded: Mapping[str, str] | None, option: str) -> str | None:
+def rounds(chosen: Mapping[str, str]) -> bool:
+    """Whether layers of these patterns round their inputs, of which a calibration tells how they bear it."""
+    from sparsecomp.patterns.numbers import parse_weights
+
+    return any(parse_weights(each)[1].activation_bits is not None for each in chosen.values())
+
+
+def thinned(chosen: Mapping[str, str]) -> dict[str, str]:
+    """Those of the layers that lose weights by their pattern."""
+    from sparsecomp.patterns.numbers import parse_weights
+
+    return {name: each for name, each in chosen.items() if parse_weights(each)[0].density < 1}
+
+
+def override_note(chosen: Mapping[str, str], recorded: Mapping[str, str] | None, option: str) -> str | None:
     """A sentence on layers that get another pattern than ``prune`` noted for them; None where there are none."""
-    from sparsecomp.patterns import parse
+    from sparsecomp.patterns.numbers import parse_weights
 
     changed: dict[tuple[str, str], list[str]] = {}
     for name, pattern in chosen.items():
         noted = (recorded or {}).get(name)
-        if noted is not None and parse(noted) != pattern:
-            changed.setdefault((noted, str(pattern)), []).append(name)
+        if noted is not None and parse_weights(noted)[0] != parse_weights(pattern)[0]:
+            changed.setdefault((noted, pattern), []).append(name)
     if not changed:
         return None
     said = ", ".join(f"{listed(names)}: {before}, now {after}" for (before, after), names in changed.items())
@@ -157,7 +168,7 @@ def say(note: str | None) -> None:
         print(wrap(note), file=sys.stderr)
 
 
-def exactly(patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+def exactly(patterns: Mapping[str, str]) -> dict[str, str]:
     """Patterns by name as patterns by glob: brackets and stars in a name stand for themselves."""
     return {escape(name): pattern for name, pattern in patterns.items()}
 
@@ -168,10 +179,6 @@ def check_method(method: str | None, calibration: str | None) -> None:
     from sparsecomp.methods.registry import get_method
 
     if method is None:
-        if calibration is not None:
-            raise UsageError(
-                "--calibration is for pruning, and without --method nothing is pruned; give both or neither"
-            )
         return
     try:
         needs_gram = get_method(method).needs_gram
@@ -179,6 +186,15 @@ def check_method(method: str | None, calibration: str | None) -> None:
         raise UsageError(f"argument --method: {error}") from error
     if needs_gram and calibration is None:
         raise UsageError(f'method "{method}" needs calibration batches; name a factory: --calibration module:function')
+
+
+def check_use(method: str | None, calibration: str | None, integers: bool) -> None:
+    """UsageError for batches that nothing looks at: no method, and no layer that rounds its inputs."""
+    if method is None and calibration is not None and not integers:
+        raise UsageError(
+            "--calibration is for pruning, with --method, and for patterns with @a8, whose inputs are rounded; give "
+            "one of them as well, or leave it out"
+        )
 
 
 def check_calibration(method: str | None, calibration: Calibration | None, names: Sequence[str]) -> None:
@@ -207,15 +223,15 @@ def check_finite(found: LayerTable, names: Sequence[str]) -> None:
             )
 
 
-def check_fit(found: LayerTable, chosen: Mapping[str, Pattern]) -> None:
+def check_fit(found: LayerTable, chosen: Mapping[str, str]) -> None:
     """PatternError naming every layer whose weight does not fit its pattern; layers of other dtypes are not asked."""
     from sparsecomp.packing.format import require_packable
     from sparsecomp.patterns.check import check_weight
-    from sparsecomp.patterns.numbers import DTYPES
+    from sparsecomp.patterns.numbers import DTYPES, parse_weights
 
     refused: dict[str, str] = {}
-    for name, pattern in chosen.items():
-        weight = found[name].get_weight()
+    for name, weights in chosen.items():
+        weight, pattern = found[name].get_weight(), parse_weights(weights)[0]
         if weight.dtype not in DTYPES:
             continue
         try:
@@ -259,7 +275,7 @@ def routers(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [name for name in names if chooses(name)]
 
 
-def router_note(model: nn.Module, chosen: Mapping[str, Pattern]) -> str | None:
+def router_note(model: nn.Module, chosen: Mapping[str, object]) -> str | None:
     """A sentence on routers of a mixture of experts among the layers; None where there are none."""
     found = routers(model, list(chosen))
     if not found:
@@ -281,7 +297,7 @@ def _named_head(name: str) -> bool:
     return False
 
 
-def head_note(model: nn.Module, chosen: Mapping[str, Pattern], method: str | None, calibrated: bool) -> str | None:
+def head_note(model: nn.Module, chosen: Mapping[str, object], method: str | None, calibrated: bool) -> str | None:
     """A sentence on output heads that are pruned by what no data has informed; None where there is nothing to say."""
     found = heads(model, list(chosen))
     if not found or calibrated:

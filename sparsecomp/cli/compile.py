@@ -35,6 +35,9 @@ noted, and the layers it left dense stay dense. Read the file with
 Patterns by layer: --pattern 'encoder.*=2:4' --pattern 8:16; a layer's full name counts before any glob, then the first
 glob that matches; the pattern without a glob is that of all other layers. "auto" is the pattern that suits this
 machine.
+
+"8:16+int8@a8" multiplies integers: int8 weights, and inputs rounded to int8. With --calibration, layers whose output
+that would move by more than 5% step back to int8 weights alone, then to floats. "16:16+int8@a8" prunes nothing.
 """
 BATCHES = (1, 128)
 
@@ -85,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     if followed is None:
         chosen = choices.by_layer(found, choices.without_auto(given, model), noted)
     else:
-        chosen = {name: choice.pattern for name, choice in choices_of(followed, found).items()}
+        chosen = {name: choice.weights for name, choice in choices_of(followed, found).items()}
+    choices.check_use(arguments.method, arguments.calibration, followed is None and choices.rounds(chosen))
     if "" in chosen:
         raise ModelError(
             f'"{arguments.model}" is one linear layer itself, which cannot be replaced in place; return it inside '
@@ -96,8 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.method is None:
         choices.check_fit(found, chosen)
     else:
-        choices.say(choices.router_note(model, chosen))
-        choices.say(choices.head_note(model, chosen, arguments.method, arguments.calibration is not None))
+        choices.say(choices.router_note(model, choices.thinned(chosen)))
+        choices.say(
+            choices.head_note(model, choices.thinned(chosen), arguments.method, arguments.calibration is not None)
+        )
     dense = models.count_bytes(model)
     with hub.without_cache(model):
         calibration = models.load_calibration(arguments, model)
@@ -115,6 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
                 batch=arguments.batch or BATCHES,
                 only=arguments.only,
                 skip=arguments.skip,
+                calibration=calibration,
             )
             plan = _name_dense(plan, found, noted is not None)
             print(plan.text(every=arguments.all))

@@ -7,7 +7,7 @@ import json
 
 from sparsecomp.cli import choices, hub, models
 from sparsecomp.cli.compile import BATCHES
-from sparsecomp.cli.parser import counts, output_file
+from sparsecomp.cli.parser import UsageError, counts, output_file
 from sparsecomp.reporting.terminal import wrap
 
 _EXAMPLE = """\
@@ -20,6 +20,7 @@ seconds for each shape and decides nothing. "bound" is what the measured peaks o
 machine allow at most. Weights need not be pruned yet. --output writes the plan as a file, which "sparsecomp compile
 --plan FILE" and sparsecomp.Plan.load(FILE) follow without measuring again. Times are kept in a cache for the next run;
 SPARSECOMP_CACHE=off measures anew. --json prints the plan as JSON, all times in seconds.
+With --calibration, layers that do not bear the integers of a pattern such as "8:16+int8@a8" step back.
 """
 
 
@@ -29,7 +30,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
     models.add_model(parser)
     choices.add_pattern(parser, False, "; default auto")
     parser.add_argument("--batch", metavar="LIST", type=counts, help="rows of x to plan for (default 1,128)")
-    models.add_selection(parser)
+    models.add_pruning(parser)
     parser.add_argument("--engines", action="store_true", help="time the other dense engines of this machine beside it")
     parser.add_argument("--all", action="store_true", help="a row for each layer, where equal ones share one else")
     parser.add_argument(
@@ -48,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     model = models.load_model(arguments.model, arguments.weights, arguments.auto_class)
     found = require_layers(find_linears(model, arguments.only, arguments.skip))
     chosen = choices.by_layer(found, choices.without_auto(given, model), None)
+    choices.check_use(None, arguments.calibration, choices.rounds(chosen))
+    if arguments.batch_item is not None and arguments.calibration is None:
+        raise UsageError("--batch-item is the part of a calibration batch; give --calibration as well")
     with hub.without_cache(model):
         plan = sc.plan(
             model,
@@ -56,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             only=arguments.only,
             skip=arguments.skip,
             engines=arguments.engines,
+            calibration=models.load_calibration(arguments, model),
         )
     if arguments.output is not None:
         plan.save(arguments.output)
@@ -67,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(wrap(choices.times_note()))
     if arguments.output is not None:
         print(f'wrote {arguments.output}, which "sparsecomp compile --plan {arguments.output}" follows')
-    choices.say(choices.router_note(model, {name: chosen[name] for name in plan.sparse}))
-    choices.say(choices.head_note(model, {name: chosen[name] for name in plan.sparse}, None, False))
+    thinned = choices.thinned({name: chosen[name] for name in plan.sparse})
+    choices.say(choices.router_note(model, thinned))
+    choices.say(choices.head_note(model, thinned, None, False))
     return 0

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from sparsecomp.patterns import Pattern
     from sparsecomp.pruning import PruneReport, Tuning
 
 _EXAMPLE = """\
@@ -94,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
     from sparsecomp.models.layers import find_linears, require_layers
-    from sparsecomp.planning.selection import choose_patterns
+    from sparsecomp.planning.selection import choose_weights
     from sparsecomp.pruning.model import check_masks
 
     given = choices.read_patterns(arguments.pattern)
@@ -105,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     pruned.check_output(arguments.output, model, arguments.model)
     pattern = choices.plain(choices.without_auto(given, model))
     found = require_layers(find_linears(model, arguments.only, arguments.skip))
-    chosen, _ = choose_patterns(found, pattern)
+    chosen, _ = choose_weights(found, pattern)
     check_masks(masks, chosen, found)
     choices.check_finite(found, list(chosen))
     with hub.without_cache(model):
@@ -116,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     choices.say(choices.router_note(model, done))
     choices.say(choices.head_note(model, done, arguments.method, arguments.calibration is not None))
     # the work first: a report that cannot be written or printed must not cost it
-    patterns = {name: str(each) for name, each in done.items()}
+    patterns = {name: chosen[name].weights for name in done}
     size = pruned.save(model, arguments.output, patterns, arguments.model)
     if arguments.save_masks:
         with whole_file(Path(arguments.save_masks)) as partial:
@@ -158,7 +157,7 @@ def _prune(
     settings: Tuning,
     model: nn.Module,
     dense: nn.Module | None,
-    pattern: Pattern | Mapping[str, Pattern],
+    pattern: str | Mapping[str, str],
     masks: dict[str, Tensor] | None,
 ) -> PruneReport:
     import sparsecomp as sc

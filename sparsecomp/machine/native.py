@@ -8,7 +8,9 @@ from types import ModuleType
 
 import torch
 
+# as csrc/include/sparsecomp.h has them
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+ROUNDING_CODE = 4  # of int8 weights whose product rounds activations
 
 
 @lru_cache(maxsize=1)

@@ -190,6 +190,8 @@ def _why_dense(packed: PackedWeight) -> str:
     """Why this weight has no packed node, or nothing."""
     if row_nm(packed.pattern) is None:
         return f"{packed.pattern} has no packed node"
+    if packed.numbers.activation_bits is not None:
+        return f"{packed.numbers} weights have no packed node; the file multiplies x as it is, in floats"
     if packed.numbers.has_scales:
         return f"{packed.numbers} weights have no packed node"
     if packed.dtype not in _ONNX_TYPES:

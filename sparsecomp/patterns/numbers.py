@@ -99,11 +99,11 @@ class Numbers:
 
     def in_words(self, dtype: torch.dtype) -> str:
         """These numbers in a layer of ``dtype`` as tables show them: "float32", or "int8 weights, float32"."""
-        return (f"{self.weights_in_words}, " if self.has_scales else "") + str(dtype).removeprefix("torch.")
+        return (f"{self} weights, " if self.has_scales else "") + str(dtype).removeprefix("torch.")
 
     @property
-    def weights_in_words(self) -> str:
-        """What is multiplied, without the dtype around it: "int8 weights", "int8 weights and activations"."""
+    def product_in_words(self) -> str:
+        """What is multiplied, in a sentence: "int8 weights", "int8 weights and int8 activations"."""
         if self.activation_bits is None:
             return f"{self} weights"
         return f"{replace(self, activation_bits=None)} weights and int{self.activation_bits} activations"

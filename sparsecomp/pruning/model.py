@@ -93,7 +93,7 @@ def write(
 
 
 def check_masks(
-    masks: Mapping[str, Tensor] | None, patterns: Mapping[str, Pattern], found: LayerTable
+    masks: Mapping[str, Tensor] | None, patterns: Mapping[str, object], found: LayerTable
 ) -> dict[str, Tensor]:
     """The user's masks; ModelError for one whose layer is not pruned."""
     for name in masks or {}:

@@ -26,6 +26,21 @@ def bracketed() -> nn.Module:
     )
 
 
+def spiked() -> nn.Module:
+    """As ``build``; the first layer does not read the input in which ``spiked_batches`` have an outlier."""
+    model = build()
+    with torch.no_grad():
+        model.get_parameter("0.weight")[:, 5] = 0
+    return model
+
+
+def spiked_batches() -> list[Tensor]:
+    found = batches()
+    for each in found:
+        each[:, 5] = 300
+    return found
+
+
 def double() -> nn.Module:
     return build().double()
 

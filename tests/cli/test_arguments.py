@@ -132,7 +132,7 @@ PACK = ["compile", "shop:build", "-o", "x.safetensors"]
     [
         ([*PACK, "--pattern", "2:4", "--method", "magnitud"], 'argument --method: unknown pruning method "magnitud"'),
         ([*PACK, "--pattern", "2:4", "--method", "wanda"], "--calibration module:function"),
-        ([*PACK, "--pattern", "2:4", "--calibration", "shop:batches"], "without --method"),
+        ([*PACK, "--pattern", "2:4", "--calibration", "shop:batches"], "with --method, and for patterns with @a8"),
         ([*PACK, "--pattern", "2of4", "--method", "magnitude"], 'argument --pattern: pattern "2of4" is not understood'),
         ([*PACK, "--pattern", "=2:4", "--method", "magnitude"], 'has no glob before "="'),
         ([*PACK, "--method", "magnitude"], "--pattern is missing"),

@@ -178,7 +178,7 @@ def test_files(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
     assert inspect(path).format_version == "2"
-    assert "int8 weights and int8 activations, float32" in " ".join(each.dtype for each in inspect(path).layers)
+    assert [each.dtype.partition(" ")[0] for each in inspect(path).layers] == ["int8@a8", "int8@a8", "int8"]
 
 
 def test_files_that_older_readers_understand_keep_their_version(tmp_path: Path) -> None:
@@ -186,6 +186,14 @@ def test_files_that_older_readers_understand_keep_their_version(tmp_path: Path) 
     for name in ("2:4", "2:4+int8"):
         sc.save(nn.Sequential(rounded(name)), tmp_path / "m.safetensors")
         assert inspect(tmp_path / "m.safetensors").format_version == "1"
+
+
+def test_onnx_says_that_the_file_multiplies_floats(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    report = sc.export_onnx(rounded(), (torch.randn(2, 48),), tmp_path / "m.onnx")
+    note = "int8@a8 weights have no packed node; the file multiplies x as it is, in floats"
+    assert [(each.form, each.note) for each in report.layers] == [("dense", note)]
 
 
 def test_the_dense_product_does_not_round_and_float64_falls_back_to_it() -> None:

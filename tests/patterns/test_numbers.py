@@ -199,14 +199,15 @@ def test_tensors_of_a_weight_are_named() -> None:
 def test_numbers_in_words() -> None:
     assert FLOAT.in_words(torch.float32) == "float32"
     assert INT8.in_words(torch.bfloat16) == "int8 weights, bfloat16"
-    assert INT8_A8.in_words(torch.float32) == "int8 weights and int8 activations, float32"
+    assert INT8_A8.product_in_words == "int8 weights and int8 activations"
+    assert INT8_A8.in_words(torch.float32) == "int8@a8 weights, float32"
 
 
 @pytest.mark.parametrize("name", ["cpu", "dense", "reference", "triton"])
 def test_backends_refuse_numbers_they_have_no_kernel_for(name: str) -> None:
     device = "cuda" if name == "triton" else "cpu"
     request = Request(parse("2:4"), (16, 32), torch.float32, device, 1, Numbers(4, 32))
-    known = "float, int8 and int8@a8" if name in ("dense", "reference") else "float and int8"
+    known = "float, int8 and int8@a8" if name != "triton" else "float and int8"
     assert backends()[name].supports(request) == f"has no kernel for weights in int4@g32; {known} only"
 
 
