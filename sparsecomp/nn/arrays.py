@@ -19,9 +19,10 @@ from sparsecomp.backends.base import Kernel
 from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import ModelError
 from sparsecomp.nn import operators
-from sparsecomp.packing.format import PackedWeight
-from sparsecomp.patterns import Pattern, parse
-from sparsecomp.patterns.numbers import FLOAT, weights_name
+from sparsecomp.packing.format import PackedWeight, pack
+from sparsecomp.packing.quantize import in_numbers
+from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.numbers import parse_weights, weights_name
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, BufferError, AttributeError, AssertionError, ImportError)
 
@@ -29,16 +30,21 @@ _REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, BufferError, Attribu
 def prepare(weight: Any, pattern: str | Pattern = "2:4", *, backend: str | None = None) -> Kernel:
     """A weight [out, in] prepared once for ``linear``, on the device where it is.
 
-    ``weight`` is an array (fp32, fp16 or bf16) that fits ``pattern``, or a ``PackedWeight``, which has a pattern of its
-    own. ``backend`` names one; otherwise the first that runs the weight on its device is taken. On a GPU the work is
-    done when this returns, so that ``linear`` may use the kernel on any stream.
+    ``weight`` is an array (fp32, fp16 or bf16) that fits ``pattern``, such as "2:4" or, for integers, "8:16+int8@a8",
+    or a ``PackedWeight``, which has a pattern of its own. ``backend`` names one; otherwise the first that runs the
+    weight on its device is taken. On a GPU the work is done when this returns, so that ``linear`` may use the kernel on
+    any stream.
     Raises ModelError for what is no array and for a backend that cannot run it, PatternError for a weight that does
     not fit.
     """
     with _stream(weight):
         source = weight if isinstance(weight, PackedWeight) else as_tensor(weight, "weight")
-        own = (source.pattern, source.numbers) if isinstance(source, PackedWeight) else (parse(pattern), FLOAT)
-        kernel = registry.prepared(source, Choice.asked(*own, backend))
+        if isinstance(source, PackedWeight):
+            kept, numbers = source.pattern, source.numbers
+        else:
+            kept, numbers = parse_weights(pattern)
+            source = in_numbers(pack(source, kept), numbers) if numbers.has_scales else source
+        kernel = registry.prepared(source, Choice.asked(kept, numbers, backend))
         _finish(kernel.tensors[0])
     return kernel
 

@@ -159,3 +159,28 @@ def test_who_multiplies_floats_alone_says_so() -> None:
         if name not in ("cpu", "dense", "reference"):
             request = Request(parse("2:4"), (64, 64), torch.float16, "cuda", 1, INT8_A8)
             assert backend.supports(request) is not None, name
+
+
+def test_sums_that_would_not_fit_32_bits_are_refused_by_name() -> None:
+    for pattern, columns in (("8:16", 1 << 17), ("16:16", 1 << 16), ("4:16", 1 << 18)):
+        assert backends()["cpu"].supports(_request(pattern, (4, columns))) is None
+        reason = backends()["cpu"].supports(_request(pattern, (4, columns + 16)))
+        assert reason is not None and "int8@a8 rows keep at most 65536 weights, whose sum fits 32 bits" in reason
+
+
+@pytest.mark.parametrize("name", _pairs())
+@pytest.mark.parametrize("weight_sign", [-1, 1])
+@pytest.mark.parametrize("x_sign", [-1, 1])
+@pytest.mark.parametrize(("pattern", "columns"), [("16:16", 1 << 16), ("8:16", 1 << 17), ("8:16", 64)])
+def test_the_largest_sums_are_exact(name: str, pattern: str, columns: int, x_sign: int, weight_sign: int) -> None:
+    """Pairs of 127 are what no quantisation here makes of N < M; a weight from elsewhere may have them."""
+    nm = parse(pattern)
+    dense = torch.zeros(1, columns, dtype=torch.int8)
+    dense.view(1, -1, 16)[..., : 16 if pattern == "16:16" else 8] = 127 * weight_sign
+    integers, numbers = sc.pack(dense, pattern), (torch.ones(1), torch.float32, 8)
+    metadata = integers.metadata[:, :0] if pattern == "16:16" else integers.metadata
+    packed = PackedWeight(integers.values, metadata, nm, (1, columns), *numbers).validate()
+    x = torch.full((1, columns), 254.0 * x_sign)
+    kept = int((dense != 0).sum())
+    y = backends()[name].run(backends()[name].prepare(packed), x, None)
+    assert float(y) == torch.tensor(127.0 * 254 * kept * x_sign * weight_sign).item()

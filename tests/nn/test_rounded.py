@@ -204,3 +204,14 @@ def test_the_dense_product_does_not_round_and_float64_falls_back_to_it() -> None
         assert double.numbers == INT8_A8 and double(x.double()).dtype == torch.float64
     note = "activations are not rounded"
     assert note in str(layer.explain()) and note not in str(rounded(backend="reference").explain())
+
+
+def test_arrays_take_integers_by_name() -> None:
+    layer, x = rounded(), torch.randn(3, 48)
+    kernel = sc.prepare(layer.packed().unpack().numpy(), "8:16+int8")
+    assert str(kernel.numbers) == "int8"
+    linear = nn.Linear(48, 24)
+    own = SparseLinear.from_linear(linear, "16:16+int8@a8")
+    kernel = sc.prepare(linear.weight.detach().numpy(), "16:16+int8@a8")
+    with torch.no_grad():
+        assert torch.equal(torch.from_numpy(sc.linear(x.numpy(), kernel, linear.bias.detach().numpy())), own(x))
