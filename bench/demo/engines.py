@@ -24,7 +24,8 @@ from bench.demo.embedding import (
     sparse_model,
     stock_session,
 )
-from bench.demo.result import DENSE, INT8, SPARSE
+from bench.demo.integers import IntegerFile
+from bench.demo.result import DENSE, INT8, OUR_INT8, SPARSE
 from sparsecomp.planning.planner import Plan
 
 TORCH = "torch fp32"
@@ -72,7 +73,7 @@ class Contender:
     @property
     def weights(self) -> str:
         """Engines with the same weights give the same embeddings but for rounding."""
-        return self.name if self.kind == INT8 else self.kind
+        return self.name if self.kind in (INT8, OUR_INT8) else self.kind
 
 
 def sparse_names(pattern: str) -> tuple[str, str, str, str]:
@@ -80,8 +81,10 @@ def sparse_names(pattern: str) -> tuple[str, str, str, str]:
     return f"{pattern} torch", f"{pattern} planned", f"{pattern} ORT ours", f"{pattern} ORT stock"
 
 
-def contenders(files: Files, pattern: str, plan: Plan) -> tuple[list[Contender], dict[str, str]]:
-    """Those that run here, and by name why the others do not. Writes the int8 files."""
+def contenders(
+    files: Files, pattern: str, plan: Plan, integers: Sequence[IntegerFile] = ()
+) -> tuple[list[Contender], dict[str, str]]:
+    """Those that run here, and by name why the others do not. Writes ONNX Runtime's int8 files."""
     missing: dict[str, str] = {}
     found = [Contender(TORCH, DENSE, "", None, partial(Embedding, of_model, dense_model), True)]
     found.append(_session("ORT fp32", DENSE, "", files.onnx_dense))
@@ -98,7 +101,17 @@ def contenders(files: Files, pattern: str, plan: Plan) -> tuple[list[Contender],
             found.append(_session(name, INT8, what, path))
         else:
             missing[name] = why
+    found += map(_integers, integers)
     return found + _sparse(files, pattern, plan, missing), missing
+
+
+def _integers(made: IntegerFile) -> Contender:
+    dense = made.name.startswith("16:16")
+    what = "dense int8 in our kernel, activations too" if dense else "SparseLinear with int8 weights and activations"
+    if made.in_others:
+        what += f", but for {made.in_others} of {made.layers} layers, which do not bear it"
+    make = partial(Embedding, of_model, partial(sparse_model, made.path))
+    return Contender(made.name, OUR_INT8, what, made.path, make, True)
 
 
 def _sparse(files: Files, pattern: str, plan: Plan, missing: dict[str, str]) -> list[Contender]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.minilm import Quality
 from sparsecomp.engines.timing import Timing
 
 DENSE, INT8, SPARSE = "dense fp32", "dense int8", "sparse fp32"
+OUR_INT8 = "int8 in our kernel"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class DemoResult:
 
     ``machine`` and ``device`` say where it ran, ``stayed_dense`` which layers the planner would leave dense and why,
     ``missing`` which engines could not be measured and why. ``difference`` is the largest of an embedding's values to
-    those of torch with the same weights, by engine. Bytes are of whole files or state dicts.
+    those of torch with the same weights, by engine. Bytes are of whole files or state dicts; ``integer_bytes`` those of
+    the pruned layers alone, in each of our int8 files.
     """
 
     pattern: str
@@ -73,6 +75,7 @@ class DemoResult:
     difference: Mapping[str, float]
     missing: Mapping[str, str]
     seconds: float
+    integer_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def batches(self) -> tuple[int, ...]:

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--final-only", action="store_true", help="leave out blocks without tuning, shown for comparison"
     )
+    parser.add_argument("--numbers", help='also judge the result stored in these numbers, such as "int8@a8"')
     parser.add_argument("--checkpoint", help="folder in which finished blocks are kept")
     parser.add_argument("--output", default=".", help="folder for quality-PATTERN.json and .html (default: this one)")
     arguments = parser.parse_args(argv)
@@ -128,6 +129,11 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], PruneReport]:
             distill(model, dense, more, masks=report.masks, held_out=guard_batches, output=_embedding, tuning=settings)
         )
         measure("whole model tuned", model, begin)
+    if arguments.numbers:
+        stored, begin = copy.deepcopy(model), time.perf_counter()
+        weights = f"{arguments.pattern}+{arguments.numbers}"
+        sc.compile(stored, weights, only=minilm.ENCODER, where="everywhere", calibration=calibration)
+        measure(f"the last one, stored as {weights}", stored, begin)
     total, processor = time.perf_counter() - start, time.process_time() - used
     report = dataclasses.replace(report, tunings=tuple(tunings), stages=tuple(stages))
     _require_pattern(model, report)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from bench.demo.report import render
-from bench.demo.result import DENSE, INT8, SPARSE, DemoResult, LayerRow, Measured, to_dict
-from bench.demo.verdict import compare, dense_side, int8_side, next_steps, sparse_side, verdict
+from bench.demo.result import DENSE, INT8, OUR_INT8, SPARSE, DemoResult, LayerRow, Measured, to_dict
+from bench.demo.verdict import compare, dense_side, held_to, int8_side, next_steps, sparse_side, verdict
 from bench.minilm import Quality
 from sparsecomp.engines.timing import Timing
 
@@ -70,6 +70,11 @@ DEFAULT = engine("ORT int8", INT8, 23.3, (3.0, 75.0), 0.958, "quantize_dynamic")
 CHANNEL = engine("ORT int8 channel", INT8, 23.4, (3.1, 76.0), 0.993, "with per_channel=True")
 SPARSE_TORCH = engine("2:4 torch", SPARSE, 71.0, (4.6, 108.0), 0.923)
 SPARSE_ORT = engine("2:4 ORT ours", SPARSE, 71.0, (4.0, 117.0), 0.923)
+OURS = (
+    engine("16:16+int8@a8", OUR_INT8, 59.0, (3.0, 74.0), 0.998, "dense int8 in our kernel"),
+    engine("12:16+int8@a8", OUR_INT8, 60.0, (2.4, 60.0), 0.992, "SparseLinear with int8 weights and activations"),
+    engine("8:16+int8@a8", OUR_INT8, 56.0, (2.0, 45.0), 0.948, "SparseLinear with int8 weights and activations"),
+)
 INT8_AHEAD = (*FP32, DEFAULT, CHANNEL, SPARSE_TORCH, SPARSE_ORT)
 
 
@@ -111,6 +116,41 @@ def test_a_mixed_outcome_names_both_sides_and_the_leaders() -> None:
     assert "on this machine, but slower (1.55x at batch 1)." in text
     assert "the fastest is at batch 1 2:4 torch (cosine 0.900), at batch 32 ORT int8 channel (cosine 0.993)" in text
     assert "the smallest file is that of ORT int8 channel" in text
+
+
+def test_our_int8_is_recommended_where_it_is_faster_and_as_close() -> None:
+    found = result(*FP32, DEFAULT, CHANNEL, *OURS, SPARSE_TORCH)
+    (step, typed), *_ = next_steps(found)
+    # 8:16 is faster still, and farther from the dense model; 16:16 is as fast as ONNX Runtime's
+    assert step == (
+        "For this model on this machine, take 12:16+int8@a8, which is faster than ONNX Runtime's dynamic int8 and as "
+        "close to the dense model, whose file is smaller (60 MB against 23 MB):"
+    )
+    assert 'sc.compile(model, "12:16+int8@a8", where="everywhere",' in typed
+    text = text_of(found)
+    assert "12:16+int8@a8 is faster (1.29x at batch 1, 1.27x at batch 32) than ONNX Runtime's dynamic int8" in text
+    assert "8:16+int8@a8 is faster (1.55x at batch 1, 1.69x at batch 32) than ONNX Runtime's dynamic int8" in text
+    slower = dataclasses.replace(OURS[1], times={1: timing(2.4), 32: timing(90.0)})
+    assert "take dense int8 today:" in text_of(result(*FP32, DEFAULT, CHANNEL, slower, OURS[2], SPARSE_TORCH))
+
+
+def test_dense_int8_in_our_kernel_is_recommended_without_a_method() -> None:
+    fast = dataclasses.replace(OURS[0], times={1: timing(2.0), 32: timing(50.0)})
+    (step, typed), *_ = next_steps(result(*FP32, CHANNEL, fast, SPARSE_TORCH))
+    assert "take 16:16+int8@a8" in step
+    assert "method" not in "".join(typed)
+
+
+def test_ratios_that_int8_is_held_to_are_printed_with_the_outcome() -> None:
+    assert held_to(result(*FP32, CHANNEL, *OURS, SPARSE_TORCH)) == [
+        "8:16+int8@a8: 6.00x at batch 1, 5.53x at batch 32 over torch fp32 (2.4x is wanted: reached); 2.30x at "
+        "batch 1, 2.40x at batch 32 over 2:4 torch (1.6x is wanted: reached)."
+    ]
+    slow = dataclasses.replace(OURS[2], times={1: timing(3.0), 32: timing(110.0)})
+    (sentence,) = held_to(result(*FP32, slow, SPARSE_TORCH))
+    assert "over torch fp32 (2.4x is wanted: missed)" in sentence
+    assert "1.53x at batch 1, 0.98x at batch 32 over 2:4 torch (1.6x is wanted: missed)" in sentence
+    assert held_to(result()) == []
 
 
 def test_int8_that_loses_to_dense_fp32_is_not_recommended_without_a_word() -> None:
@@ -165,7 +205,8 @@ def test_the_report_fits_80_columns(pattern: str, slow: int) -> None:
         "torch's dense product is faster: 130 us against 150 us at 64 rows, and there is nothing to be done about it"
     )
     found = result(
-        *map(scaled, (*INT8_AHEAD, *extra)),
+        *map(scaled, (*INT8_AHEAD, *OURS, *extra)),
+        integer_bytes={each.name: 10_000_000 for each in OURS},
         pattern=pattern,
         missing={"OpenVINO fp32": "ModuleNotFoundError: No module named 'openvino' in any of the places looked at"},
         stayed_dense={"encoder.layer.0.attention.self.query": reason, "encoder.layer.1.output.dense": reason},
@@ -217,7 +258,8 @@ def test_the_result_is_json_with_every_time() -> None:
 def test_what_the_next_steps_tell_to_type_is_understood() -> None:
     from sparsecomp.cli.main import parser
 
-    typed = ["\n".join(lines).replace("\\\n", " ") for _, lines in next_steps(result()) if lines]
+    steps = [*next_steps(result()), *next_steps(result(*FP32, CHANNEL, *OURS, SPARSE_TORCH))[:1]]
+    typed = ["\n".join(lines).replace("\\\n", " ") for _, lines in steps if lines]
     commands = [line for text in typed for line in text.splitlines() if line.startswith(".venv/bin/sparsecomp ")]
     assert len(commands) == 2
     for command in commands:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.demo.result import DENSE, INT8, SPARSE
+from bench.demo.integers import IntegerFile
+from bench.demo.result import DENSE, INT8, OUR_INT8, SPARSE
 
 
 @pytest.mark.parametrize("pattern", ["2of4", "unstructured:0.5", "block4x4:0.5"])
@@ -117,13 +119,59 @@ def test_engines_that_are_there_are_all_found(tmp_path: Path) -> None:
     for path in (files.onnx_dense, files.onnx_packed):
         tiny_model(path)
     planned: Any = SimpleNamespace(stayed_dense={"a": "dense is faster"}, sparse={})
-    found, missing = demo_engines.contenders(files, "8:16", planned)
+    made = [
+        IntegerFile("16:16+int8@a8", tmp_path / "a.safetensors", 10, 36, 0),
+        IntegerFile("8:16+int8@a8", tmp_path / "b.safetensors", 10, 36, 2),
+    ]
+    found, missing = demo_engines.contenders(files, "8:16", planned, made)
     assert set(missing) <= {"8:16 ORT ours"}
     names = [each.name for each in found]
-    assert names[:6] == ["torch fp32", "ORT fp32", "OpenVINO fp32", "ORT int8", "ORT int8 channel", "8:16 torch"]
+    assert names[:5] == ["torch fp32", "ORT fp32", "OpenVINO fp32", "ORT int8", "ORT int8 channel"]
+    assert names[5:8] == ["16:16+int8@a8", "8:16+int8@a8", "8:16 torch"]
     assert "8:16 planned" in names
-    assert {each.kind for each in found} == {DENSE, INT8, SPARSE}
+    assert {each.kind for each in found} == {DENSE, INT8, OUR_INT8, SPARSE}
+    assert "but for 2 of 36 layers" in found[6].what
     assert all(each.file is None or each.file.suffix in (".onnx", ".safetensors") for each in found)
+
+
+class Encoder(torch.nn.Module):
+    """A linear layer with an outlier among its inputs, and one without, by the names that the demo looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.ModuleDict({"loud": torch.nn.Linear(64, 32), "calm": torch.nn.Linear(64, 32)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loud = torch.cat([x[:, 1:], 3000 * x[:, :1]], dim=1)
+        y: torch.Tensor = self.encoder["loud"](loud) + self.encoder["calm"](x)
+        return y
+
+
+@pytest.mark.parametrize("name", ["16:16+int8@a8", "8:16+int8@a8"])
+def test_a_model_in_integers_is_saved_with_the_layers_that_bear_them(name: str, tmp_path: Path) -> None:
+    import sparsecomp as sc
+    from bench.demo import integers
+
+    torch.manual_seed(0)
+    model = Encoder().requires_grad_(False)
+    # the outlier has no weight, so that all of the output is rounding
+    model.encoder["loud"].weight[:, -1] = 0.0
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    calibration = sc.calibrate(model, [torch.randn(512, 64)])
+    made = integers.make(model, name, "fast", calibration, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (made.name, made.layers, made.in_others) == (name, 2, 1)
+    loaded = sc.load(made.path, into=copy.deepcopy(model))
+    assert str(loaded.encoder["calm"].numbers) == "int8@a8"
+    assert made.weight_bytes >= loaded.encoder["calm"].packed().nbytes
+
+
+def test_weights_without_a_kernel_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.demo import integers
+
+    assert integers.weights_names() == ("16:16+int8@a8", "12:16+int8@a8", "8:16+int8@a8")
+    monkeypatch.setattr(integers.registry.backends()["cpu"], "missing", lambda: "was not built here")
+    assert integers.why_not_here("8:16+int8@a8") == "cpu: was not built here"
 
 
 def test_engines_with_the_same_weights_share_a_quality_only_where_they_agree() -> None:
