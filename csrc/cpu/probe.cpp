@@ -31,6 +31,15 @@ double baseline_flops(int, double seconds) {
   });
 }
 
+using Probe = double (*)(int dtype, double seconds);
+
+Probe probe_of(int dtype) {
+  const sparsecomp::Dispatch& found = sparsecomp::dispatch();
+  if (dtype == SPARSECOMP_I8_A8 && found.int8)
+    return [](int, double seconds) { return sparsecomp::dispatch().int8->operations(seconds); };
+  return found.isa ? found.isa->flops : baseline_flops;
+}
+
 // Four times the last-level cache, at least 64 MB and at most 1 GB.
 int64_t bandwidth_bytes() {
   int64_t cache = 0;
@@ -50,8 +59,7 @@ extern "C" {
 
 double sparsecomp_measure_flops(int32_t dtype, int threads, double seconds) {
   threads = sparsecomp::resolve_threads(threads);
-  const sparsecomp::Isa* isa = sparsecomp::dispatch().isa;
-  const auto probe = isa ? isa->flops : baseline_flops;
+  const auto probe = probe_of(dtype);
   double best = 0;
   for (int round = 0; round < kRounds; ++round) {
     std::vector<double> rates(static_cast<size_t>(threads), 0.0);

@@ -114,7 +114,8 @@ SPARSECOMP_API int sparsecomp_block_linear(const sparsecomp_block* weight, const
                                            int threads);
 
 /* Measured peaks of this machine, for the roofline bound. */
-/* Multiply-adds in registers, each counted as 2, per second: the best of three rounds of so many seconds. */
+/* Multiply-adds in registers, each counted as 2, per second: the best of three rounds of so many seconds. Those of
+ * I8_A8 are of bytes. */
 SPARSECOMP_API double sparsecomp_measure_flops(int32_t dtype, int threads, double seconds);
 SPARSECOMP_API double sparsecomp_measure_read_bandwidth(int threads); /* bytes per second, DRAM */
 

@@ -73,6 +73,7 @@ struct Kernels {
   // The integer nearest to x * inverse, ties to even, plus the zero point, from -127 to 127, as the set wants it.
   // Writes whole blocks of kPanelUnit columns, those past `count` of any content.
   void (*round)(const float* x, int64_t count, float inverse, int zero_point, const MicroSet& set, uint8_t* to);
+  double (*operations)(double seconds);  // measured, of independent multiply-adds of bytes on this thread, 2 for each
 };
 
 #if defined(__x86_64__)

@@ -79,6 +79,6 @@ const MicroSet* select(const Geometry& g, int64_t) { return select_of<Table>(g);
 
 }  // namespace
 
-constexpr Kernels kAvx2 = {select, range, round};
+constexpr Kernels kAvx2 = {select, range, round, operations_of<NarrowProduct>};
 
 }  // namespace sparsecomp::int8

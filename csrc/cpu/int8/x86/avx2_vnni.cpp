@@ -29,6 +29,6 @@ const MicroSet* select(const Geometry& g, int64_t) { return select_of<Table>(g);
 
 }  // namespace
 
-constexpr Kernels kAvx2Vnni = {select, range, round};
+constexpr Kernels kAvx2Vnni = {select, range, round, operations_of<Product>};
 
 }  // namespace sparsecomp::int8

@@ -2,6 +2,7 @@
 // all of which hold the 16 activations of the step, finds what every weight meets; one multiply-add follows.
 #include <immintrin.h>
 
+#include "common/measure.hpp"
 #include "common/unroll.hpp"
 #include "int8/linear.hpp"
 #include "int8/x86/stream.hpp"
@@ -242,8 +243,25 @@ void round(const float* x, int64_t count, float inverse, int zero_point, const M
   }
 }
 
+double operations(double seconds) {
+  constexpr int kChains = 16;
+  const __m512i factor = _mm512_set1_epi8(1);
+  return measure_rate(seconds, 2.0 * kWordWeights * kLanes * kChains, [=](int64_t rounds) {
+    __m512i sums[kChains];
+    SPARSECOMP_UNROLL
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm512_setzero_si512();
+    for (int64_t round = 0; round < rounds; ++round) {
+      SPARSECOMP_UNROLL
+      for (int i = 0; i < kChains; ++i) {
+        sums[i] = _mm512_dpbusd_epi32(sums[i], factor, factor);
+        __asm__ volatile("" : "+v"(sums[i]));  // keeps the work, in registers
+      }
+    }
+  });
+}
+
 }  // namespace
 
-constexpr Kernels kAvx512Vnni = {select, range, round};
+constexpr Kernels kAvx512Vnni = {select, range, round, operations};
 
 }  // namespace sparsecomp::int8

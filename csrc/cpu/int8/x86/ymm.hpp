@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "common/measure.hpp"
 #include "common/unroll.hpp"
 #include "int8/linear.hpp"
 #include "int8/x86/stream.hpp"
@@ -155,6 +156,27 @@ const MicroSet* select_of(const Geometry& g) {
     default:
       return set_of<Table, 4, false>();
   }
+}
+
+// The rate of a product that takes activations as they are.
+template <class Product>
+double operations_of(double seconds) {
+  constexpr int kChains = 8;
+  __m256i activations = _mm256_set1_epi8(1);
+  const Product product(activations);
+  return measure_rate(seconds, 2.0 * kWordWeights * kHalf * kChains, [&](int64_t rounds) {
+    __m256i sums[kChains];
+    SPARSECOMP_UNROLL
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm256_setzero_si256();
+    for (int64_t round = 0; round < rounds; ++round) {
+      SPARSECOMP_UNROLL
+      for (int i = 0; i < kChains; ++i) {
+        __asm__ volatile("" : "+x"(activations));  // else products are the same every time
+        sums[i] = product.add(activations, sums[i]);
+        __asm__ volatile("" : "+x"(sums[i]));  // keeps the work, in registers
+      }
+    }
+  });
 }
 
 }  // namespace
