@@ -15,13 +15,27 @@ using sparsecomp::ort::NMLinear;
 // The names are those of sparsecomp/onnx/function.py.
 struct Variant {
   const char* name;
+  sparsecomp::ort::Inputs inputs;
   int32_t activation;
 };
-constexpr Variant kVariants[] = {{"NMLinear", SPARSECOMP_NO_ACTIVATION},
-                                 {"NMLinearRelu", SPARSECOMP_RELU},
-                                 {"NMLinearGelu", SPARSECOMP_GELU},
-                                 {"NMLinearGeluTanh", SPARSECOMP_GELU_TANH},
-                                 {"NMLinearSilu", SPARSECOMP_SILU}};
+using sparsecomp::ort::kDenseIntegers;
+using sparsecomp::ort::kFloats;
+using sparsecomp::ort::kIntegers;
+constexpr Variant kVariants[] = {{"NMLinear", kFloats, SPARSECOMP_NO_ACTIVATION},
+                                 {"NMLinearRelu", kFloats, SPARSECOMP_RELU},
+                                 {"NMLinearGelu", kFloats, SPARSECOMP_GELU},
+                                 {"NMLinearGeluTanh", kFloats, SPARSECOMP_GELU_TANH},
+                                 {"NMLinearSilu", kFloats, SPARSECOMP_SILU},
+                                 {"NMLinearInt8", kIntegers, SPARSECOMP_NO_ACTIVATION},
+                                 {"NMLinearInt8Relu", kIntegers, SPARSECOMP_RELU},
+                                 {"NMLinearInt8Gelu", kIntegers, SPARSECOMP_GELU},
+                                 {"NMLinearInt8GeluTanh", kIntegers, SPARSECOMP_GELU_TANH},
+                                 {"NMLinearInt8Silu", kIntegers, SPARSECOMP_SILU},
+                                 {"LinearInt8", kDenseIntegers, SPARSECOMP_NO_ACTIVATION},
+                                 {"LinearInt8Relu", kDenseIntegers, SPARSECOMP_RELU},
+                                 {"LinearInt8Gelu", kDenseIntegers, SPARSECOMP_GELU},
+                                 {"LinearInt8GeluTanh", kDenseIntegers, SPARSECOMP_GELU_TANH},
+                                 {"LinearInt8Silu", kDenseIntegers, SPARSECOMP_SILU}};
 
 // One operator for one element type, as the runtime sees it; C functions find their data behind the structure.
 struct Op : OrtCustomOp {
@@ -29,20 +43,26 @@ struct Op : OrtCustomOp {
   int element_type;
   int32_t dtype;
 
-  Op(const Variant& one, int onnx_type, int32_t weight_type)
-      : OrtCustomOp{}, variant(one), element_type(onnx_type), dtype(weight_type) {
+  Op(const Variant& one, int onnx_type, int32_t number_type)
+      : OrtCustomOp{}, variant(one), element_type(onnx_type), dtype(number_type) {
     version = sparsecomp::ort::kCustomOpVersion;
     CreateKernel = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info) -> void* {
       const Op* self = static_cast<const Op*>(op);
-      return new NMLinear(Api(api), info, self->dtype, self->variant.activation);
+      return new NMLinear(Api(api), info, self->variant.inputs, self->dtype, self->variant.activation);
     };
     GetName = [](const OrtCustomOp* op) { return static_cast<const Op*>(op)->variant.name; };
     GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
     GetInputType = [](const OrtCustomOp* op, size_t index) -> int {
-      return index == sparsecomp::ort::kMetadata ? int{sparsecomp::ort::kUint8}
-                                                 : static_cast<const Op*>(op)->element_type;
+      const Op* self = static_cast<const Op*>(op);
+      const sparsecomp::ort::Inputs& inputs = self->variant.inputs;
+      if (index == sparsecomp::ort::kValues && inputs.scales) return sparsecomp::ort::kInt8;
+      if (index != 0 && index == inputs.metadata) return sparsecomp::ort::kUint8;
+      if (index != 0 && index == inputs.scales) return sparsecomp::ort::kFloat;
+      return self->element_type;
     };
-    GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return sparsecomp::ort::kInputs; };
+    GetInputTypeCount = [](const OrtCustomOp* op) -> size_t {
+      return static_cast<const Op*>(op)->variant.inputs.count();
+    };
     GetOutputType = [](const OrtCustomOp* op, size_t) -> int { return static_cast<const Op*>(op)->element_type; };
     GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
     KernelCompute = [](void* kernel, OrtKernelContext* context) { static_cast<NMLinear*>(kernel)->compute(context); };

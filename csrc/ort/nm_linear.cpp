@@ -55,42 +55,59 @@ NMLinear::Buffer NMLinear::allocate(int64_t bytes) {
   return buffer;
 }
 
-NMLinear::NMLinear(const Api& api, const OrtKernelInfo* info, int32_t dtype, int32_t activation)
-    : api_(api), activation_(activation) {
+NMLinear::NMLinear(const Api& api, const OrtKernelInfo* info, const Inputs& inputs, int32_t dtype, int32_t activation)
+    : api_(api), inputs_(inputs), dtype_(dtype), activation_(activation) {
   const OrtValue* values = api_.constant_input(info, kValues);
-  const OrtValue* metadata = api_.constant_input(info, kMetadata);
-  require(values && metadata, "values and metadata must be initialisers of the model");
-  const std::vector<int64_t> values_shape = api_.shape(values), metadata_shape = api_.shape(metadata);
-  require(values_shape.size() == 2 && metadata_shape.size() == 2, "values and metadata must be matrices");
-  weight_.out_features = values_shape[0];
-  weight_.in_features = api_.attribute(info, "in_features");
-  weight_.n = narrow(api_.attribute(info, "n"), "n");
-  weight_.m = narrow(api_.attribute(info, "m"), "m");
-  weight_.mask_rows = narrow(api_.attribute(info, "mask_rows"), "mask_rows");
-  weight_.dtype = dtype;
-
-  require(sparsecomp_nm_values_bytes(&weight_) >= 0, "the attributes describe no N:M weight");
-  const int64_t index_bits = api_.attribute(info, "index_bits");
-  require(index_bits > 0 && index_bits <= 4 && int64_t{1} << index_bits == weight_.m, "index_bits does not fit m");
-  const int64_t slots = (weight_.in_features + weight_.m - 1) / weight_.m * weight_.n;
-  const std::vector<int64_t> want_values = {weight_.out_features, slots};
-  const std::vector<int64_t> want_metadata = {(weight_.out_features + weight_.mask_rows - 1) / weight_.mask_rows,
-                                              (slots * index_bits + 7) / 8};
+  const OrtValue* metadata = inputs_.metadata ? api_.constant_input(info, inputs_.metadata) : nullptr;
+  require(values && (metadata || !inputs_.metadata), "values and metadata must be initialisers of the model");
+  const std::vector<int64_t> values_shape = api_.shape(values);
+  require(values_shape.size() == 2, "values must be a matrix");
+  describe(info, values_shape);
+  const std::vector<int64_t> want_values = {weight_.out_features, slots()};
   require(values_shape == want_values, "values have shape " + text(values_shape) + ", expected " + text(want_values));
-  require(metadata_shape == want_metadata,
-          "metadata has shape " + text(metadata_shape) + ", expected " + text(want_metadata));
+  if (metadata) tile_metadata_bytes_ = check_metadata(info, metadata);
+  if (inputs_.scales) read_scales(info);
 
-  row_values_bytes_ = slots * (dtype == SPARSECOMP_F32 ? 4 : 2);
-  tile_metadata_bytes_ = want_metadata[1];
+  row_values_bytes_ = slots() * (inputs_.scales ? 1 : dtype == SPARSECOMP_F32 ? 4 : 2);
   cores_ = std::max(1u, std::thread::hardware_concurrency());
   const int64_t unit = std::lcm(kTileRows, int64_t{weight_.mask_rows});
   const int64_t even = (weight_.out_features + cores_ - 1) / cores_;
   const int64_t rows = (std::max(even, kLeastRows) + unit - 1) / unit * unit;
   const auto* values_data = static_cast<const uint8_t*>(api_.data(values));
-  const auto* metadata_data = static_cast<const uint8_t*>(api_.data(metadata));
+  const auto* metadata_data = metadata ? static_cast<const uint8_t*>(api_.data(metadata)) : nullptr;
   for (int64_t row = 0; row < weight_.out_features; row += rows) {
     add_slice(row, std::min(rows, weight_.out_features - row), values_data, metadata_data);
   }
+}
+
+void NMLinear::describe(const OrtKernelInfo* info, const std::vector<int64_t>& values_shape) {
+  weight_.out_features = values_shape[0];
+  weight_.in_features = api_.attribute(info, "in_features");
+  weight_.m = narrow(api_.attribute(info, "m"), "m");
+  weight_.n = inputs_.metadata ? narrow(api_.attribute(info, "n"), "n") : weight_.m;
+  weight_.mask_rows = inputs_.metadata ? narrow(api_.attribute(info, "mask_rows"), "mask_rows") : 1;
+  weight_.dtype = inputs_.scales ? int32_t{SPARSECOMP_I8_A8} : dtype_;
+  require(sparsecomp_nm_values_bytes(&weight_) >= 0, "the attributes describe no N:M weight");
+}
+
+int64_t NMLinear::check_metadata(const OrtKernelInfo* info, const OrtValue* metadata) const {
+  const std::vector<int64_t> shape = api_.shape(metadata);
+  require(shape.size() == 2, "metadata must be a matrix");
+  const int64_t index_bits = api_.attribute(info, "index_bits");
+  require(index_bits > 0 && index_bits <= 4 && int64_t{1} << index_bits == weight_.m, "index_bits does not fit m");
+  const std::vector<int64_t> want = {(weight_.out_features + weight_.mask_rows - 1) / weight_.mask_rows,
+                                     (slots() * index_bits + 7) / 8};
+  require(shape == want, "metadata has shape " + text(shape) + ", expected " + text(want));
+  return want[1];
+}
+
+void NMLinear::read_scales(const OrtKernelInfo* info) {
+  const OrtValue* scales = api_.constant_input(info, inputs_.scales);
+  require(scales != nullptr, "scales must be an initialiser of the model");
+  const std::vector<int64_t> shape = api_.shape(scales), want = {weight_.out_features};
+  require(shape == want, "scales have shape " + text(shape) + ", expected " + text(want));
+  const auto* data = static_cast<const float*>(api_.data(scales));
+  scales_.assign(data, data + weight_.out_features);
 }
 
 void NMLinear::add_slice(int64_t first_row, int64_t rows, const uint8_t* values, const uint8_t* metadata) {
@@ -98,15 +115,15 @@ void NMLinear::add_slice(int64_t first_row, int64_t rows, const uint8_t* values,
   slice.weight.out_features = rows;
   slice.values = allocate(sparsecomp_nm_values_bytes(&slice.weight));
   slice.metadata = allocate(sparsecomp_nm_metadata_bytes(&slice.weight));
-  check(sparsecomp_nm_pack(&slice.weight, values + first_row * row_values_bytes_,
-                           metadata + first_row / weight_.mask_rows * tile_metadata_bytes_, slice.values.get(),
+  const uint8_t* positions = metadata ? metadata + first_row / weight_.mask_rows * tile_metadata_bytes_ : nullptr;
+  check(sparsecomp_nm_pack(&slice.weight, values + first_row * row_values_bytes_, positions, slice.values.get(),
                            slice.metadata.get()));
   slices_.push_back(std::move(slice));
 }
 
 void NMLinear::compute(OrtKernelContext* context) const {
   const OrtValue* x = api_.input(context, kX);
-  const OrtValue* bias = api_.input(context, kBias);
+  const OrtValue* bias = api_.input(context, inputs_.bias);
   std::vector<int64_t> shape = api_.shape(x);
   require(!shape.empty() && shape.back() == weight_.in_features,
           "x has shape " + text(shape) + "; its last dimension must be " + std::to_string(weight_.in_features));
@@ -135,7 +152,7 @@ void NMLinear::compute(OrtKernelContext* context) const {
         static_cast<uint8_t*>(api_.data(y)),
         batch,
         chunks,
-        weight_.dtype == SPARSECOMP_F32 ? 4 : 2,
+        dtype_ == SPARSECOMP_F32 ? 4 : 2,
         SPARSECOMP_OK};
   const auto task = [](void* data, size_t index) {
     Run& r = *static_cast<Run*>(data);
@@ -144,8 +161,9 @@ void NMLinear::compute(OrtKernelContext* context) const {
     const int64_t first = r.batch * chunk / r.chunks, last = r.batch * (chunk + 1) / r.chunks;
     const int64_t in = r.self->weight_.in_features, out = r.self->weight_.out_features;
     const sparsecomp_epilogue epilogue = {r.bias + slice.first_row * r.element_bytes, r.self->activation_};
-    const int code = sparsecomp_nm_linear(&slice.weight, slice.values.get(), slice.metadata.get(), nullptr,
-                                          r.self->weight_.dtype, r.x + first * in * r.element_bytes, in, last - first,
+    const float* scales = r.self->scales_.empty() ? nullptr : r.self->scales_.data() + slice.first_row;
+    const int code = sparsecomp_nm_linear(&slice.weight, slice.values.get(), slice.metadata.get(), scales,
+                                          r.self->dtype_, r.x + first * in * r.element_bytes, in, last - first,
                                           &epilogue, r.y + (first * out + slice.first_row) * r.element_bytes, out, 1);
     if (code != SPARSECOMP_OK) r.error = code;
   };

@@ -52,7 +52,7 @@ constexpr uint32_t kApiVersion = 17;
 constexpr int kRequired = 0;  // OrtCustomOpInputOutputCharacteristic
 
 // ONNXTensorElementDataType
-enum ElementType : int { kFloat = 1, kUint8 = 2, kFloat16 = 10, kBfloat16 = 16 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kFloat16 = 10, kBfloat16 = 16 };
 
 class Api {
  public:

@@ -22,7 +22,7 @@ from sparsecomp.models.layers import require_module
 from sparsecomp.onnx import session
 from sparsecomp.onnx.capture import FIXED_AXIS, torch_export, without_caches
 from sparsecomp.onnx.extra import require
-from sparsecomp.onnx.function import DOMAIN, MIN_OPSET, OPERATOR_VERSION, OPERATORS, nm_linear_function
+from sparsecomp.onnx.function import DOMAIN, MIN_OPSET, OPERATOR_VERSION, OPERATORS, linear_function
 from sparsecomp.onnx.standin import ExportedLayer, Form, exportable
 from sparsecomp.reporting.terminal import table, wrap
 from sparsecomp.reporting.writing import require_folder, whole_file
@@ -93,7 +93,8 @@ def export_onnx(
     """Write ``model``, called as ``model(*args, **kwargs)``, to an ONNX file; the model is left as it was.
 
     ``form="packed"``: N:M layers stay compressed, as nodes ``sparsecomp::NMLinear`` (``NMLinearRelu`` and so on with an
-    activation) with a function body of standard operators in the same file; block layers, which have no such node, are
+    activation) with a function body of standard operators in the same file; those of "int8@a8" as ``NMLinearInt8`` and
+    ``LinearInt8``, which round x as the layer does. Block layers and int8 weights alone, which have no such node, are
     written dense. ``form="dense"``: plain MatMul weights [in, out] with the zeros in place, as TensorRT wants them.
 
     ``dynamic_batch`` makes dimension 0 of every tensor input an axis of any size, "batch". Other axes (a
@@ -231,9 +232,9 @@ def _batch_axes(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
 def _attach_functions(model: Any) -> None:
     ir = require("onnx_ir")
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
-    for activation, operator in OPERATORS.items():
+    for operator in OPERATORS:
         if operator in used:
-            function = ir.serde.deserialize_function(nm_linear_function(model.opset_imports[""], activation))
+            function = ir.serde.deserialize_function(linear_function(model.opset_imports[""], operator))
             model.functions[function.identifier()] = function
             model.opset_imports[DOMAIN] = OPERATOR_VERSION
 

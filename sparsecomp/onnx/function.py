@@ -1,9 +1,11 @@
 """The operators ``sparsecomp::NMLinear...`` as ONNX functions made of standard operators.
 
 y [..., out] = activation(x [..., in] W^T + bias), W given by the canonical ``values`` and ``metadata`` of
-docs/format.md. There is one operator for each activation, as a function body cannot choose by an attribute.
+docs/format.md. ``NMLinearInt8...`` has int8 ``values`` and ``scales`` as well and rounds each row of x to 8 bits;
+``LinearInt8...`` is the same of dense groups, which have no metadata. There is one operator for each activation, as a
+function body cannot choose by an attribute.
 A runtime that knows the operator runs it; every other one inlines this body. Its constants depend on initialisers only,
-so that a runtime which folds constants is left with one dense MatMul.
+so that a runtime which folds constants is left with one dense MatMul, of integers in floats where x is rounded.
 """
 
 from __future__ import annotations
@@ -17,25 +19,29 @@ OPERATOR_VERSION = 1
 MIN_OPSET = 18  # the first with BitwiseAnd and with the axes of ReduceSum as an input
 
 # Positions are read bit by bit, because fields of three bits cross bytes. Weights are scattered in float32, which holds
-# every weight dtype exactly, and cast to the dtype of x last. All constants are typed, so that none depends on x.
-_BODY = """
+# every weight dtype exactly. All constants are typed, so that none depends on x.
+_OPENING = """
 <opset_import: ["" : {opset}], domain: "{domain}">
-{operator} <n, m, mask_rows, index_bits, in_features, weight_type> (x, values, metadata, bias) => (y)
+{operator} <{attributes}> ({inputs}) => (y)
 {{
     zero = Constant <value_ints: ints = [0]> ()
     one = Constant <value_ints: ints = [1]> ()
     two = Constant <value_ints: ints = [2]> ()
     minus_one = Constant <value_ints: ints = [-1]> ()
+    in_scalar = Constant <value_int: int = @in_features> ()
+    in_1 = Reshape (in_scalar, one)
+    updates = Cast <to: int = 1> (values)
+"""
+
+_SCATTERED = """
     zero_scalar = Constant <value_int: int = 0> ()
     one_scalar = Constant <value_int: int = 1> ()
     n_scalar = Constant <value_int: int = @n> ()
     m_scalar = Constant <value_int: int = @m> ()
     mask_rows_scalar = Constant <value_int: int = @mask_rows> ()
     index_bits_scalar = Constant <value_int: int = @index_bits> ()
-    in_scalar = Constant <value_int: int = @in_features> ()
     mask_rows_1 = Reshape (mask_rows_scalar, one)
     index_bits_1 = Reshape (index_bits_scalar, one)
-    in_1 = Reshape (in_scalar, one)
     out_1 = Shape <start: int = 0, end: int = 1> (values)
     slots_1 = Shape <start: int = 1, end: int = 2> (values)
     slots_scalar = Squeeze (slots_1, zero)
@@ -74,21 +80,65 @@ _BODY = """
     width_1 = Reshape (width_scalar, one)
     padded_shape = Concat <axis: int = 0> (out_1, width_1)
     blank = ConstantOfShape <value = float[1] {{0.0}}> (padded_shape)
-    updates = Cast <to: int = 1> (values)
     padded = ScatterElements <axis: int = 1> (blank, columns, updates)
     dense_wide = Slice (padded, zero, in_1, one)
+"""
+
+# dense groups lie side by side; columns that only fill the last one up come off
+_DENSE = """
+    dense_wide = Slice (updates, zero, in_1, one)
+"""
+
+_PRODUCT = """
     dense = Cast <to: int = @weight_type> (dense_wide)
     weight = Transpose <perm: ints = [1, 0]> (dense)
     product = MatMul (x, weight)
     sum = Add (product, bias)
-    {activation}
-}}
+"""
+
+# As sparsecomp/patterns/rounding.py has it. Large sums of integers in float32 lose their last bits. Reductions and Clip
+# of runtimes may pass NaN by, so it is put in the place of what is not finite.
+_ROUNDED_PRODUCT = """
+    weight = Transpose <perm: ints = [1, 0]> (dense_wide)
+    nothing = Constant <value_float: float = 0.0> ()
+    unit = Constant <value_float: float = 1.0> ()
+    levels = Constant <value_float: float = 254.0> ()
+    most = Constant <value_float: float = 255.0> ()
+    invalid = Constant <value = float {{nan}}> ()
+    wide = Cast <to: int = 1> (x)
+    is_nan = IsNaN (wide)
+    is_infinite = IsInf (wide)
+    is_bad = Or (is_nan, is_infinite)
+    finite = Where (is_bad, nothing, wide)
+    smallest = ReduceMin <keepdims: int = 1> (finite, minus_one)
+    largest = ReduceMax <keepdims: int = 1> (finite, minus_one)
+    low = Min (smallest, nothing)
+    high = Max (largest, nothing)
+    low_part = Div (low, levels)
+    high_part = Div (high, levels)
+    range = Sub (high_part, low_part)
+    is_wide = Greater (range, nothing)
+    step = Where (is_wide, range, unit)
+    low_steps = Div (low, step)
+    low_rounded = Round (low_steps)
+    zero_point = Sub (unit, low_rounded)
+    steps = Div (finite, step)
+    rounded = Round (steps)
+    raised = Add (rounded, zero_point)
+    stored = Clip (raised, unit, most)
+    whole = Sub (stored, zero_point)
+    integers = Where (is_bad, invalid, whole)
+    sums = MatMul (integers, weight)
+    stepped = Mul (sums, step)
+    scaled = Mul (stepped, scales)
+    bias_wide = Cast <to: int = 1> (bias)
+    sum = Add (scaled, bias_wide)
 """
 
 # On ``sum``, in float32 whatever the dtype of x: runtimes lack some of these for 16-bit types.
 _WIDE = "v = Cast <to: int = 1> (sum) {formula} y = Cast <to: int = @weight_type> (activated)"
 _ACTIVATIONS = {
-    "none": "y = Identity (sum)",
+    "none": "y = Cast <to: int = @weight_type> (sum)",
     "relu": _WIDE.format(formula="activated = Relu (v)"),
     "gelu": _WIDE.format(
         formula="""
@@ -118,12 +168,30 @@ _ACTIVATIONS = {
 }
 
 
-# in the order of sparsecomp.activations, which needs torch
-OPERATORS = {name: "NMLinear" + ("" if name == "none" else name.title().replace("_", "")) for name in _ACTIVATIONS}
+# by the name without an activation: attributes, inputs, the weight [out, in] in float32, and the product
+_NM_ATTRIBUTES = "n, m, mask_rows, index_bits, in_features, weight_type"
+_KINDS = {
+    "NMLinear": (_NM_ATTRIBUTES, "x, values, metadata, bias", _SCATTERED, _PRODUCT),
+    "NMLinearInt8": (_NM_ATTRIBUTES, "x, values, metadata, scales, bias", _SCATTERED, _ROUNDED_PRODUCT),
+    "LinearInt8": ("m, in_features, weight_type", "x, values, scales, bias", _DENSE, _ROUNDED_PRODUCT),
+}
+FLOATS, INTEGERS, DENSE_INTEGERS = _KINDS
 
 
-def nm_linear_function(opset: int, activation: str = "none") -> Any:
-    """The function as an ``onnx.FunctionProto`` at this opset, which must be that of the model it is attached to."""
+def operator(kind: str, activation: str) -> str:
+    """The name of an operator of that kind: ``FLOATS``, ``INTEGERS`` or ``DENSE_INTEGERS``."""
+    return kind + ("" if activation == "none" else activation.title().replace("_", ""))
+
+
+# kind and activation by name, the activations in the order of sparsecomp.activations, which needs torch
+OPERATORS = {operator(kind, activation): (kind, activation) for kind in _KINDS for activation in _ACTIVATIONS}
+
+
+def linear_function(opset: int, name: str) -> Any:
+    """The function of that operator as an ``onnx.FunctionProto`` at this opset, which must be that of its model."""
     parser = require("onnx.parser")
-    body = _BODY.format(opset=opset, domain=DOMAIN, operator=OPERATORS[activation], activation=_ACTIVATIONS[activation])
-    return parser.parse_function(body)
+    kind, activation = OPERATORS[name]
+    attributes, inputs, weight, product = _KINDS[kind]
+    parts = (_OPENING, weight, product, f"    {_ACTIVATIONS[activation]}\n}}}}\n")
+    facts = {"opset": opset, "domain": DOMAIN, "operator": name, "attributes": attributes, "inputs": inputs}
+    return parser.parse_function("".join(parts).format(**facts))

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsecomp.onnx.constants import attributes_of
 from sparsecomp.onnx.extra import require
-from sparsecomp.onnx.function import OPERATORS, nm_linear_function
+from sparsecomp.onnx.function import linear_function
 
 
 def resolved(node: Any, given: Mapping[str, Any]) -> Any:
@@ -72,9 +72,8 @@ def is_ours(function: Any, operator: str) -> bool:
     if function is None:
         return True
     opset = next((entry.version for entry in function.opset_import if entry.domain == ""), 0)
-    activation = next(name for name, each in OPERATORS.items() if each == operator)
 
     def steps(each: Any) -> list[tuple[Any, ...]]:
         return [(node.op_type, *node.input, *node.output) for node in each.node]
 
-    return steps(function) == steps(nm_linear_function(opset, activation))
+    return steps(function) == steps(linear_function(opset, operator))

@@ -20,7 +20,7 @@ from sparsecomp.activations import activate
 from sparsecomp.errors import ModelError
 from sparsecomp.modules.carry import COMPILED_CALL
 from sparsecomp.nn import SparseLinear
-from sparsecomp.onnx.function import DOMAIN, OPERATOR_VERSION, OPERATORS
+from sparsecomp.onnx.function import DENSE_INTEGERS, DOMAIN, FLOATS, INTEGERS, OPERATOR_VERSION, operator
 from sparsecomp.packing import PackedWeight
 from sparsecomp.patterns import row_nm
 
@@ -82,18 +82,19 @@ class _PackedNode(_Node):
         nm = row_nm(self.pattern)
         assert nm is not None
         attributes: dict[str, Any] = {
-            "n": nm.n,
             "m": nm.m,
-            "mask_rows": nm.mask_rows,
-            "index_bits": nm.index_bits,
             "in_features": self.in_features,
             "weight_type": _ONNX_TYPES[self.dtype],
         }
+        if "metadata" in self._buffers:
+            attributes |= {"n": nm.n, "mask_rows": nm.mask_rows, "index_bits": nm.index_bits}
         # a function body has no optional inputs worth the name, so a layer without bias adds zeros
         bias = self._buffers["no_bias"] if self.bias is None else self.bias
+        kind = FLOATS if "scales" not in self._buffers else INTEGERS if "metadata" in self._buffers else DENSE_INTEGERS
+        parts = (self._buffers[name] for name in ("values", "metadata", "scales") if name in self._buffers)
         return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{OPERATORS[self.activation]}",
-            (x, self._buffers["values"], self._buffers["metadata"], bias),
+            f"{DOMAIN}::{operator(kind, self.activation)}",
+            (x, *parts, bias),
             attributes,
             dtype=x.dtype,
             shape=(*x.shape[:-1], self.out_features),
@@ -180,9 +181,9 @@ def _written(name: str, layer: SparseLinear, form: Form) -> tuple[type[_Node], d
     record = ExportedLayer(name, str(packed.pattern), packed.shape, written, nbytes, packed.dense_nbytes, note)
     if written == "dense":
         return _DenseNode, {"weight": packed.unpack().t().contiguous()}, record
-    buffers = {"values": packed.values, "metadata": packed.metadata}
+    buffers = {name: part for name, part in packed.parts.items() if part.numel()}  # of dense groups without positions
     if layer.bias is None:
-        buffers["no_bias"] = packed.values.new_zeros(packed.shape[0])
+        buffers["no_bias"] = torch.zeros(packed.shape[0], dtype=packed.dtype, device=packed.device)
     return _PackedNode, buffers, record
 
 
@@ -190,9 +191,7 @@ def _why_dense(packed: PackedWeight) -> str:
     """Why this weight has no packed node, or nothing."""
     if row_nm(packed.pattern) is None:
         return f"{packed.pattern} has no packed node"
-    if packed.numbers.activation_bits is not None:
-        return f"{packed.numbers} weights have no packed node; the file multiplies x as it is, in floats"
-    if packed.numbers.has_scales:
+    if packed.numbers.has_scales and packed.numbers.activation_bits is None:
         return f"{packed.numbers} weights have no packed node"
     if packed.dtype not in _ONNX_TYPES:
         return f"{packed.dtype} has no packed node"

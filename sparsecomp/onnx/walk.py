@@ -23,7 +23,7 @@ from sparsecomp.onnx.constants import (
     stored,
 )
 from sparsecomp.onnx.extra import require
-from sparsecomp.onnx.function import DOMAIN, OPERATORS
+from sparsecomp.onnx.function import DENSE_INTEGERS, DOMAIN, OPERATORS
 from sparsecomp.onnx.protos import is_ours, resolved, static_shapes, subgraphs, without_ones
 
 _RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
@@ -146,7 +146,9 @@ class _Walk(Generic[Judged]):
     def node(self, node: Any, inputs: list[Value | None], frame: _Frame) -> list[Value]:
         known = [value for value in inputs if value is not None]
         function = self.functions.get((node.domain, node.op_type, node.overload))
-        if node.domain == DOMAIN and node.op_type in OPERATORS.values() and is_ours(function, node.op_type):
+        kind = OPERATORS.get(node.op_type, (None,))[0] if node.domain == DOMAIN else None
+        # what is dense is judged by the product in its function
+        if kind is not None and not (kind == DENSE_INTEGERS and function) and is_ours(function, node.op_type):
             self._packed(node, inputs, frame)
             return [ACTIVE] * len(node.output)
         if function is not None:

@@ -188,14 +188,6 @@ def test_files_that_older_readers_understand_keep_their_version(tmp_path: Path) 
         assert inspect(tmp_path / "m.safetensors").format_version == "1"
 
 
-def test_onnx_says_that_the_file_multiplies_floats(tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    report = sc.export_onnx(rounded(), (torch.randn(2, 48),), tmp_path / "m.onnx")
-    note = "int8@a8 weights have no packed node; the file multiplies x as it is, in floats"
-    assert [(each.form, each.note) for each in report.layers] == [("dense", note)]
-
-
 def test_the_dense_product_does_not_round_and_float64_falls_back_to_it() -> None:
     layer, x = rounded(backend="dense"), torch.randn(3, 48)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import nn
 from sparsecomp.errors import BackendError, FormatError, ModelError
 from sparsecomp.nn import SparseLinear
 from sparsecomp.onnx import export, export_onnx
-from sparsecomp.onnx.function import OPERATORS
+from sparsecomp.onnx.function import FLOATS, operator
 from tests.onnx.onnx_models import Mixed, assert_close, random_sparse_layer, run_reference, run_stock, torch_output
 
 pytestmark = pytest.mark.slow  # every test exports a model
@@ -54,7 +54,7 @@ def test_activations(tmp_path, activation, dtype, form):
     export_onnx(net, (torch.randn(3, 22).to(dtype),), tmp_path / "m.onnx", form=form)
     model = checked(tmp_path / "m.onnx")
     if form == "packed":
-        assert operators(model) == [OPERATORS[activation], OPERATORS["none"]]
+        assert operators(model) == [operator(FLOATS, activation), operator(FLOATS, "none")]
         assert {function.name for function in model.functions} == set(operators(model))
     x = torch.randn(8, 22).to(dtype)
     assert_close(run_reference(tmp_path / "m.onnx", x.numpy()), torch_output(net, x), dtype)
