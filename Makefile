@@ -24,7 +24,7 @@ help:
 	@echo 'make defaults  the tests again, while torch has another default device and dtype (4 minutes)'
 	@echo 'make eager-off the tests of layers again, with every call through the dispatcher of torch (1 minute)'
 	@echo 'make sanitize  the C++ tests under AddressSanitizer and UBSan, with their whole output (4 minutes)'
-	@echo 'make nightly   10^5 random products against float64 on every instruction set of this machine; every Triton'
+	@echo 'make nightly   10^5 random products against their twins on every instruction set here; every Triton'
 	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound (20 minutes)'
 	@echo 'make docs      the API reference, and the outputs under the code of the pages, written anew (5 minutes)'
 	@echo 'make tritons   the oldest and the newest Triton, for the GPU tests; make test-all includes it'
@@ -119,7 +119,7 @@ nightly: tritons
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/nightly -G Ninja $(NIGHTLY_OFF) -DSPARSECOMP_TESTS=ON
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/nightly
 	printf '%s\n' avx512_bf16 avx512 avx2_vnni avx2 neon reference | xargs -P2 -I @ sh -c \
-	  'export SPARSECOMP_ISA=@; for each in nm_test "random_test --count $(NIGHTLY_COUNT) --seed $(NIGHTLY_SEED)"; do \
+	  'export SPARSECOMP_ISA=@; for each in nm_test int8_test "random_test --count $(NIGHTLY_COUNT) --seed $(NIGHTLY_SEED)"; do \
 	  build/nightly/$$each || [ $$? -eq 77 ] || exit 1; done'
 	@# the whole compile matrix with every Triton; make test-all takes a part of it for the others
 	for version in $(TRITONS); do \

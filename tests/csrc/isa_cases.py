@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sparsecomp import _native
 from sparsecomp.packing.format import pack
-from tests.csrc.native_weight import EPSILON, Layout, check_linear, random_weight
+from tests.csrc.native_weight import EPSILON, Layout, check_linear, check_rounded, random_weight
 
 # Those that some instruction set has kernels of its own for: csrc/cpu/nm/kernel_list.hpp, as test_isa.py checks.
 LISTED = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "6:8", "4:16", "8:16", "10:16", "12:16"]
@@ -47,6 +47,16 @@ def test_int8_weights_on_odd_shapes(pattern, dtype):
     for i, ((out, columns), batch) in enumerate(zip(SHAPES, BATCHES[1:], strict=True)):
         check_linear(pattern, out, columns, batch, dtype, has_bias=i % 2 == 0, gap=i % 3, seed=i, int8_weights=True)
     check_linear(pattern, 35, 1040, 40, dtype, threads=2, int8_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [*((each, torch.float32) for each in PATTERNS), ("8:16", torch.float16), ("12:16", torch.bfloat16)],
+)
+def test_int8_weights_by_rounded_activations(pattern, dtype):
+    for i, ((out, columns), batch) in enumerate(zip(SHAPES, BATCHES[1:], strict=True)):
+        check_rounded(pattern, out, columns, batch, dtype, gap=i % 3)
+    check_rounded(pattern, 35, 1040, 40, dtype, threads=2)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -186,6 +196,17 @@ def test_layout_converts_back_exactly(pattern, dtype):
         assert back.values.equal(packed.values)
         assert back.metadata.equal(packed.metadata)
         assert layout.to_dense(dtype, threads=2).equal(weight)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_layout_of_rounded_products_converts_back_exactly(pattern):
+    for out, columns in [*SHAPES, (257, 1000)]:
+        packed = pack(random_weight(pattern, out, columns, torch.int8, torch.Generator().manual_seed(out)), pattern)
+        back = pack(torch.zeros(out, columns, dtype=torch.int8), pattern)
+        back.values.fill_(3)
+        Layout.of(packed, rounding=True).unpack_into(back)
+        assert back.values.equal(packed.values)
+        assert back.metadata.equal(packed.metadata)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

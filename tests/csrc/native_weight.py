@@ -12,6 +12,7 @@ from sparsecomp.packing.format import PackedWeight, pack
 from sparsecomp.patterns import NM, parse
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+ROUNDING = 4  # int8 weights whose product rounds the activations
 EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -44,10 +45,10 @@ class Layout:
         return self.values.nbytes + self.metadata.nbytes
 
     @classmethod
-    def of(cls, packed: PackedWeight) -> Layout:
+    def of(cls, packed: PackedWeight, *, rounding: bool = False) -> Layout:
         nm = packed.pattern
         assert isinstance(nm, NM)
-        description = (*packed.shape, nm.n, nm.m, nm.mask_rows, CODES[packed.dtype])
+        description = (*packed.shape, nm.n, nm.m, nm.mask_rows, ROUNDING if rounding else CODES[packed.dtype])
         values = torch.full((_native.nm_values_bytes(*description),), 0xA5, dtype=torch.uint8)
         metadata = torch.full((_native.nm_metadata_bytes(*description),), 0xA5, dtype=torch.uint8)
         _native.nm_pack(
@@ -144,3 +145,38 @@ def check_linear(
     assert bool((error <= bound).all()), f"error {(error / bound).nan_to_num(1e30).max().item():.3g} times the bound"
     assert bool(y[:, out:].isnan().all()), "the gap between rows of y was written"
     assert layout.to_dense(weight.dtype).equal(weight)
+
+
+def check_rounded(
+    pattern: str, out: int, columns: int, batch: int, dtype: torch.dtype, *, threads: int = 1, gap: int = 0
+) -> Tensor:
+    """Compare one product of int8 weights and rounded activations with exact integers; y [batch, out].
+
+    One row of x in five is of one sign, one holds NaN.
+    """
+    generator = torch.Generator().manual_seed(out + batch)
+    weight = random_weight(pattern, out, columns, torch.int8, generator)
+    layout = Layout.of(pack(weight, pattern), rounding=True)
+    x = torch.randn(batch, columns + gap, generator=generator)
+    x[1::5] += 6
+    x[2::5, :1] = float("nan")
+    x = x.to(dtype)
+    scales = torch.rand(out, generator=generator) / 64
+    bias = torch.randn(out, generator=generator).to(dtype)
+    y = torch.full((batch, out + gap), 7.0, dtype=dtype)
+    layout.linear(x[:, :columns], bias, y[:, :out], threads, scales=scales)
+
+    low, high = x[:, :columns].float().aminmax(dim=1, keepdim=True)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high / 254 - low / 254).clamp_min(torch.finfo(torch.float32).tiny)
+    zero_point = ((-low / scale).round() - 127).clamp(max=127)
+    integers = ((x[:, :columns].float() * (1 / scale)).round() + zero_point).clamp(-127, 127) - zero_point
+    product = (integers.double() @ weight.double().T).float() * scale
+    want = product.double() * scales.double() + bias.double()  # one rounding more where it is not fused
+    unit = (product * scales).abs().double() * 2.0**-24 + want.abs() * EPSILON[dtype] * 1.01
+    error = (y[:, :out].double() - want).abs()
+    assert y[:, :out].isnan().equal(want.isnan())
+    assert bool((error.nan_to_num(0) <= unit.nan_to_num(0)).all()), f"{error.nan_to_num(0).max()}"
+    assert bool((y[:, out:] == 7).all()), "the gap between rows of y was written"
+    assert layout.to_dense(torch.int8).equal(weight)
+    return y

@@ -26,26 +26,6 @@ namespace {
 using namespace sparsecomp;
 using namespace sparsecomp::testing;
 
-// Canonical metadata of random ascending positions.
-void fill_positions(const Geometry& g, Buffer* metadata) {
-  std::memset(metadata->data, 0, static_cast<size_t>(metadata->size));
-  const int64_t row_bytes = g.canonical_metadata_bytes();
-  for (int64_t row = 0; row * row_bytes < metadata->size && row_bytes > 0; ++row) {
-    for (int64_t slot = 0; slot < g.canonical_slots();) {
-      int left = g.n;
-      for (int position = 0; left > 0; ++position) {
-        if (uniform(1, g.m - position) > left) continue;
-        for (int bit = 0; bit < g.bits; ++bit) {
-          const int64_t at = slot * g.bits + bit;
-          if (position >> bit & 1) metadata->data[static_cast<size_t>(row * row_bytes + at / 8)] |= 1 << (at % 8);
-        }
-        ++slot;
-        --left;
-      }
-    }
-  }
-}
-
 // Whose kernels a product is computed by, and whether by panels wherever there are some, also where they do not pay, or
 // never. Without a Choice a product is computed as this process would.
 struct Choice {
@@ -93,7 +73,7 @@ void compare_with_reference(const sparsecomp_nm& weight, int64_t batch, int64_t 
   Buffer canonical_values(g.out * g.canonical_slots() * size);
   Buffer canonical_metadata((g.out + g.mask_rows - 1) / g.mask_rows * g.canonical_metadata_bytes());
   canonical_values.fill_numbers(g.dtype);
-  fill_positions(g, &canonical_metadata);
+  fill_positions(weight, &canonical_metadata);
   Buffer values(sparsecomp_nm_values_bytes(&weight)), metadata(sparsecomp_nm_metadata_bytes(&weight));
   CHECK(sparsecomp_nm_pack(&weight, canonical_values.data, canonical_metadata.data, values.data, metadata.data) ==
             SPARSECOMP_OK,

@@ -1,4 +1,5 @@
-// Random products of random weights against float64, for the instruction set in use (SPARSECOMP_ISA).
+// Random products of random weights against float64, for the instruction set in use (SPARSECOMP_ISA); those that round
+// activations to int8 against exact integers.
 //   random_test [--count N] [--seed S] [--case I]
 // Case I of seed S is the same everywhere, whatever ran before it; a failure prints the line that repeats it alone.
 #include <cmath>
@@ -10,6 +11,7 @@
 
 #include "sparsecomp.h"
 #include "testing.hpp"
+#include "twin.hpp"
 
 namespace {
 
@@ -23,9 +25,14 @@ struct Case {
   bool has_bias, has_scales, block;
   int n, m, mask_rows;      // N:M
   int rows, cols, density;  // blocks, percent
+  int largest;              // int8 weights reach from -largest - 1 to largest
+
+  bool rounds() const { return weight_dtype == SPARSECOMP_I8_A8; }
+  // How canonical values are stored.
+  int stored_dtype() const { return rounds() ? SPARSECOMP_I8 : weight_dtype; }
 
   std::string text() const {
-    const char* const dtypes[] = {"fp32", "fp16", "bf16", "int8"};
+    const char* const dtypes[] = {"fp32", "fp16", "bf16", "int8", "int8@a8"};
     const char* const activations[] = {"", " relu", " gelu", " gelu_tanh", " silu"};
     const std::string pattern =
         block ? "block" + std::to_string(rows) + "x" + std::to_string(cols) + " at " + std::to_string(density) + "%"
@@ -67,7 +74,9 @@ Case random_case() {
     c.n = static_cast<int>(uniform(0, 2) == 0 ? c.m / 2 : uniform(1, c.m));
     const int64_t sharing = uniform(0, 7);  // rows that share a mask: most often those that kernels know
     c.mask_rows = static_cast<int>(sharing == 0 ? uniform(1, 5) : sharing == 1 ? 4 : sharing == 2 ? 8 : 1);
-    if (uniform(0, 3) == 0) c.weight_dtype = SPARSECOMP_I8;
+    const int64_t numbers = uniform(0, 5);
+    if (numbers < 3) c.weight_dtype = numbers == 0 ? SPARSECOMP_I8 : SPARSECOMP_I8_A8;
+    c.largest = static_cast<int>(uniform(0, 1) == 0 ? 127 : uniform(0, 127));  // some fit 16 bits in pairs, some do not
   }
   return c;
 }
@@ -80,16 +89,16 @@ struct Weight {
 
   // The next canonical value, at a place of the dense weight, or at one of the padding.
   void add(const Case& c, int64_t row, int64_t column) {
-    const auto size = static_cast<size_t>(element_bytes(c.weight_dtype));
+    const int dtype = c.stored_dtype();
+    const auto size = static_cast<size_t>(element_bytes(dtype));
     values.resize(values.size() + size);
     uint8_t* slot = values.data() + values.size() - size;
     const bool real = row < c.out && column < c.in;
-    if (c.weight_dtype == SPARSECOMP_I8)
-      *slot = real ? static_cast<uint8_t>(uniform(-128, 127)) : 0;
+    if (dtype == SPARSECOMP_I8)
+      *slot = real ? static_cast<uint8_t>(uniform(-c.largest - 1, c.largest)) : 0;
     else
-      store_number(real ? static_cast<float>(uniform(-1000, 1000)) / 512 : 0.0f, slot, 0, c.weight_dtype);
-    if (real)
-      dense[static_cast<size_t>(row * c.in + column)] = static_cast<double>(load_number(slot, 0, c.weight_dtype));
+      store_number(real ? static_cast<float>(uniform(-1000, 1000)) / 512 : 0.0f, slot, 0, dtype);
+    if (real) dense[static_cast<size_t>(row * c.in + column)] = static_cast<double>(load_number(slot, 0, dtype));
   }
 };
 
@@ -160,22 +169,6 @@ int multiply(const Case& c, const Weight& w, const float* scales, const Buffer& 
                                         y->data, ldy, c.threads);
 }
 
-// As torch.nn.functional defines them.
-double activate(double v, int activation) {
-  switch (activation) {
-    case SPARSECOMP_RELU:
-      return std::fmax(v, 0.0);
-    case SPARSECOMP_GELU:
-      return v * std::erfc(-v / std::sqrt(2.0)) / 2;
-    case SPARSECOMP_GELU_TANH:
-      return v / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (v + 0.044715 * v * v * v)));
-    case SPARSECOMP_SILU:
-      return v / (1 + std::exp(-v));
-    default:
-      return v;
-  }
-}
-
 // The bound on rounding: fp32 sums in any order, some ulp per root of the terms, which no activation widens by more
 // than its steepest slope, 1.13; the activation's own few ulp; then one rounding to the output type.
 bool close_enough(const Case& c, double got, double want, double magnitude) {
@@ -187,6 +180,60 @@ bool close_enough(const Case& c, double got, double want, double magnitude) {
   const double formula = curved ? std::fabs(want) * 0x1p-20 : 0.0;
   return std::fabs(got - want) <=
          sums * (curved ? 1.13 : 1.0) + formula + std::fabs(want) * kEpsilon[c.dtype] * 1.01 + 1e-7;
+}
+
+// A product that was computed, and what it was computed from.
+struct Call {
+  const Case& c;
+  const Weight& w;
+  const float* scales;
+  const void* bias;
+  const Buffer &x, &y;
+  const std::string& repeat;
+
+  double scale(int64_t row) const { return scales ? static_cast<double>(scales[row]) : 1.0; }
+  double added(int64_t row) const { return bias ? static_cast<double>(load_number(bias, row, c.dtype)) : 0.0; }
+  double got(int64_t b, int64_t row) const {
+    return static_cast<double>(load_number(y.data, b * (c.out + c.gap_y) + row, c.dtype));
+  }
+  bool fail(int64_t b, int64_t row, double want) const {
+    CHECK(false, "%s: y[%d][%d] is %.9g, not %.9g\n  %s", c.text().c_str(), static_cast<int>(b), static_cast<int>(row),
+          got(b, row), want, repeat.c_str());
+    return false;
+  }
+};
+
+bool is_close_row(const Call& call, int64_t b) {
+  const Case& c = call.c;
+  std::vector<double> column(static_cast<size_t>(c.in));
+  for (int64_t k = 0; k < c.in; ++k)
+    column[static_cast<size_t>(k)] = static_cast<double>(load_number(call.x.data, b * (c.in + c.gap_x) + k, c.dtype));
+  for (int64_t row = 0; row < c.out; ++row) {
+    double want = call.added(row), magnitude = std::fabs(want);
+    const double* weights = call.w.dense.data() + row * c.in;
+    for (int64_t k = 0; k < c.in; ++k) {
+      const double term = call.scale(row) * weights[k] * column[static_cast<size_t>(k)];
+      want += term;
+      magnitude += std::fabs(term);
+    }
+    want = activate(want, c.activation);
+    if (!close_enough(c, call.got(b, row), want, magnitude)) return call.fail(b, row, want);
+  }
+  return true;
+}
+
+// Sums are exact integers.
+bool is_rounded_row(const Call& call, int64_t b) {
+  const Case& c = call.c;
+  const bool reference = std::strcmp(sparsecomp_isa(), "reference") == 0 || c.in == 0;
+  const RoundedTwin x(call.x.data, b * (c.in + c.gap_x), c.in, c.dtype);
+  for (int64_t row = 0; row < c.out; ++row) {
+    const auto scale = static_cast<float>(call.scale(row)), added = static_cast<float>(call.added(row));
+    const float product = x.product(call.w.dense.data() + row * c.in);
+    if (!is_finished(static_cast<float>(call.got(b, row)), product, scale, added, c.activation, c.dtype, reference))
+      return call.fail(b, row, activate(static_cast<double>(std::fma(product, scale, added)), c.activation));
+  }
+  return true;
 }
 
 void run_case(const Case& c, const std::string& repeat) {
@@ -203,27 +250,9 @@ void run_case(const Case& c, const std::string& repeat) {
   const sparsecomp_epilogue last{c.has_bias ? bias.data : nullptr, c.activation};
   const int code = multiply(c, w, factors, x, last, &y);
   CHECK(code == SPARSECOMP_OK, "%s: %s\n  %s", c.text().c_str(), sparsecomp_error_text(code), repeat.c_str());
-  std::vector<double> column(static_cast<size_t>(c.in));
+  const Call call{c, w, factors, last.bias, x, y, repeat};
   for (int64_t b = 0; b < c.batch; ++b) {
-    for (int64_t k = 0; k < c.in; ++k)
-      column[static_cast<size_t>(k)] = static_cast<double>(load_number(x.data, b * ldx + k, c.dtype));
-    for (int64_t row = 0; row < c.out; ++row) {
-      double want = c.has_bias ? static_cast<double>(load_number(bias.data, row, c.dtype)) : 0.0;
-      double magnitude = std::fabs(want);
-      const double scale = c.has_scales ? static_cast<double>(factors[row]) : 1.0;
-      const double* weights = w.dense.data() + row * c.in;
-      for (int64_t k = 0; k < c.in; ++k) {
-        const double term = scale * weights[k] * column[static_cast<size_t>(k)];
-        want += term;
-        magnitude += std::fabs(term);
-      }
-      const auto got = static_cast<double>(load_number(y.data, b * ldy + row, c.dtype));
-      want = activate(want, c.activation);
-      if (close_enough(c, got, want, magnitude)) continue;
-      CHECK(false, "%s: y[%d][%d] is %.9g, not %.9g\n  %s", c.text().c_str(), static_cast<int>(b),
-            static_cast<int>(row), got, want, repeat.c_str());
-      return;
-    }
+    if (!(c.rounds() ? is_rounded_row(call, b) : is_close_row(call, b))) return;
     for (int64_t i = c.out * size; b + 1 < c.batch && i < ldy * size; ++i)
       CHECK(y.data[b * ldy * size + i] == 0xa5, "%s wrote between rows\n  %s", c.text().c_str(), repeat.c_str());
   }
@@ -249,18 +278,19 @@ int main(int argc, char** argv) {
     if (option == "--seed") seed = static_cast<uint64_t>(value);
     if (option == "--case") only = value;
   }
-  int64_t blocks = 0;
+  int64_t blocks = 0, rounded = 0;
   for (int64_t index = only < 0 ? 0 : only; index < (only < 0 ? count : only + 1); ++index) {
     std::seed_seq mixed{seed, static_cast<uint64_t>(index)};
     generator.seed(mixed);
     const Case c = random_case();
     blocks += c.block;
+    rounded += c.rounds();
     if (only >= 0) std::printf("%s\n", c.text().c_str());
     run_case(c, "repeat: SPARSECOMP_ISA=" + std::string(sparsecomp_isa()) + " " + argv[0] + " --seed " +
                     std::to_string(seed) + " --case " + std::to_string(index));
   }
-  std::printf("%s: seed %llu, %lld cases (%lld of them blocks), %d failures\n", sparsecomp_isa(),
+  std::printf("%s: seed %llu, %lld cases (%lld of them blocks, %lld round x), %d failures\n", sparsecomp_isa(),
               static_cast<unsigned long long>(seed), static_cast<long long>(only < 0 ? count : 1),
-              static_cast<long long>(blocks), failures);
+              static_cast<long long>(blocks), static_cast<long long>(rounded), failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

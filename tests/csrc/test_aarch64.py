@@ -40,7 +40,7 @@ def built(tmp_path_factory):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("program", ["common_test", "nm_test", "block_test", "random_test"])
+@pytest.mark.parametrize("program", ["common_test", "nm_test", "int8_test", "block_test", "random_test"])
 def test_neon_under_an_emulator(built, monkeypatch, program):
     monkeypatch.setenv("SPARSECOMP_ISA", "neon")
     report = _run(_tool("qemu-aarch64", "qemu-aarch64-static"), "-L", SYSROOT, str(built / program))

@@ -16,6 +16,7 @@ COMPILER = os.environ.get("CXX", "g++")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+INT8_FLAGS = {"avx2": AVX2, "avx2_vnni": [*AVX2, "-mavxvnni"], "avx512_vnni": [*AVX512, "-mavx512vnni"]}
 
 
 def _code(source: str, *flags: str) -> str:
@@ -42,6 +43,22 @@ def test_every_kernel_that_permutes_asks_for_weights(isa):
     kernels = re.findall(r"^(_ZN10sparsecomp\S*micro\S*):\n(.*?)\.cfi_endproc", code, re.MULTILINE | re.DOTALL)
     assert len(kernels) > 50
     assert [name for name, body in kernels if "prefetch" not in body] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
+@pytest.mark.parametrize("isa", INT8_FLAGS)
+def test_every_kernel_of_rounded_products_asks_for_weights(isa):
+    code = _code(f"int8/x86/{isa}.cpp", *INT8_FLAGS[isa])
+    functions = dict(re.findall(r"^(_ZN10sparsecomp\S*):\n(.*?)\.cfi_endproc", code, re.MULTILINE | re.DOTALL))
+    kernels = [name for name in functions if "micro" in name]
+    assert len(kernels) >= 40  # 8 numbers of columns by 5 of weights
+
+    def asks(body: str) -> bool:
+        called = [functions[name] for name in re.findall(r"_ZN10sparsecomp\S*", body) if name in functions]
+        return "prefetch" in body or any("prefetch" in each for each in called)
+
+    assert [name for name in kernels if not asks(functions[name])] == []
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for AVX-512")

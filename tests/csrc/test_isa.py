@@ -25,6 +25,26 @@ int main() {
     for (std::size_t i = 0; i < line.count(); ++i) std::printf("%d:%d\\n", line.patterns[i].n, line.patterns[i].m);
 }
 """
+DIGEST = """
+import hashlib, torch
+from tests.csrc.native_weight import Layout, random_weight
+from sparsecomp.packing.format import pack
+
+digest = hashlib.sha256()
+generator = torch.Generator().manual_seed(1)
+for pattern in ("1:4", "2:4", "5:8", "8:16", "12:16", "15:16", "16:16"):
+    for out, columns, batch in ((37, 123, 5), (64, 256, 1), (48, 1100, 19), (160, 640, 33)):
+        weight = random_weight(pattern, out, columns, torch.int8, generator)
+        layout = Layout.of(pack(weight, pattern), rounding=True)
+        x, bias = torch.randn(batch, columns, generator=generator), torch.randn(out, generator=generator)
+        scales = torch.rand(out, generator=generator) / 4096
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for activation in range(5):
+                y = torch.empty(batch, out, dtype=dtype)
+                layout.linear(x.to(dtype), bias.to(dtype), y, 2, activation=activation, scales=scales)
+                digest.update(y.view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
 
 
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +58,13 @@ def test_isa(isa):
     done = _run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_products_that_round_activations_are_the_same_bits_everywhere():
+    """Of every instruction set but the scalar reference, which rounds once more before it adds the bias."""
+    runs = [_run(isa, "-c", DIGEST) for isa in _native.isa_available().split(",") if isa != "reference"]
+    assert [run.stderr for run in runs] == [""] * len(runs)
+    assert len({run.stdout for run in runs}) <= 1
 
 
 def test_an_unknown_isa_is_an_error_that_names_the_choices():

@@ -11,8 +11,9 @@
 #include <cstring>
 #include <random>
 
+#include "common/bits.hpp"
 #include "common/numbers.hpp"
-#include "nm/layout.hpp"
+#include "sparsecomp.h"
 
 namespace sparsecomp::testing {
 
@@ -85,5 +86,26 @@ class Buffer {
   uint8_t* base_;
   int64_t mapped_ = 0;
 };
+
+// Canonical metadata (docs/format.md) of random ascending positions.
+inline void fill_positions(const sparsecomp_nm& weight, Buffer* metadata) {
+  std::memset(metadata->data, 0, static_cast<size_t>(metadata->size));
+  const int bits = position_bits(weight.m);
+  const int64_t slots = (weight.in_features + weight.m - 1) / weight.m * weight.n, row_bytes = (slots * bits + 7) / 8;
+  for (int64_t row = 0; row * row_bytes < metadata->size && row_bytes > 0; ++row) {
+    for (int64_t slot = 0; slot < slots;) {
+      int left = weight.n;
+      for (int position = 0; left > 0; ++position) {
+        if (uniform(1, weight.m - position) > left) continue;
+        for (int bit = 0; bit < bits; ++bit) {
+          const int64_t at = slot * bits + bit;
+          if (position >> bit & 1) metadata->data[row * row_bytes + at / 8] |= 1 << (at % 8);
+        }
+        ++slot;
+        --left;
+      }
+    }
+  }
+}
 
 }  // namespace sparsecomp::testing
