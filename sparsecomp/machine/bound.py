@@ -56,16 +56,17 @@ def bound(request: Request, device: Device, threads: int | None = None, warm: bo
     """The bound of one product y[batch, out] = x[batch, in] W^T (roofline, Williams, Waterman and Patterson 2009).
 
     time = max(operations / peak operations, bytes / peak bandwidth), for dense and for sparse, and the bound is their
-    ratio. Dense does 2*batch*out*in operations, sparse ``density`` of them. Bytes are the weight, dense or in canonical
-    form, and x and y once each. Where the dense weight fits the last-level cache no byte need come from memory, and
-    only the operations count: the bound is then 1 / density. With ``warm=False`` weights come from memory whatever
-    their size, as in a model whose layers come in turn. A dense product that is slower than its own limit makes a
-    measured speedup exceed the bound.
+    ratio. Dense does 2*batch*out*in operations, sparse ``density`` of them, at the peak of integers where it multiplies
+    integers. Bytes are the weight, dense or in canonical form, and x and y once each. Where the dense weight fits the
+    last-level cache no byte need come from memory, and only the operations count: the bound of floats is then
+    1 / density. With ``warm=False`` weights come from memory whatever their size, as in a model whose layers come in
+    turn. A dense product that is slower than its own limit makes a measured speedup exceed the bound.
     """
     out, columns = request.shape
     peak = device.flops(request.dtype, threads)
     operations = 2.0 * request.batch * out * columns
-    dense_compute, sparse_compute = operations / peak, operations * request.pattern.density / peak
+    sparse_peak = peak if request.numbers.activation_bits is None else device.integer_flops(threads) or peak
+    dense_compute, sparse_compute = operations / peak, operations * request.pattern.density / sparse_peak
     dense_bytes = out * columns * request.dtype.itemsize
     dense_memory = sparse_memory = 0.0
     if not warm or dense_bytes > device.last_level_bytes:

@@ -11,6 +11,7 @@ import platform
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -20,7 +21,7 @@ import torch
 from sparsecomp.errors import BackendError, PatternError
 from sparsecomp.machine import cache
 from sparsecomp.machine.clock import seconds
-from sparsecomp.machine.native import DTYPE_CODES, native
+from sparsecomp.machine.native import DTYPE_CODES, ROUNDING_CODE, native
 from sparsecomp.patterns import NM
 from sparsecomp.reporting.terminal import counted
 
@@ -91,6 +92,14 @@ class Device:
         """Measured rate of reading memory beyond the caches, bytes per second."""
         threads = threads or self.threads
         return self._peak(f"bandwidth {threads}", lambda: _measure_bandwidth(self.place, threads))
+
+    def integer_flops(self, threads: int | None = None) -> float | None:
+        """Measured peak of multiply-adds of int8 by int8, each counted as two; None where no kernel multiplies them."""
+        threads, module = threads or self.threads, native()
+        if self.kind != "cpu" or isinstance(module, str):
+            return None
+        measure = partial(module.measure_flops, ROUNDING_CODE, threads, _FLOPS_ROUND_US)
+        return self._peak(f"flops int8 {threads}", lambda: float(measure()))
 
     def _peak(self, what: str, measure: Callable[[], float]) -> float:
         key = f"{self.fingerprint} {what}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp.backends.choice import Choice
-from sparsecomp.methods.error import energy, relative_error
+from sparsecomp.methods.error import energy
 from sparsecomp.models.calibration import LayerStatistics
 from sparsecomp.packing.format import pack
 from sparsecomp.packing.quantize import in_numbers
@@ -49,22 +49,20 @@ def rounding_error(
 
     0.0 of floats; inf where only y is zero.
     """
-    if not numbers.has_scales:
+    if not numbers.has_scales or weight.numel() == 0:
         return 0.0
     gram = None if statistics is None else statistics.gram.to(weight.device)
-    stored = in_numbers(pack(weight, pattern), numbers).to(dtype=torch.float32).unpack()
-    of_weight = relative_error(weight, stored, gram)
-    if numbers.activation_bits is None:
-        return of_weight
-    if statistics is None or statistics.rounding is None:
-        moved = _of_normal_rows(weight.shape[1]) * float(stored.double().square().sum())
-        whole = energy(weight.double(), None)
-    else:
-        moved = float(stored.double().square().sum(dim=0) @ statistics.rounding.to(weight.device))
-        whole = energy(weight.double(), gram)
+    exact, stored = weight.double(), in_numbers(pack(weight, pattern), numbers).to(dtype=torch.float64).unpack()
+    whole, moved = energy(exact, gram), energy(exact - stored, gram)
+    if numbers.activation_bits is not None and statistics is not None and statistics.rounding is not None:
+        moved += float(stored.square().sum(dim=0) @ statistics.rounding.to(weight.device))
+    elif numbers.activation_bits is not None:
+        # of inputs whose extremes are not known the variance may be
+        variances = exact.new_ones(exact.shape[1]) if gram is None else gram.diagonal().double()
+        moved += _of_normal_rows(exact.shape[1]) * float(variances.mean()) * float(stored.square().sum())
     if moved == 0.0:
-        return of_weight
-    return math.hypot(of_weight, math.sqrt(moved / whole)) if whole > 0.0 else math.inf
+        return 0.0
+    return math.sqrt(moved / whole) if whole > 0.0 else math.inf
 
 
 def _of_normal_rows(columns: int) -> float:

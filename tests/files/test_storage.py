@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -237,6 +238,22 @@ def edit_layer(**entries):
         header["sparsecomp.layers"] = json.dumps(layers)
 
     return change
+
+
+@pytest.mark.parametrize("numbers", ["float", "int8"])
+def test_files_that_name_no_numbers_are_read(tmp_path, numbers):
+    """As version 0.1.0 wrote them: whether a layer is quantised, and nothing more."""
+    first = SparseLinear.from_linear(nn.Linear(16, 8), "2:4", method="magnitude", quantized=numbers == "int8")
+    save(nn.Sequential(OrderedDict(first=first)), tmp_path / "m")
+
+    def older(header, tensors):
+        layers = json.loads(header["sparsecomp.layers"])
+        assert layers["first"].pop("numbers") == numbers
+        header["sparsecomp.layers"] = json.dumps(layers)
+
+    again = nn.Sequential(OrderedDict(first=nn.Linear(16, 8)))
+    load(rewritten(tmp_path / "m", tmp_path, older), into=again)
+    assert again.first.numbers == first.numbers and torch.equal(again.first.weight, first.weight)
 
 
 def put(name, value):

@@ -10,7 +10,7 @@ from sparsecomp.machine.device import Device
 from sparsecomp.machine.request import Request
 from sparsecomp.packing import quantize
 from sparsecomp.patterns import parse
-from sparsecomp.patterns.numbers import DTYPES, INT8
+from sparsecomp.patterns.numbers import DTYPES, INT8, INT8_A8
 from sparsecomp.planning.measure import random_weight
 
 FLOPS, BYTES = 2e11, 4e10
@@ -19,6 +19,7 @@ FLOPS, BYTES = 2e11, 4e10
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(Device, "flops", lambda self, dtype, threads=None: FLOPS)
+    monkeypatch.setattr(Device, "integer_flops", lambda self, threads=None: 4 * FLOPS)
     monkeypatch.setattr(Device, "bandwidth", lambda self, threads=None: BYTES)
     return Device("cpu", "a processor", "avx512", 2, None, None, 32 << 20)
 
@@ -57,6 +58,19 @@ def test_compute_bound_at_large_batch(cpu: Device) -> None:
         got = bound(Request(parse(pattern), (4096, 4096), torch.float32, "cpu", 2048), cpu)
         assert got.limited_by == "compute" and got.value == pytest.approx(value)
         assert got.dense_seconds == pytest.approx(2 * 4096 * 4096 * 2048 / FLOPS)
+
+
+def test_integers_have_a_peak_of_their_own(cpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    for pattern, value in (("8:16", 8.0), ("16:16", 4.0)):
+        request = Request(parse(pattern), (4096, 4096), torch.float32, "cpu", 2048, INT8_A8)
+        got = bound(request, cpu)
+        assert got.limited_by == "compute" and got.value == pytest.approx(value)
+        assert got.dense_seconds == pytest.approx(2 * 4096 * 4096 * 2048 / FLOPS)
+        monkeypatch.setattr(Device, "integer_flops", lambda self, threads=None: None)
+        assert bound(request, cpu).value == pytest.approx(value / 4)
+        monkeypatch.setattr(Device, "integer_flops", lambda self, threads=None: 4 * FLOPS)
+    weights_alone = Request(parse("8:16"), (4096, 4096), torch.float32, "cpu", 2048, INT8)
+    assert bound(weights_alone, cpu).value == pytest.approx(2.0)
 
 
 def test_cached_weights_are_not_bound_by_memory_unless_cold(cpu: Device) -> None:

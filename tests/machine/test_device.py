@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -140,3 +141,15 @@ def test_import_creates_no_cuda_context() -> None:
         "sys.exit(torch.cuda.is_initialized())"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_peak_of_integers_is_that_of_the_kernels(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Extension(ModuleType):
+        def measure_flops(self, code: int, threads: int, microseconds: int) -> float:
+            return 1e9 * threads if code == 4 else 0.0
+
+    monkeypatch.setattr(device, "native", lambda: Extension("extension"))
+    assert CPU.integer_flops(3) == 3e9
+    assert replace(CPU, kind="cuda").integer_flops(3) is None
+    monkeypatch.setattr(device, "native", lambda: "there is no extension")
+    assert replace(CPU, cores=3).integer_flops(3) is None
