@@ -52,7 +52,9 @@ def packed_nbytes(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, 
     return numbers.bytes_of(round(out * columns * pattern.density), dtype) + scales + out * packed_bytes(columns, 1)
 
 
-def bound(request: Request, device: Device, threads: int | None = None, warm: bool = True) -> Bound:
+def bound(
+    request: Request, device: Device, threads: int | None = None, warm: bool = True, dense_numbers: Numbers = FLOAT
+) -> Bound:
     """The bound of one product y[batch, out] = x[batch, in] W^T (roofline, Williams, Waterman and Patterson 2009).
 
     time = max(operations / peak operations, bytes / peak bandwidth), for dense and for sparse, and the bound is their
@@ -60,14 +62,15 @@ def bound(request: Request, device: Device, threads: int | None = None, warm: bo
     integers. Bytes are the weight, dense or in canonical form, and x and y once each. Where the dense weight fits the
     last-level cache no byte need come from memory, and only the operations count: the bound of floats is then
     1 / density. With ``warm=False`` weights come from memory whatever their size, as in a model whose layers come in
-    turn. A dense product that is slower than its own limit makes a measured speedup exceed the bound.
+    turn. A dense product that is slower than its own limit makes a measured speedup exceed the bound. The dense weight
+    is stored and multiplied in ``dense_numbers``, by default those of the layer's dtype.
     """
     out, columns = request.shape
-    peak = device.flops(request.dtype, threads)
     operations = 2.0 * request.batch * out * columns
-    sparse_peak = peak if request.numbers.activation_bits is None else device.integer_flops(threads) or peak
-    dense_compute, sparse_compute = operations / peak, operations * request.pattern.density / sparse_peak
-    dense_bytes = out * columns * request.dtype.itemsize
+    dense_compute = operations / _peak(device, request.dtype, dense_numbers, threads)
+    sparse_peak = _peak(device, request.dtype, request.numbers, threads)
+    sparse_compute = operations * request.pattern.density / sparse_peak
+    dense_bytes = dense_numbers.bytes_of(out * columns, request.dtype) + dense_numbers.scales_bytes(request.shape)
     dense_memory = sparse_memory = 0.0
     if not warm or dense_bytes > device.last_level_bytes:
         rate = device.bandwidth(threads)
@@ -79,6 +82,11 @@ def bound(request: Request, device: Device, threads: int | None = None, warm: bo
     if sparse == 0.0:
         return Bound(1.0, "compute", dense, sparse)
     return Bound(dense / sparse, "memory" if sparse_memory > sparse_compute else "compute", dense, sparse)
+
+
+def _peak(device: Device, dtype: torch.dtype, numbers: Numbers, threads: int | None) -> float:
+    integers = None if numbers.activation_bits is None else device.integer_flops(threads)
+    return integers or device.flops(dtype, threads)
 
 
 def known_bound(request: Request, device: Device, warm: bool = True) -> Bound | None:

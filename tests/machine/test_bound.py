@@ -69,6 +69,10 @@ def test_integers_have_a_peak_of_their_own(cpu: Device, monkeypatch: pytest.Monk
         monkeypatch.setattr(Device, "integer_flops", lambda self, threads=None: None)
         assert bound(request, cpu).value == pytest.approx(value / 4)
         monkeypatch.setattr(Device, "integer_flops", lambda self, threads=None: 4 * FLOPS)
+        assert bound(request, cpu, dense_numbers=INT8_A8).value == pytest.approx(value / 4)
+    one = Request(parse("8:16"), (8192, 8192), torch.float32, "cpu", 1, INT8_A8)
+    assert bound(one, cpu).value == pytest.approx(32 / 6, abs=0.01)  # bits: 4 of a value and 2 of a position
+    assert bound(one, cpu, dense_numbers=INT8_A8).value == pytest.approx(8 / 6, abs=0.01)
     weights_alone = Request(parse("8:16"), (4096, 4096), torch.float32, "cpu", 2048, INT8)
     assert bound(weights_alone, cpu).value == pytest.approx(2.0)
 
