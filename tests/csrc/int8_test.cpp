@@ -7,14 +7,18 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "common/bits.hpp"
+#include "common/call.hpp"
 #include "common/numbers.hpp"
+#include "common/processor.hpp"
+#include "dispatch.hpp"
 #include "int8/layout.hpp"
+#include "int8/linear.hpp"
+#include "int8_numbers.hpp"
 #include "sparsecomp.h"
 #include "testing.hpp"
 #include "twin.hpp"
@@ -26,10 +30,6 @@ using namespace sparsecomp::testing;
 
 constexpr int kDtypes[] = {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16};
 
-enum class Weights { kAny, kSmall, kLargest, kSmallest, kMixed };  // to 64; 127; -128; one of the two
-enum class Row { kMixed, kPositive, kNegative, kZero, kConstant, kSubnormal, kHuge, kOutlier, kInf, kNan };
-constexpr int kRows = 10;
-
 // Memory that ends where a Buffer does and begins `skew` bytes into it.
 struct Skewed {
   explicit Skewed(int64_t bytes) : skew(uniform(0, 1) * uniform(1, 63)), buffer(bytes + skew) {}
@@ -37,21 +37,6 @@ struct Skewed {
   int64_t skew;
   Buffer buffer;
 };
-
-int8_t random_weight(Weights kind) {
-  switch (kind) {
-    case Weights::kSmall:
-      return static_cast<int8_t>(uniform(-64, 64));
-    case Weights::kLargest:
-      return 127;
-    case Weights::kSmallest:
-      return -128;
-    case Weights::kMixed:
-      return uniform(0, 1) == 1 ? 127 : -128;
-    default:
-      return static_cast<int8_t>(uniform(-128, 127));
-  }
-}
 
 // A packed weight and the same dense, read from the canonical form as docs/format.md has it. Checks that the layout
 // gives both back.
@@ -76,7 +61,7 @@ struct Weight {
           const int64_t at = row / mask_rows * row_bytes * 8 + slot * bits + bit;
           column += (positions.data[at / 8] >> (at % 8) & 1) << bit;
         }
-        const int8_t value = column < in ? random_weight(kind) : int8_t{0};
+        const int8_t value = column < in ? weight_at(kind, slot) : int8_t{0};
         kept.data[row * slots + slot] = static_cast<uint8_t>(value);
         if (column < in) dense[static_cast<size_t>(row * in + column)] = value;
       }
@@ -107,32 +92,6 @@ struct Weight {
   }
 };
 
-float random_number(Row kind, int64_t i, int dtype) {
-  const auto any = static_cast<float>(uniform(-1000000, 1000000)) / 700000;
-  switch (kind) {
-    case Row::kPositive:
-      return std::fabs(any) + 3;
-    case Row::kNegative:
-      return -std::fabs(any) - 3;
-    case Row::kZero:
-      return i % 2 == 0 ? 0.0f : -0.0f;
-    case Row::kConstant:
-      return -0.7f;
-    case Row::kSubnormal:
-      return any * (dtype == SPARSECOMP_F16 ? 1e-6f : 1e-40f);
-    case Row::kHuge:
-      return any * (dtype == SPARSECOMP_F16 ? 4e4f : 1e30f);
-    case Row::kOutlier:
-      return i == 0 ? 6e4f : any;
-    case Row::kInf:
-      return i == 0 ? -std::numeric_limits<float>::infinity() : any;
-    case Row::kNan:
-      return i == 0 ? std::numeric_limits<float>::quiet_NaN() : any;
-    default:
-      return any;
-  }
-}
-
 struct Product {
   int64_t batch;
   int dtype, activation, threads;
@@ -144,8 +103,18 @@ Product random_product(int64_t batch, int dtype) {
   return {batch, dtype, activation, static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1, uniform(0, 2) > 0};
 }
 
+// As this process would, or as on the processor that is given.
+int multiply(Weight& weight, const LinearCall& call, const Processor* of) {
+  const sparsecomp_nm& shape = weight.shape;
+  int8::Geometry g;
+  if (of && dispatch().int8 && int8::make_geometry(shape, &g))
+    return int8::linear(*dispatch().isa, *dispatch().int8, g, call, *of);
+  return sparsecomp_nm_linear(&shape, call.values, call.metadata, call.scales, call.dtype, call.x, call.ldx, call.batch,
+                              &call.epilogue, call.y, call.ldy, call.threads);
+}
+
 // Rows of x of every kind in turn, or of one.
-void compare(Weight& weight, const Product& p, const Row* only = nullptr) {
+void compare(Weight& weight, const Product& p, const Row* only = nullptr, const Processor* of = nullptr) {
   const int64_t out = weight.shape.out_features, in = weight.shape.in_features, gap = uniform(0, 3);
   const int64_t ldx = in + gap, ldy = out + gap, first_kind = uniform(0, kRows - 1);
   const int size = element_bytes(p.dtype);
@@ -155,9 +124,9 @@ void compare(Weight& weight, const Product& p, const Row* only = nullptr) {
   scales.fill_numbers(SPARSECOMP_F32);
   for (int64_t b = 0; b < p.batch; ++b) {
     const Row kind = only ? *only : static_cast<Row>((b + first_kind) % kRows);
-    const int64_t turn = in == 0 ? 0 : uniform(0, in - 1);
+    const int64_t turn = uniform(0, 1000);
     for (int64_t i = 0; i < in; ++i)
-      store_number(random_number(kind, (i + turn) % in, p.dtype), x.data, b * ldx + i, p.dtype);
+      store_number(random_number(kind, (i + turn) % in, turn, p.dtype), x.data, b * ldx + i, p.dtype);
     for (int64_t i = in; i < ldx && b + 1 < p.batch; ++i) store_number(NAN, x.data, b * ldx + i, p.dtype);
   }
   const std::string name = weight.name + " dtype " + std::to_string(p.dtype) + " batch " + std::to_string(p.batch) +
@@ -165,9 +134,18 @@ void compare(Weight& weight, const Product& p, const Row* only = nullptr) {
                            (p.has_bias ? " bias" : "") + (p.has_scales ? " scales" : "");
   const auto* factors = p.has_scales ? reinterpret_cast<const float*>(scales.data) : nullptr;
   const sparsecomp_epilogue epilogue{p.has_bias ? bias.data : nullptr, p.activation};
-  CHECK(sparsecomp_nm_linear(&weight.shape, weight.values->data(), weight.metadata->data(), factors, p.dtype, x.data,
-                             ldx, p.batch, &epilogue, y.data, ldy, p.threads) == SPARSECOMP_OK,
-        "%s", name.c_str());
+  const LinearCall call{weight.values->data(),
+                        weight.metadata->data(),
+                        factors,
+                        p.dtype,
+                        x.data,
+                        ldx,
+                        p.batch,
+                        epilogue,
+                        y.data,
+                        ldy,
+                        p.threads};
+  CHECK(multiply(weight, call, of) == SPARSECOMP_OK, "%s", name.c_str());
   const bool reference = std::strcmp(sparsecomp_isa(), "reference") == 0 || in == 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     const RoundedTwin rounded(x.data, b * ldx, in, p.dtype);
@@ -208,25 +186,35 @@ void compare_batches() {
         for (const int dtype : kDtypes) compare(weight, random_product(batch, dtype));
       compare(weight, random_product(33, SPARSECOMP_F32));
     }
-    // y written by the kernels, and by what comes after them; threads with tasks of their own; rows cut in chunks
+    // y written by the kernels, and by what comes after them; threads with tasks of their own
     Weight whole(288, 520, pattern[0], pattern[1], 1, Weights::kSmall);
-    Weight wide(40, 2100 + uniform(0, 1), pattern[0], pattern[1], 4, Weights::kAny);
-    for (const int threads : {1, 2, 5}) {
+    for (const int threads : {1, 2, 5})
       compare(whole, {uniform(1, 12), SPARSECOMP_F32, SPARSECOMP_NO_ACTIVATION, threads, true, true});
-      compare(wide, {uniform(9, 33), SPARSECOMP_F32, SPARSECOMP_NO_ACTIVATION, threads, true, true});
-      compare(wide, {uniform(1, 8), SPARSECOMP_BF16, SPARSECOMP_NO_ACTIVATION, threads, false, true});
+    compare(whole, random_product(150, SPARSECOMP_F16));  // several tasks of a row, rounded by several threads
+  }
+}
+
+// Rows that are cut in chunks, longer ones where the L1 cache is large.
+void compare_chunks() {
+  for (const int64_t l1_bytes : {int64_t{32} << 10, int64_t{48} << 10}) {
+    const Processor of{false, l1_bytes};
+    for (const int32_t n : {2, 5, 8, 12, 16}) {
+      Weight weight(40, 4096 + uniform(1, 300), n, 16, 4, Weights::kAny);
+      for (const int threads : {1, 2, 5}) {
+        compare(weight, {uniform(9, 20), SPARSECOMP_F32, SPARSECOMP_NO_ACTIVATION, threads, true, true}, nullptr, &of);
+        compare(weight, {uniform(1, 20), SPARSECOMP_BF16, SPARSECOMP_RELU, threads, false, true}, nullptr, &of);
+      }
     }
-    compare(wide, random_product(150, SPARSECOMP_F16));  // several tasks of a row, rounded by several threads
   }
 }
 
 // Weights at the ends of their range, which AVX2 may add in pairs to 16 bits or must not, times activations at the ends
-// of theirs: a row of one sign has integers 0 and 254 apart from its zero point.
+// of theirs: those of a row of one sign are up to 254 from its zero point.
 void compare_extremes() {
-  const Row kRowsOfOneSign[] = {Row::kPositive, Row::kNegative, Row::kConstant, Row::kMixed};
+  const Row kinds[] = {Row::kPositive, Row::kNegative, Row::kOnes, Row::kMinusOnes, Row::kMixed};
   for (int32_t n = 1; n <= 16; ++n) {
-    for (const Weights kind :
-         {Weights::kAny, Weights::kSmall, Weights::kLargest, Weights::kSmallest, Weights::kMixed}) {
+    for (const Weights kind : {Weights::kAny, Weights::kSmall, Weights::kLargest, Weights::kSmallest, Weights::kMixed,
+                               Weights::kBeyond, Weights::kBelow}) {
       Weight weight(32, 160, n, 16, 1, kind);
       const bool of_one_value = kind == Weights::kLargest || kind == Weights::kSmallest;
       for (int64_t tile = 0; tile < 2 && n < 16; ++tile) {
@@ -234,7 +222,7 @@ void compare_extremes() {
         // two weights of a step have zeros beside them
         if (of_one_value) CHECK(weight.is_narrow(tile) == (n <= 2), "%s", weight.name.c_str());
       }
-      for (const Row& row : kRowsOfOneSign) compare(weight, {5, SPARSECOMP_F32, 0, 1, false, false}, &row);
+      for (const Row& row : kinds) compare(weight, {5, SPARSECOMP_F32, 0, 1, false, false}, &row);
     }
   }
 }
@@ -243,7 +231,7 @@ void compare_extremes() {
 void compare_longest_rows() {
   for (const Weights kind : {Weights::kLargest, Weights::kSmallest, Weights::kMixed}) {
     Weight dense(3, 1 << 16, 16, 16, 1, kind), half(3, 1 << 17, 8, 16, 1, kind);
-    for (const Row& row : {Row::kConstant, Row::kPositive, Row::kMixed}) {
+    for (const Row& row : {Row::kOnes, Row::kMinusOnes, Row::kMixed}) {
       for (const int64_t batch : {1, 9}) {
         compare(dense, {batch, SPARSECOMP_F32, 0, 1, false, false}, &row);
         compare(half, {batch, SPARSECOMP_BF16, 0, 1, false, true}, &row);
@@ -274,7 +262,7 @@ void check_rounding() {
   for (int i = 0; i < 3000; ++i) {
     float x[kColumns], y[kColumns];
     const auto kind = static_cast<Row>(i % static_cast<int>(Row::kSubnormal));
-    for (int64_t k = 0; k < kColumns; ++k) x[k] = k == 3 ? 0.0f : random_number(kind, k, SPARSECOMP_F32);
+    for (int64_t k = 0; k < kColumns; ++k) x[k] = k == 3 ? 0.0f : random_number(kind, k, i, SPARSECOMP_F32);
     CHECK(sparsecomp_nm_linear(&weight, values.data, metadata.data, nullptr, SPARSECOMP_F32, x, kColumns, 1, nullptr, y,
                                kColumns, 1) == SPARSECOMP_OK,
           "rounding");
@@ -365,6 +353,7 @@ int main() {
   check_damaged_metadata();
   compare_patterns();
   compare_batches();
+  compare_chunks();
   compare_extremes();
   compare_longest_rows();
   std::printf("%s: %d failures\n", sparsecomp_isa(), failures);
