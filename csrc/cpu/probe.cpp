@@ -10,6 +10,7 @@
 
 #include "common/measure.hpp"
 #include "common/parallel.hpp"
+#include "common/processor.hpp"
 #include "dispatch.hpp"
 #include "sparsecomp.h"
 
@@ -92,6 +93,25 @@ double sparsecomp_measure_read_bandwidth(int threads) {
   }
   std::free(data);
   return best;
+}
+
+double sparsecomp_pair_rate(int32_t columns) {
+  const sparsecomp::Isa* isa = sparsecomp::dispatch().isa;
+  if (!isa || !isa->rates) return 0;
+  const sparsecomp::Rates& rates = sparsecomp::processor(*isa).rates;
+  constexpr double kNano = 1e9;
+  switch (columns) {
+    case 1:
+      return rates.multiply * kNano;
+    case 4:
+      return rates.near * kNano;
+    case 8:
+      return rates.far * kNano;
+    case 16:
+      return rates.wide * kNano;
+    default:
+      return 0;
+  }
 }
 
 }  // extern "C"

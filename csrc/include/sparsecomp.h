@@ -117,7 +117,11 @@ SPARSECOMP_API int sparsecomp_block_linear(const sparsecomp_block* weight, const
 /* Multiply-adds in registers, each counted as 2, per second: the best of three rounds of so many seconds. Those of
  * I8_A8 are of bytes. */
 SPARSECOMP_API double sparsecomp_measure_flops(int32_t dtype, int threads, double seconds);
-SPARSECOMP_API double sparsecomp_measure_read_bandwidth(int threads); /* bytes per second, DRAM */
+SPARSECOMP_API double sparsecomp_measure_read_bandwidth(int threads);
+/* Pairs per second, on one thread, of the permute that finds activations in groups of so many columns (4, 8, 16) and
+ * its multiply-add; 1: of a multiply-add alone, with a memory operand. 0 where the instruction set in use chooses no
+ * kernel by it. Measured at the first call or product of a process, for half a millisecond. */
+SPARSECOMP_API double sparsecomp_pair_rate(int32_t columns); /* bytes per second, DRAM */
 
 #ifdef __cplusplus
 }

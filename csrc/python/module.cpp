@@ -129,6 +129,8 @@ double flops(const Integers<3>& v) {
   return sparsecomp_measure_flops(static_cast<int32_t>(v[0]), thread_count(v[1]), 1e-6 * static_cast<double>(v[2]));
 }
 
+double pair_rate(const Integers<1>& v) { return sparsecomp_pair_rate(narrow(v[0], -1)); }
+
 double read_bandwidth(const Integers<1>& v) { return sparsecomp_measure_read_bandwidth(thread_count(v[0])); }
 
 PyObject* isa(PyObject*, PyObject*) {
@@ -195,6 +197,10 @@ PyMethodDef methods[] = {
         "measure_flops",
         "measure_flops(dtype, threads, microseconds of a round) -> float: FLOP/s of multiply-adds, the best of three "
         "rounds."),
+    of_integers<pair_rate>(
+        "pair_rate",
+        "pair_rate(columns of a group, or 1) -> float: permutes with a multiply-add per second on one "
+        "thread, or multiply-adds alone; 0 where no kernel is chosen by it."),
     of_integers<read_bandwidth>("measure_read_bandwidth", "measure_read_bandwidth(threads) -> float: bytes/s."),
     fast("torch_functions", torch_functions,
          "torch_functions(DLPack table, Tensor, Parameter, watchers, included keys, their raw form, plain raw forms, "

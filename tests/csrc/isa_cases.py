@@ -15,10 +15,10 @@ from sparsecomp.packing.format import pack
 from tests.csrc.native_weight import EPSILON, Layout, check_linear, check_rounded, random_weight
 
 # Those that some instruction set has kernels of its own for: csrc/cpu/nm/kernel_list.hpp, as test_isa.py checks.
-LISTED = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "6:8", "4:16", "8:16", "10:16", "12:16"]
+LISTED = ["1:2", "2:2", "1:4", "2:4", "3:4", "4:4", "2:8", "4:8", "6:8", "4:16", "8:16", "10:16", "12:16"]
 PATTERNS = [
     *LISTED,
-    *("2:2", "4:4", "5:8", "7:8", "8:8", "1:16", "7:16", "9:16", "15:16", "16:16", "2:4@v4"),
+    *("5:8", "7:8", "8:8", "1:16", "7:16", "9:16", "15:16", "16:16", "2:4@v4"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (5, 7), (16, 16), (123, 123), (40, 768), (33, 130)]

@@ -33,12 +33,18 @@ struct Choice {
   bool panels;
 };
 
+// Two processors: no maker's, and one that has every kernel of its own that there is: made by Intel, and slow where a
+// multiply-add has a memory operand at two registers.
+Processor plain(int64_t l1_bytes) { return {false, l1_bytes}; }
+Processor particular(int64_t l1_bytes) { return {true, l1_bytes, {1, 1, 1, 2, 1}}; }
+Processor either(int64_t l1_bytes) { return uniform(0, 1) == 1 ? particular(l1_bytes) : plain(l1_bytes); }
+
 bool on_x86() { return std::strncmp(dispatch().name, "avx", 3) == 0; }
 
 // Without panels: of other processors, and of Intel's, which have kernels and cuts of their own.
 std::vector<Choice> all_kernels() {
-  std::vector<Choice> choices{{{false, int64_t{32} << 10}, false}};
-  if (on_x86()) choices.push_back({{true, int64_t{32} << 10}, false});
+  std::vector<Choice> choices{{plain(32 << 10), false}};
+  if (on_x86()) choices.push_back({particular(32 << 10), false});
   return choices;
 }
 
@@ -46,8 +52,7 @@ std::vector<Choice> all_kernels() {
 bool has_panels() {
   Geometry g;
   const NmKernels* kernels = dispatch().nm;
-  return kernels && make_geometry({16, 16, 2, 4, 1, SPARSECOMP_F32}, &g) &&
-         kernels->select_panels(g, {false, int64_t{32} << 10});
+  return kernels && make_geometry({16, 16, 2, 4, 1, SPARSECOMP_F32}, &g) && kernels->select_panels(g, plain(32 << 10));
 }
 
 int multiply(const sparsecomp_nm& weight, const Geometry& g, const LinearCall& call, const Choice* choice) {
@@ -148,7 +153,7 @@ const void* selected(const char* family, int32_t n, int32_t m) {
   const int32_t dtype = same_text(dispatch().name, "avx512_bf16") ? SPARSECOMP_BF16 : SPARSECOMP_F32;
   Geometry g;
   CHECK(make_geometry({16, 16, n, m, same_text(family, "shared panel") ? 4 : 1, dtype}, &g), "geometry");
-  const Processor of{false, int64_t{32} << 10};
+  const Processor of = plain(32 << 10);
   if (same_text(family, "permute")) return dispatch().nm->select(g, of);
   return dispatch().nm->select_panels(g, of);
 }
@@ -175,11 +180,11 @@ void check_list() {
 // Every width of a panel, alone and beside others, with columns left empty in its transposed and its permuted part; the
 // weights are longer than what a micro-kernel takes at a time. The panels of both kinds of processor.
 void compare_widths() {
-  constexpr int64_t kUnit = 8, kLeastUnits = 2, kMostUnitsAlone = 16;
+  constexpr int64_t kUnit = 8, kLeastUnits = 1, kMostUnitsAlone = 16;
   for (const Pattern pattern : listed_patterns()) {
     for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
       for (int64_t units = kLeastUnits; units <= 2 * kMostUnitsAlone + 2; ++units) {
-        const Choice some{{uniform(0, 1) == 1, int64_t{16} << 10}, true};
+        const Choice some{either(16 << 10), true};
         const int64_t in = uniform(0, 1) == 1 ? 160 : uniform(130, 160);
         compare_with_reference({uniform(1, 40), in, pattern.n, pattern.m, 1, dtype},
                                units * kUnit - uniform(0, kUnit - 1), uniform(0, 2), static_cast<int>(uniform(1, 3)),
@@ -191,12 +196,12 @@ void compare_widths() {
 
 // The same for rows that share masks, over several tiles of which the last is cut.
 void compare_shared_widths() {
-  constexpr int64_t kUnit = 16, kLeastUnits = 2, kMostUnits = 13;
+  constexpr int64_t kUnit = 16, kLeastUnits = 1, kMostUnits = 13;
   for (const int32_t m : {4, 8, 16}) {
     for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_BF16, SPARSECOMP_I8}) {
       for (int64_t units = kLeastUnits; units <= kMostUnits; ++units) {
-        for (const bool intel : {false, true}) {
-          const Choice panels{{intel, int64_t{16} << 10}, true};
+        for (const Processor& of : {plain(16 << 10), particular(16 << 10)}) {
+          const Choice panels{of, true};
           compare_with_reference({uniform(49, 63), uniform(130, 160), m / 2, m, 4, dtype},
                                  units * kUnit - uniform(0, kUnit - 1), uniform(0, 2), 1, true, &panels);
         }
@@ -237,7 +242,7 @@ void compare_random(int count) {
     weight.dtype = static_cast<int32_t>(uniform(SPARSECOMP_F32, SPARSECOMP_I8));
     weight.out_features = uniform(0, 70);
     weight.in_features = i % 5 == 0 ? 16 * uniform(0, 12) : uniform(0, 200);
-    compare_with_reference(weight, uniform(0, 20), uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1);
+    compare_with_reference(weight, uniform(0, 40), uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1);
   }
   // wide enough for panels of x: full ones, several, with empty lanes, with rows that share masks, with many steps
   for (int i = 0; i < count / 4; ++i) {
@@ -252,7 +257,7 @@ void compare_random(int count) {
     weight.out_features = uniform(1, 40);
     weight.in_features = i % 2 == 0 ? 16 * uniform(0, 9) : uniform(0, 150);
     const int64_t batch = 16 * uniform(1, 20) - (uniform(0, 1) == 1 ? uniform(0, 5) : 0);
-    const Choice some{{uniform(0, 1) == 1, uniform(1, 3) << 14}, true};
+    const Choice some{either(uniform(1, 3) << 14), true};
     compare_with_reference(weight, batch, uniform(0, 3), static_cast<int>(uniform(1, 3)), uniform(0, 1) == 1, &some);
   }
   for (int32_t dtype : {SPARSECOMP_F32, SPARSECOMP_F16, SPARSECOMP_BF16})  // in several tasks
@@ -275,7 +280,7 @@ void compare_random(int count) {
   // an odd number of slots in a step, where values lie in pairs of slots and panels take them one by one
   for (int32_t dtype : {SPARSECOMP_F16, SPARSECOMP_BF16, SPARSECOMP_I8}) {
     for (const int32_t n : {1, 3, 13, 15}) {
-      const Choice panels{{false, int64_t{32} << 10}, true};
+      const Choice panels{plain(32 << 10), true};
       compare_with_reference({40, 160, n, 16, 4, dtype}, 96, 1, 1, true, &panels);
     }
   }

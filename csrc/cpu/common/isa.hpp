@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/call.hpp"
+#include "common/rates.hpp"
 
 namespace sparsecomp {
 
@@ -12,6 +13,7 @@ struct Isa {
   void (*finish)(const FinishArgs& args);
   double (*flops)(int dtype, double seconds);            // measured, of independent multiply-adds on this thread
   uint64_t (*read)(const uint8_t* from, int64_t bytes);  // reads as fast as this thread can
+  void (*rates)(Rates* rates) = nullptr;                 // measured; nullptr: no kernel is chosen by them
 };
 
 #if defined(__x86_64__)

@@ -34,8 +34,12 @@ int64_t find_l1_bytes() {
 
 }  // namespace
 
-const Processor& processor() {
-  static const Processor found{made_by_intel(), find_l1_bytes()};
+const Processor& processor(const Isa& isa) {
+  static const Processor found = [&] {
+    Processor of{made_by_intel(), find_l1_bytes()};
+    if (isa.rates) isa.rates(&of.rates);
+    return of;
+  }();
   return found;
 }
 

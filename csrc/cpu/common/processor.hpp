@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/isa.hpp"
+
 namespace sparsecomp {
 
 struct Processor {
@@ -12,8 +14,10 @@ struct Processor {
   // kernels gain from activations cut to what stays near, panels from asking for y where it is written.
   bool intel;
   int64_t l1_bytes;  // of the data cache
+  Rates rates{};     // by which kernels of AVX2 are chosen, whoever made the processor
 };
 
-const Processor& processor();
+// Found once, by the first call, with the rates of the instruction set that this process uses: half a millisecond.
+const Processor& processor(const Isa& isa);
 
 }  // namespace sparsecomp

@@ -89,7 +89,7 @@ int linear(const sparsecomp_nm& weight, const LinearCall& call) {
     reference_linear(g, call);
     return SPARSECOMP_OK;
   }
-  return linear(*found.isa, *found.int8, g, call, processor());
+  return linear(*found.isa, *found.int8, g, call, processor(*found.isa));
 }
 
 }  // namespace sparsecomp::int8

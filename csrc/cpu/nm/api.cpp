@@ -3,6 +3,7 @@
 #include "common/pages.hpp"
 #include "common/parallel.hpp"
 #include "dispatch.hpp"
+#include "nm/choice.hpp"
 #include "nm/layout.hpp"
 #include "nm/panel.hpp"
 #include "nm/permute.hpp"
@@ -119,9 +120,9 @@ int sparsecomp_nm_linear(const sparsecomp_nm* weight, const void* values, const 
     sparsecomp::reference_linear(g, call);
     return SPARSECOMP_OK;
   }
-  const sparsecomp::Processor& processor = sparsecomp::processor();
+  const sparsecomp::Processor& processor = sparsecomp::processor(*dispatch.isa);
   const sparsecomp::PanelSet* panels = dispatch.nm->select_panels(g, processor);
-  if (panels && panels_pay(*panels, g.out, batch, call.threads))
+  if (panels && panels_pay(*panels, g, batch, call.threads, processor.rates))
     return sparsecomp::panel_linear(*dispatch.isa, *panels, g, call, processor);
   return sparsecomp::permute_linear(*dispatch.isa, *dispatch.nm->select(g, processor), g, call, processor);
 }

@@ -53,14 +53,10 @@ struct PanelSet {
   // A step of values of `dtype`, as laid out, to float [slots][16], for sets that take x in fp32; up to 16 floats more
   // are overwritten. `widen` is Isa::widen.
   void (*widen)(Widen widen, const uint8_t* values, int dtype, int slots, float* to);
+  // By the panel's width in units: what a kept weight of one row costs, in multiply-adds with a memory operand. Such
+  // sets are chosen by measured rates, not by the numbers above.
+  double cost[kMostUnits + 1] = {};
 };
-
-// Whether panels are worth their packing, and the columns that the batch leaves empty.
-static inline bool panels_pay(const PanelSet& kernels, int64_t out, int64_t batch, int threads) {
-  if (out < kernels.least_rows || out * batch < kernels.least_outputs * threads) return false;
-  const int64_t padded = (batch + kernels.unit - 1) / kernels.unit * kernels.unit;
-  return batch >= kernels.least_batch && static_cast<double>(batch) * kernels.speedup >= static_cast<double>(padded);
-}
 
 // SPARSECOMP_OK or SPARSECOMP_NO_MEMORY.
 int panel_linear(const Isa& isa, const PanelSet& kernels, const Geometry& g, const LinearCall& call,

@@ -29,6 +29,9 @@ constexpr int64_t kNearBytes = 384 << 10;
 // waits for memory and nothing else: where a step is so many bytes (fp32 8:16), two streams are faster than one.
 constexpr int64_t kMemoryBytes = 24 << 20;
 constexpr int64_t kLongStepBytes = 576;
+// Widened values of a slice of a tile: they stay in the L1 cache while the batch passes over them.
+constexpr int64_t kSliceBytes = 12 << 10;
+constexpr int64_t kWidenAhead = 2048;  // bytes of narrow values that are asked for before they are widened
 
 struct Blocking {
   bool direct;  // micro-kernels read x where it is
@@ -84,13 +87,21 @@ void fill_panel(const Isa& isa, const PermuteSet& kernels, const Geometry& g, co
   }
 }
 
+// The columns that a micro-kernel takes at most.
+int most_columns(const PermuteMicro* micro) {
+  int columns = kMostColumns;
+  while (!micro[columns]) --columns;
+  return columns;
+}
+
 // The micro-kernel that cuts the columns left into even parts: 9 columns are 5 and 4, not 8 and 1. Divides 32 bits, and
 // only where it must: this comes before every micro-kernel, and dividing 64 takes Intel's processors 40 cycles and
 // more.
 int next_columns(const PermuteMicro* micro, int64_t left) {
   auto columns = static_cast<unsigned>(left);
-  if (columns > kMostColumns) {
-    const unsigned parts = (columns + kMostColumns - 1) / kMostColumns;
+  const auto most = static_cast<unsigned>(most_columns(micro));
+  if (columns > most) {
+    const unsigned parts = (columns + most - 1) / most;
     columns = (columns + parts - 1) / parts;
   }
   while (!micro[columns]) --columns;
@@ -108,12 +119,19 @@ class TaskRunner {
         call_(call),
         blocking_(make_blocking(kernels, g, call, columns, processor)) {
     plain_ = call.dtype == kernels.y_dtype && call.epilogue.activation == SPARSECOMP_NO_ACTIVATION && !call.scales;
+    float_bytes_ = int64_t{g.slots} * kTile * 4;
+    slice_steps_ = std::max<int64_t>(1, kSliceBytes / float_bytes_);
   }
 
   // False if there is no memory for the workspace.
   bool run(const Task& task) const {
-    static thread_local Workspace panel_space, sums_space;
+    static thread_local Workspace panel_space, sums_space, floats_space;
     const int64_t columns = task.column_end - task.column;
+    float* floats = nullptr;  // a slice of widened values
+    if (kernels_.of_floats && columns > most_columns(kernels_.micro[1])) {
+      floats = static_cast<float*>(floats_space.reserve(slice_steps_ * float_bytes_));
+      if (!floats) return false;
+    }
     const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
     const int64_t unit = kernels_.span * kStep;
     void* panel = nullptr;
@@ -137,7 +155,10 @@ class TaskRunner {
         fill_panel(isa_, kernels_, g_, call_, task.column, columns, step, ldx, panel);
         x = static_cast<const uint8_t*>(panel);
       }
-      run_chunk(task, step, step_end, x, ldx, sums);
+      if (floats)
+        run_floats(task, step, step_end, x, ldx, floats, sums);
+      else
+        run_chunk(task, step, step_end, x, ldx, sums);
       step = step_end;
     } while (step < g_.steps);
     return true;
@@ -163,23 +184,53 @@ class TaskRunner {
       const int64_t next_step = last ? std::max<int64_t>(0, std::min(chunk_end, g_.steps - 1)) : chunk;
       args.next_values = call_.values + next_tile * args.value_stride + next_step * g_.value_bytes;
       args.next_metadata = call_.metadata + next_tile * args.metadata_stride + next_step * g_.metadata_bytes;
-      run_columns(task, tile, tiles, chunk_end == g_.steps, x,
+      run_columns(task, tile, tiles, chunk_end == g_.steps, kernels_.micro[tiles], x,
                   sums ? sums + (tile - task.tile) * kTile * (task.column_end - task.column) : nullptr, &args);
       tile += tiles;
     }
   }
 
+  // The same with narrow values, widened to `floats` a slice at a time.
+  void run_floats(const Task& task, int64_t chunk, int64_t chunk_end, const uint8_t* x, int64_t ldx, float* floats,
+                  float* sums) const {
+    alignas(64) float local[kTaskColumns * kTile];
+    Geometry widened = g_;
+    widened.value_bytes = float_bytes_;
+    PermuteArgs args{};
+    args.geometry = &widened;
+    args.ldx = ldx;
+    args.values = reinterpret_cast<const uint8_t*>(floats);
+    for (int64_t tile = task.tile; tile < task.tile_end; ++tile) {
+      float* tile_sums = sums ? sums + (tile - task.tile) * kTile * (task.column_end - task.column) : local;
+      int64_t step = chunk;
+      do {
+        args.steps = std::min(slice_steps_, chunk_end - step);
+        args.add = step > 0;
+        args.metadata = call_.metadata + (tile * g_.steps + step) * g_.metadata_bytes;
+        const uint8_t* values = call_.values + (tile * g_.steps + step) * g_.value_bytes;
+        for (int64_t i = 0; i < args.steps; ++i) {
+          const uint8_t* from = values + i * g_.value_bytes;
+          for (int64_t byte = 0; byte < g_.value_bytes; byte += 64) __builtin_prefetch(from + kWidenAhead + byte);
+          kernels_.widen(from, g_.dtype, g_.slots, floats + i * g_.slots * kTile);
+        }
+        run_columns(task, tile, 1, step + args.steps == g_.steps, kernels_.of_floats->micro[1],
+                    x + (step - chunk) * kStep * 4, tile_sums, &args);
+        step += args.steps;
+      } while (step < chunk_end);
+    }
+  }
+
   // All batch columns over the same weights. `done`: the sums are complete then.
-  void run_columns(const Task& task, int64_t tile, int tiles, bool done, const uint8_t* x, float* sums,
-                   PermuteArgs* args) const {
+  void run_columns(const Task& task, int64_t tile, int tiles, bool done, const PermuteMicro* micro, const uint8_t* x,
+                   float* sums, PermuteArgs* args) const {
     const int64_t x_size = kernels_.x_dtype == SPARSECOMP_F32 ? 4 : 2;
-    const PermuteMicro* micro = kernels_.micro[tiles];
     alignas(64) float local[kMostColumns * kMostTiles * kTile];
+    const bool streams = args->next_values != nullptr;
     for (int64_t column = task.column; column < task.column_end;) {
       const int columns = next_columns(micro, task.column_end - column);
       args->x = x + (column - task.column) * args->ldx * x_size;
       args->sums = sums ? sums : local;
-      args->stream = column == task.column;
+      args->stream = streams && column == task.column;
       args->y = nullptr;
       if (done) {
         const int64_t row = tile * kTile, size = element_bytes(call_.dtype);
@@ -219,7 +270,9 @@ class TaskRunner {
   const Geometry& g_;
   const LinearCall& call_;
   Blocking blocking_;
-  bool plain_;  // y is nothing but sum and bias, and the kernels write it
+  bool plain_;           // y is nothing but sum and bias, and the kernels write it
+  int64_t float_bytes_;  // of a step of a tile, widened
+  int64_t slice_steps_;  // of them in a slice
 };
 
 }  // namespace

@@ -47,6 +47,10 @@ struct PermuteSet {
   PermuteMicro micro[kMostTiles + 1][kMostColumns + 1];
   int column_tiles;  // tiles of a call for a batch of one column: more are more streams of memory
   int y_dtype;       // what the kernels can write themselves, see PermuteArgs::y; -1: nothing
+  // Where the columns of a task take several micro-kernel calls, narrow values are widened once for all of them, a
+  // slice of a tile at a time: by `widen`, a step to float [slots][16], for these kernels of fp32 values. Or nullptr.
+  const PermuteSet* of_floats = nullptr;
+  void (*widen)(const uint8_t* values, int dtype, int slots, float* to) = nullptr;
 };
 
 // SPARSECOMP_OK or SPARSECOMP_NO_MEMORY.

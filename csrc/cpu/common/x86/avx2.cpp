@@ -95,6 +95,6 @@ double flops(int, double seconds) {
 
 }  // namespace
 
-constexpr Isa kAvx2 = {widen, finish, flops, read_stream};
+constexpr Isa kAvx2 = {widen, finish, flops, read_stream, measure_rates_avx2};
 
 }  // namespace sparsecomp

@@ -1,9 +1,11 @@
-// Panels of 8-lane vectors: 2 rows by 6 vectors are 12 of the 16 registers, the weights and a temporary the rest.
+// Panels of 8-lane vectors: 2 rows by 4 to 6 vectors or 4 by 1 to 3 are up to 12 of the 16 registers, the weights and a
+// temporary the rest.
 #include <immintrin.h>
 
 #include "nm/kernel_list.hpp"
 #include "nm/panel_kernel.hpp"
 #include "nm/x86/panel_sets.hpp"
+#include "nm/x86/permute_avx2.hpp"
 
 namespace sparsecomp {
 namespace {
@@ -35,9 +37,11 @@ void transpose_8x8(const float* from, int64_t ld_from, float* to, int64_t ld_to)
   }
 }
 
+void widen(Widen, const uint8_t* values, int dtype, int slots, float* to) { widen_step(values, dtype, slots, to); }
+
 struct Avx2 {
   using Register = __m256;
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = sparsecomp::kLanes;
   static constexpr bool kOneRegister = false;
   static Register zero() { return _mm256_setzero_ps(); }
   static Register load(const float* from) { return _mm256_loadu_ps(from); }
@@ -50,8 +54,9 @@ struct Avx2 {
   static constexpr auto transpose = transpose_8x8;
 };
 
-// The sum in its place, as for Avx512Intel.
-struct Avx2Intel : Avx2 {
+// For processors that take a multiply-add apart whose memory operand has two registers. The sum stays in its place, as
+// for Avx512Intel.
+struct Avx2OneRegister : Avx2 {
   static constexpr bool kOneRegister = true;
   static SPARSECOMP_INLINE void add_product(Register a, Register b, Register* sum) {
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(b));
@@ -65,16 +70,46 @@ struct Avx2Intel : Avx2 {
   }
 };
 
+// R rows by C vectors. Loads bound them: one for each vector, one for each weight, and some time for its position;
+// loops of unknown length take an eighth more. Rows that share masks share the loads of vectors. Where there are fewer
+// sums than multiply-adds under way, these are waited for.
+template <class Vector, int M, int N, int R, int C, bool kShared>
+constexpr void add_width(PanelSet* set) {
+  constexpr double kLoop = N == 0 ? 1.12 : 1, kPosition = 0.25;
+  constexpr int kUnderWay = 8, kLeast = C > kUnderWay / R ? C : kUnderWay / R;
+  constexpr double kLoads = kShared ? C / double{R} + 1 : C + 1;
+  set->micro[C] = panel_micro<FloatRows<Vector, M, N, R, C, kShared>, R>;
+  set->cost[C] = ((kLoads > kLeast ? kLoads : kLeast) + kPosition) * kLoop;
+}
+
+template <class Vector>
+constexpr PanelSet empty_set(int most_units) {
+  return {kLanes, kLanes, SPARSECOMP_F32, most_units, 1, 0, 0, 1, {}, {}, pack_columns<Vector>, transpose_8x8, widen};
+}
+
 template <class Vector, int M, int N>
 const PanelSet* alone() {
-  static constexpr PanelSet set =
-      make_panel_set<Vector, M, N, 2, 2, 6, false>(M == 16 ? 13 : 25, M == 16 ? 0 : 48, M == 16 ? 1.6 : 1.1);
+  static constexpr PanelSet set = [] {
+    PanelSet made = empty_set<Vector>(6);
+    add_width<Vector, M, N, 4, 1, false>(&made);
+    add_width<Vector, M, N, 4, 2, false>(&made);
+    add_width<Vector, M, N, 4, 3, false>(&made);
+    add_width<Vector, M, N, 2, 4, false>(&made);
+    add_width<Vector, M, N, 2, 5, false>(&made);
+    add_width<Vector, M, N, 2, 6, false>(&made);
+    return made;
+  }();
   return &set;
 }
 
 template <class Vector, int M, int N>
 const PanelSet* shared() {
-  static constexpr PanelSet set = make_panel_set<Vector, M, N, 4, 1, 2, true>(13, M == 16 ? 0 : 48, 1.1);
+  static constexpr PanelSet set = [] {
+    PanelSet made = empty_set<Vector>(2);
+    add_width<Vector, M, N, 4, 1, true>(&made);
+    add_width<Vector, M, N, 4, 2, true>(&made);
+    return made;
+  }();
   return &set;
 }
 
@@ -90,7 +125,9 @@ const PanelSet* select_vector(const Geometry& g) {
 }  // namespace
 
 const PanelSet* select_panels_avx2(const Geometry& g, const Processor& processor) {
-  return processor.intel ? select_vector<Avx2Intel>(g) : select_vector<Avx2>(g);
+  constexpr double kAsFast = 0.9;
+  const bool two_registers = processor.rates.indexed >= kAsFast * processor.rates.multiply;
+  return two_registers ? select_vector<Avx2>(g) : select_vector<Avx2OneRegister>(g);
 }
 
 }  // namespace sparsecomp

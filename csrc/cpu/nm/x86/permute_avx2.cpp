@@ -1,6 +1,7 @@
 // fp32 products on AVX2 + FMA + F16C, from the same layout: a tile is two halves of 8 rows, a step two halves of 8
-// columns. A group of at most 8 columns lies in one half of the step, so one permute finds an activation; a group of 16
-// takes a permute of both halves and a blend. Narrower weights are widened in registers; x arrives widened.
+// columns. A group of 8 columns is one half of the step, so one permute finds an activation; a group of 16 takes a
+// permute of both halves and a blend; smaller groups are served by permute_avx2_near.cpp. Narrower weights are widened
+// in registers; x arrives widened.
 #include <immintrin.h>
 
 #include "common/unroll.hpp"
@@ -8,59 +9,12 @@
 #include "nm/kernels.hpp"
 #include "nm/permute.hpp"
 #include "nm/x86/panel_sets.hpp"
+#include "nm/x86/permute_avx2.hpp"
+#include "nm/x86/permute_avx2_near.hpp"
 #include "nm/x86/prefetch.hpp"
 
 namespace sparsecomp {
 namespace {
-
-constexpr int kLanes = 8;
-constexpr int kHalves = kTile / kLanes;
-
-__m128i load_128(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
-__m256i load_256(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-
-// In-group positions of rows 8 * half to 8 * half + 7: index word `word` of a metadata block.
-inline __m256i load_index_word(const Geometry& g, const uint8_t* block, int word, int half) {
-  const uint8_t* plane = block + word * kTile * 4;
-  if (word < g.full_words || g.rest_bytes == 4) return load_256(plane + half * 32);
-  const auto bytes = [&](const uint8_t* from) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + half * 8)));
-  };
-  if (g.rest_bytes == 1) return bytes(plane);
-  const __m256i low = _mm256_cvtepu16_epi32(load_128(plane + half * 16));
-  if (g.rest_bytes == 2) return low;
-  return _mm256_or_si256(low, _mm256_slli_epi32(bytes(plane + kTile * 2), 16));
-}
-
-struct ValuesF32 {
-  static __m256 load(const uint8_t* block, int slot, int half) {
-    return _mm256_loadu_ps(reinterpret_cast<const float*>(block + slot * kTile * 4 + half * 32));
-  }
-};
-
-struct ValuesI8 {
-  static __m256 load(const uint8_t* block, int slot, int half) {
-    const uint8_t* from = block + slot * kTile + half * kLanes;
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-  }
-};
-
-struct ValuesBf16 {
-  static __m256 load(const uint8_t* block, int slot, int half) {
-    const __m256i raw = load_256(block + slot / 2 * kTile * 4 + half * 32);
-    return _mm256_castsi256_ps(slot % 2 ? _mm256_and_si256(raw, _mm256_set1_epi32(~0xffff))
-                                        : _mm256_slli_epi32(raw, 16));
-  }
-};
-
-struct ValuesF16 {
-  static __m256 load(const uint8_t* block, int slot, int half) {
-    __m256i raw = load_256(block + slot / 2 * kTile * 4 + half * 32);
-    raw = slot % 2 ? _mm256_srli_epi32(raw, 16) : _mm256_and_si256(raw, _mm256_set1_epi32(0xffff));
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(raw, raw), 0x08);
-    return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
-  }
-};
 
 // One tile by NB columns. Registers for NB = 4: 8 sums, 2 values, 2 index words, 2 indices, a permuted activation; the
 // activations are memory operands of the permutes.
@@ -97,17 +51,14 @@ void micro(const PermuteArgs& args) {
     __m256i index[kHalves];
     const auto load_words = [&](int word) {
       SPARSECOMP_UNROLL
-      for (int half = 0; half < kHalves; ++half) index[half] = load_index_word(g, metadata, word, half);
+      for (int half = 0; half < kHalves; ++half)
+        index[half] = load_index_word(metadata, word, half, g.full_words, g.rest_bytes);
     };
     const auto multiply = [&](int slot, int base, int chain) {
       SPARSECOMP_UNROLL
       for (int half = 0; half < kHalves; ++half) {
         const __m256 value = Values::load(values, slot, half);
-        __m256i column = index[half];
-        // the permute reads the low three bits only, which a group of 8 fills
-        if (M < kLanes)
-          column =
-              _mm256_or_si256(_mm256_and_si256(column, _mm256_set1_epi32(M - 1)), _mm256_set1_epi32(base % kLanes));
+        const __m256i column = index[half];  // of which the permute reads the low three bits only
         const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index[half], 28));  // bit 3 as the sign
         SPARSECOMP_UNROLL
         for (int b = 0; b < NB; ++b) {
@@ -117,7 +68,7 @@ void micro(const PermuteArgs& args) {
             activation = _mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), column),
                                           _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + kLanes), column), upper);
           } else {
-            activation = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + base / kLanes * kLanes), column);
+            activation = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + base), column);
           }
           sums[half][b][chain] = _mm256_fmadd_ps(value, activation, sums[half][b][chain]);
         }
@@ -169,18 +120,24 @@ constexpr PermuteSet make_set() {
 }
 
 template <class Values, int M, int N>
-const PermuteSet* set_of() {
-  static constexpr PermuteSet set = make_set<Values, M, N>();
-  return &set;
-}
+constexpr PermuteSet kSet = make_set<Values, M, N>();
+
+template <int M, int N>
+constexpr PermuteSet kSet<ValuesF16, M, N> = with_floats(make_set<ValuesF16, M, N>(), &kSet<ValuesF32, M, N>);
 
 template <class Values>
 const PermuteSet* select_for(const Geometry& g) {
-  return own_or_group_kernels<line_of("avx2", "permute"), PermuteSet>(
-      g, [](auto pattern) { return set_of<Values, pattern.kM, pattern.kN>(); });
+  return own_or_group_kernels<line_of("avx2", "permute"), PermuteSet>(g, [](auto pattern) {
+    constexpr int kM = decltype(pattern)::kM, kN = decltype(pattern)::kN;
+    if constexpr (kM >= kLanes)
+      return &kSet<Values, kM, kN>;
+    else
+      return static_cast<const PermuteSet*>(nullptr);
+  });
 }
 
 const PermuteSet* select(const Geometry& g, const Processor&) {
+  if (g.m < kLanes) return select_permute_avx2_near(g);
   switch (g.dtype) {
     case SPARSECOMP_F32:
       return select_for<ValuesF32>(g);
