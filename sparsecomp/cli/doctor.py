@@ -114,6 +114,8 @@ def _device(kind: str, quick: bool) -> dict[str, Any]:
     device = detect(kind)
     found: dict[str, Any] = {"kind": kind, "description": device.describe(), "instruction_sets": None}
     found |= {"natural_pattern": str(device.natural_pattern()), "flops": None, "bytes_per_second": None}
+    rates = {str(columns): device.pair_rate(columns) for columns in (1, 4, 8, 16)}
+    found["pairs_per_second"] = None if None in rates.values() else rates
     module = native()
     if kind == "cpu" and not isinstance(module, str):
         found["instruction_sets"] = str(module.isa_available()).split(",")
@@ -139,6 +141,8 @@ def _text(facts: dict[str, Any]) -> str:
             sets = ", ".join(device["instruction_sets"])
             lines.append(wrap(f"     instruction sets: {sets} (SPARSECOMP_ISA names a lower one)", indent="       "))
         lines.append(f"     natural pattern at half the weights: {device['natural_pattern']}")
+        if device["pairs_per_second"] is not None:
+            lines.append(wrap(_rates_line(device["pairs_per_second"]), indent="       "))
         if device["flops"] is not None:
             peaks = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in device["flops"].items())
             memory = f"memory {device['bytes_per_second'] / 1e9:.0f} GB/s"
@@ -166,6 +170,12 @@ def _text(facts: dict[str, Any]) -> str:
         how = why if why is not None else "reinstall with a C++ compiler at hand"
         lines += ["", wrap(f"No compiled kernel can run here, so sparse layers multiply dense: {how}.", indent="")]
     return "\n".join(lines)
+
+
+def _rates_line(rates: dict[str, float]) -> str:
+    """What the kernels of AVX2, and with them the natural pattern, are chosen by."""
+    permutes = ", ".join(f"groups of {columns} {rates[columns] / 1e9:.1f}" for columns in ("4", "8", "16"))
+    return f"     permutes with a multiply-add, 10^9/s: {permutes}; multiply-adds alone {rates['1'] / 1e9:.1f}"
 
 
 def _eager_line(told: dict[str, Any]) -> str:

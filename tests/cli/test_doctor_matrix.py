@@ -12,6 +12,7 @@ from sparsecomp.backends.registry import backends
 from sparsecomp.backends.support import PATTERNS, support
 from sparsecomp.cli.main import main
 from sparsecomp.cli.matrix import matrix
+from sparsecomp.machine.device import Device
 from sparsecomp.machine.request import Request
 from sparsecomp.patterns import parse
 
@@ -40,6 +41,7 @@ def test_doctor_prints_the_matrix_and_the_environment(
 ) -> None:
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     monkeypatch.setenv("SPARSECOMP_CACHE", "off")
+    monkeypatch.setattr(Device, "pair_rate", lambda self, columns: columns * 1e9)  # as where AVX2 serves
     main(["doctor", "--quick"])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
@@ -48,9 +50,11 @@ def test_doctor_prints_the_matrix_and_the_environment(
         "cpu: what runs a 1024x1024 weight" in said and "OMP_PROC_BIND=true" in said and "SPARSECOMP_CACHE=off" in said
     )
     assert " dense float any yes yes yes yes yes yes yes" in said
+    assert "10^9/s: groups of 4 4.0, groups of 8 8.0, groups of 16 16.0; multiply-adds alone 1.0" in said
     main(["doctor", "--quick", "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["environment"]["OMP_PROC_BIND"] == "true"
+    assert facts["devices"][0]["pairs_per_second"] == {"1": 1e9, "4": 4e9, "8": 8e9, "16": 16e9}
     assert len(facts["support"]["cpu"]) == len(support("cpu"))
 
 

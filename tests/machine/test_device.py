@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from sparsecomp.errors import BackendError, PatternError
 from sparsecomp.machine import cache, device
 from sparsecomp.machine.device import Device, detect
+from sparsecomp.machine.native import native
 
 CPU = Device("cpu", "a processor", "avx512_bf16", 2, 49152, 1 << 20, 32 << 20)
 
@@ -27,28 +29,72 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+class Rates:
+    """An extension that permutes groups of 4, 8 and 16 columns so many times a nanosecond."""
+
+    def __init__(self, *rates: float) -> None:
+        self._rates = dict(zip((4, 8, 16), rates, strict=True))
+
+    def pair_rate(self, columns: int) -> float:
+        return self._rates[columns] * 1e9
+
+
+NONE, ZEN3, ZEN5 = (0.0, 0.0, 0.0), (2.95, 1.5, 0.8), (5.7, 5.1, 2.7)
+
+
 @pytest.mark.parametrize(
-    ("kind", "isa", "pattern"),
+    ("kind", "isa", "rates", "pattern"),
     [
-        ("cpu", "avx512_bf16", "8:16"),
-        ("cpu", "avx512", "8:16"),
-        ("cpu", "avx2", "4:8"),
-        ("cpu", "neon", "2:4"),
-        ("cpu", "reference", "2:4"),
-        ("cuda", "sm_90", "2:4"),
+        ("cpu", "avx512_bf16", NONE, "8:16"),
+        ("cpu", "avx512", NONE, "8:16"),
+        ("cpu", "avx2", ZEN5, "4:8"),
+        ("cpu", "avx2_vnni", ZEN5, "4:8"),
+        ("cpu", "avx2", ZEN3, "2:4"),
+        ("cpu", "avx2", NONE, "2:4"),
+        ("cpu", "neon", NONE, "2:4"),
+        ("cpu", "reference", NONE, "2:4"),
+        ("cuda", "sm_90", ZEN5, "2:4"),
     ],
 )
-def test_natural_pattern_follows_the_register(kind: str, isa: str, pattern: str) -> None:
+def test_natural_pattern_follows_the_register_and_what_was_measured(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, kind: str, isa: str, rates: tuple[float, ...], pattern: str
+) -> None:
+    monkeypatch.setattr(device, "native", lambda: Rates(*rates))
     assert str(replace(CPU, kind=kind, isa=isa).natural_pattern()) == pattern
 
 
-def test_natural_pattern_at_other_densities() -> None:
+def test_natural_pattern_at_other_densities(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "native", lambda: Rates(*ZEN5))
     assert str(CPU.natural_pattern(3 / 16)) == "3:16"
     assert str(replace(CPU, isa="avx2").natural_pattern(0.75)) == "6:8"
     with pytest.raises(PatternError, match="1/4"):
         replace(CPU, isa="neon").natural_pattern(0.3)
     with pytest.raises(PatternError, match="1/16"):
         CPU.natural_pattern(0.0)
+
+
+def test_rates_are_kept_and_the_highest_ever_seen_counts(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = replace(CPU, isa="avx2")
+    monkeypatch.setattr(device, "native", lambda: Rates(*ZEN5))
+    assert here.pair_rate(4) == 5.7e9 and here.pair_rate(8) == 5.1e9
+    for busy in ((5.6, 0.5, 0.8), NONE):  # another process, in a busy moment; one that measures nothing
+        monkeypatch.setattr(device, "_peaks", {})
+        monkeypatch.setattr(device, "native", lambda rates=busy: Rates(*rates))
+        assert here.pair_rate(8) == (5.1e9 if busy != NONE else None)
+    assert replace(CPU, isa="avx512").pair_rate(4) is None and replace(here, kind="cuda").pair_rate(4) is None
+    monkeypatch.setattr(device, "native", lambda: "there is no extension")
+    assert here.pair_rate(4) is None and str(here.natural_pattern()) == "2:4"
+
+
+def test_rates_of_this_machine_are_measured_where_avx2_serves() -> None:
+    code = "from sparsecomp.machine.device import detect; here = detect('cpu'); print(here.isa, here.pair_rate(4))"
+    module = native()
+    if isinstance(module, str) or "avx2" not in module.isa_available().split(","):
+        pytest.skip("AVX2 does not run here")
+    environment = {**os.environ, "SPARSECOMP_ISA": "avx2", "SPARSECOMP_CACHE": "off"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    isa, rate = done.stdout.split()
+    assert isa == "avx2" and float(rate) > 0
 
 
 def test_this_machine_is_described() -> None:
