@@ -37,7 +37,8 @@ enum {
 };
 
 /* An N:M weight [out_features, in_features]; mask_rows consecutive rows share their metadata (1: none do). A row of an
- * I8_A8 weight keeps at most 65536 weights, so that its sums fit 32 bits. */
+ * I8_A8 weight keeps at most 65536 weights, so that its sums fit 32 bits. Where N = M it has no metadata, canonical or
+ * not: pointers to it are not followed and may be NULL. */
 typedef struct sparsecomp_nm {
   int64_t out_features;
   int64_t in_features;
