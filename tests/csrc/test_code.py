@@ -15,7 +15,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+FLAGS = {"avx2": AVX2, "avx2_near": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 INT8_FLAGS = {"avx2": AVX2, "avx2_vnni": [*AVX2, "-mavxvnni"], "avx512_vnni": [*AVX512, "-mavx512vnni"]}
 
 
@@ -36,10 +36,10 @@ def test_prefetches_are_in_the_code(source):
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
-@pytest.mark.parametrize("isa", FLAGS)
-def test_every_kernel_that_permutes_asks_for_weights(isa):
+@pytest.mark.parametrize("file", FLAGS)
+def test_every_kernel_that_permutes_asks_for_weights(file):
     """Weights from memory, 4096x4096 by 8 columns, are half as fast without."""
-    code = _code(f"nm/x86/permute_{isa}.cpp", *FLAGS[isa])
+    code = _code(f"nm/x86/permute_{file}.cpp", *FLAGS[file])
     kernels = re.findall(r"^(_ZN10sparsecomp\S*micro\S*):\n(.*?)\.cfi_endproc", code, re.MULTILINE | re.DOTALL)
     assert len(kernels) > 50
     assert [name for name, body in kernels if "prefetch" not in body] == []
