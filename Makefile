@@ -118,7 +118,7 @@ NIGHTLY_OFF := -DSPARSECOMP_PYTHON=OFF -DSPARSECOMP_ORT=OFF
 nightly: tritons
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/nightly -G Ninja $(NIGHTLY_OFF) -DSPARSECOMP_TESTS=ON
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/nightly
-	printf '%s\n' avx512_bf16 avx512 avx2_vnni avx2 neon reference | xargs -P2 -I @ sh -c \
+	printf '%s\n' avx512_bf16 avx512 avx2_vnni avx2 neon_dotprod neon reference | xargs -P2 -I @ sh -c \
 	  'export SPARSECOMP_ISA=@; for each in nm_test int8_test "random_test --count $(NIGHTLY_COUNT) --seed $(NIGHTLY_SEED)"; do \
 	  build/nightly/$$each || [ $$? -eq 77 ] || exit 1; done'
 	@# the whole compile matrix with every Triton; make test-all takes a part of it for the others

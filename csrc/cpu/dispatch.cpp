@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace sparsecomp {
@@ -55,8 +57,20 @@ std::vector<Candidate> supported() {
 
 #elif defined(__aarch64__)
 
+#if defined(__linux__)
+// HWCAP_ASIMDDP, which older headers lack.
+bool has_dot_products() { return (getauxval(AT_HWCAP) >> 20) & 1; }
+#else
+bool has_dot_products() { return false; }
+#endif
+
 // NEON is part of the architecture.
-std::vector<Candidate> supported() { return {{"neon", &kNeon, &kNmNeon, &kBlockNeon, nullptr}}; }
+std::vector<Candidate> supported() {
+  std::vector<Candidate> found;
+  if (has_dot_products()) found.push_back({"neon_dotprod", &kNeon, &kNmNeon, &kBlockNeon, &int8::kNeonDotprod});
+  found.push_back({"neon", &kNeon, &kNmNeon, &kBlockNeon, &int8::kNeon});
+  return found;
+}
 
 #else
 

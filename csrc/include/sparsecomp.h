@@ -56,8 +56,9 @@ typedef struct sparsecomp_epilogue {
 
 SPARSECOMP_API const char* sparsecomp_error_text(int code);
 
-/* Name of the instruction set in use: "avx512_bf16", "avx512", "avx2_vnni", "avx2", "neon" or "reference". Chosen once
- * at load from CPUID and OS state; the environment variable SPARSECOMP_ISA names a lower one. */
+/* Name of the instruction set in use: "avx512_bf16", "avx512", "avx2_vnni", "avx2", "neon_dotprod", "neon" or
+ * "reference". Chosen once at load from what the processor and the OS say; the environment variable SPARSECOMP_ISA
+ * names a lower one. */
 SPARSECOMP_API const char* sparsecomp_isa(void);
 /* All instruction sets this machine can run, best first, separated by commas. */
 SPARSECOMP_API const char* sparsecomp_isa_available(void);

@@ -78,6 +78,8 @@ struct Kernels {
 
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx2Vnni, kAvx512Vnni;
+#elif defined(__aarch64__)
+extern const Kernels kNeon, kNeonDotprod;
 #endif
 
 // How numbers of that range are rounded, for integers that are stored as they are.

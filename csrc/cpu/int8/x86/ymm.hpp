@@ -8,7 +8,7 @@
 #include "common/measure.hpp"
 #include "common/unroll.hpp"
 #include "int8/linear.hpp"
-#include "int8/x86/stream.hpp"
+#include "int8/stream.hpp"
 
 namespace sparsecomp::int8 {
 namespace {

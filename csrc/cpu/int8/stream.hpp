@@ -2,8 +2,6 @@
 // tiles begin.
 #pragma once
 
-#include <immintrin.h>
-
 #include "common/unroll.hpp"
 #include "int8/linear.hpp"
 
@@ -42,9 +40,7 @@ class Stream {
   }
 
  private:
-  static SPARSECOMP_INLINE void ask(const uint8_t* line) {
-    _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0);
-  }
+  static SPARSECOMP_INLINE void ask(const uint8_t* line) { __builtin_prefetch(line); }
 
   void jump() {
     left_ = -1;
