@@ -88,7 +88,8 @@ def test_int8_kernels_hold_their_own_instruction_and_prefetches(built, isa, own,
     (compiled,) = built.rglob(f"int8/arm/{isa}.cpp.o")
     code = _run(_tool("aarch64-linux-gnu-objdump"), "--disassemble", "--no-show-raw-insn", str(compiled))
     functions = re.findall(r"^\w+ <(\S+)>:\n(.*?)(?:\n\n|\Z)", code, re.MULTILINE | re.DOTALL)
-    kernels = {name: body for name, body in functions if f"\t{own}\tv" in body}
+    # the probe of the peak multiplies as well, and reads nothing
+    kernels = {name: body for name, body in functions if f"\t{own}\tv" in body and "operations" not in name}
     assert len(kernels) >= 40
     assert [name for name, body in kernels.items() if "\tprfm" not in body] == []
     assert f"\t{foreign}\tv" not in code
