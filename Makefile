@@ -25,7 +25,7 @@ help:
 	@echo 'make eager-off the tests of layers again, with every call through the dispatcher of torch (1 minute)'
 	@echo 'make sanitize  the C++ tests under AddressSanitizer and UBSan, with their whole output (4 minutes)'
 	@echo 'make nightly   10^5 random products against their twins on every instruction set here; every Triton'
-	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound (20 minutes)'
+	@echo 'make bench     this machine: sparse against the best dense engine, each ratio beside its bound (30 minutes)'
 	@echo 'make docs      the API reference, and the outputs under the code of the pages, written anew (5 minutes)'
 	@echo 'make tritons   the oldest and the newest Triton, for the GPU tests; make test-all includes it'
 	@echo 'make .cutlass  the headers of CUTLASS, to be carried along to a GPU machine without a network (docs/gpu.md)'

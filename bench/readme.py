@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 from sparsecomp.benchmark.plot import limit_plot
-from sparsecomp.benchmark.report import Comparison, comparisons, load_result
+from sparsecomp.benchmark.report import Comparison, comparisons, in_int8, load_result
+from sparsecomp.engines.base import titled
+from sparsecomp.engines.registry import float_engines
 from sparsecomp.errors import FormatError
 
 SHAPE, DTYPE, THREADS = (4096, 4096), "fp32", 1
-_NAMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-_HEADLINE_PATTERNS = ("2:4", "8:16")
+_HEADLINE_PATTERNS = ("2:4", "8:16", "8:16+int8@a8")
 _HEADLINE_BATCHES = (1, 8, 32, 128)
 _BLOCK = re.compile(r"<!-- result: [^>]* -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -34,11 +36,9 @@ def block(result: dict[str, Any]) -> str:
         f"({first.row['bound_by']} bound).",
         "",
         f"{machine['cpu']} ({machine['isa']}), one thread, {result['date']}; every row against the fastest of "
-        f"{_engines(result)} in the same run:",
+        f"{_engines(result)} in the same run{_int8_told(found)}:",
         "",
-        "| pattern | batch | weights | sparse | best dense | speedup | 10%-90% | bound |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-        *(_line(each) for each in found),
+        *_table(found),
         "",
         *_above_bound(found),
         _overall(result),
@@ -56,6 +56,7 @@ def rewrite(readme: str, results: dict[str, dict[str, Any]]) -> str:
         raise FormatError("README.md has no block between <!-- result: FILE --> and <!-- end -->; put one in")
     first, *others = results.values()
     text = block(first) + "".join(f"\n{_other_machine(result)}\n" for result in others)
+    text += f"\n{by_machine(list(results.values()))}\n" if others else ""
     return _BLOCK.sub(lambda _: f"<!-- result: {' '.join(results)} -->\n{text}<!-- end -->", readme)
 
 
@@ -77,6 +78,29 @@ def _above_bound(found: list[Comparison]) -> list[str]:
     ]
 
 
+def _int8_told(found: list[Comparison]) -> str:
+    if all(each.other is None for each in found):
+        return ""
+    return (
+        ", rows with int8 weights and activations (`int8@a8`) against the fastest of their dense int8, which the last "
+        "column shows beside the others"
+    )
+
+
+def _table(found: list[Comparison]) -> list[str]:
+    beside = any(each.other is not None for each in found)
+    last = " over the best of the other numbers |" if beside else ""
+    return [
+        f"| pattern | batch | weights | sparse | best dense | speedup | 10%-90% | bound |{last}",
+        f"| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |{' ---: |' if beside else ''}",
+        *(_line(each) + (f" {_over_other(each)} |" if beside else "") for each in found),
+    ]
+
+
+def _over_other(each: Comparison) -> str:
+    return "" if each.other is None else f"{each.beside:.2f}x ({titled(each.other['engine'])})"
+
+
 def _line(each: Comparison) -> str:
     row, (low, high) = each.row, each.spread
     cells = (
@@ -93,13 +117,13 @@ def _line(each: Comparison) -> str:
 
 
 def _name(each: Comparison) -> str:
-    return _NAMES[each.dense["engine"]]
+    return titled(each.dense["engine"])
 
 
 def _engines(result: dict[str, Any]) -> str:
     """The dense engines that the run had, in words."""
-    used = {row["engine"] for row in result["rows"]}
-    *first, last = [name for engine, name in _NAMES.items() if engine in used]
+    used = {row["engine"] for row in result["rows"] if row["pattern"] is None and not in_int8(row)}
+    *first, last = [titled(each.name) for each in float_engines() if each.name in used]
     return f"{', '.join(first)} and {last}" if first else last
 
 
@@ -142,8 +166,40 @@ def _remarks(result: dict[str, Any]) -> str:
     sentences = ""
     for name, text in result.get("remarks", {}).items():
         engine, dtype = name.split(", ")
-        sentences += f" In {dtype} {_NAMES[engine]} {_IN_WORDS.get(text, text)}."
+        sentences += f" In {dtype} {titled(engine)} {_IN_WORDS.get(text, text)}."
     return sentences
+
+
+# columns of the table of machines: what batches of, and the most rows in each
+_SPANS = (("batch 1", 1), ("2-7", 7), ("8-24", 24), ("32-64", 64), ("128 and more", 1 << 30))
+_SPAN_PATTERNS = ("2:4", "4:8", "8:16", "12:16+int8@a8", "8:16+int8@a8", "4:16+int8@a8")
+
+
+def by_machine(results: Sequence[dict[str, Any]]) -> str:
+    """A table in Markdown: geometric means over the rows of every shape and number of threads, by machine and batch."""
+    lines = [
+        "Geometric means over all shapes and thread counts of a run, over the best dense engine of the same numbers:",
+        "",
+        f"| machine | pattern | {' | '.join(name for name, _ in _SPANS)} |",
+        f"| --- | --- |{' ---: |' * len(_SPANS)}",
+    ]
+    for result in results:
+        found = list(comparisons(result))
+        machine = f"{result['machine']['cpu']} ({result['machine']['isa']}), {result['date']}"
+        kinds = ((dtype, pattern) for dtype in ("fp32", "bf16") for pattern in _SPAN_PATTERNS)
+        for dtype, pattern in kinds:
+            rows = [each for each in found if (each.row["dtype"], each.row["pattern"]) == (dtype, pattern)]
+            if rows:
+                lines.append(f"| {machine} | {dtype} {pattern} | {' | '.join(_spans(rows))} |")
+    return "\n".join(lines)
+
+
+def _spans(rows: Sequence[Comparison]) -> Iterator[str]:
+    least = 1
+    for _, most in _SPANS:
+        within = [each.speedup for each in rows if least <= each.row["batch"] <= most]
+        yield f"{geometric_mean(within):.2f}x" if within else ""
+        least = most + 1
 
 
 def _values(found: list[Comparison], *names: str) -> int:

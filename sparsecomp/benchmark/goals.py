@@ -1,89 +1,33 @@
-"""What the CPU kernels are held to: for each precision, pattern and size the least ratio to the best dense engine.
+"""Where the goals stand: the parts of a sweep that measure them, and the table that says what was reached.
 
-The parts of a sweep that measure it, and the table that says where each goal stands. Knows nothing of engines.
+Takes the list of aims and results, gives settings and text. Knows nothing of engines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from statistics import geometric_mean
 from typing import Any
 
-from sparsecomp.benchmark.report import Comparison, comparisons
-from sparsecomp.benchmark.sweep import Settings
+from sparsecomp.benchmark.aims import GOALS, WIDE_SHAPES, Goal, kinds
+from sparsecomp.benchmark.machine import vnni
+from sparsecomp.benchmark.report import Comparison, comparisons, in_int8
+from sparsecomp.benchmark.settings import Settings
+from sparsecomp.machine.device import detect
+from sparsecomp.patterns.numbers import parse_weights
 from sparsecomp.reporting.terminal import table
 
-Shapes = tuple[tuple[int, int], ...]
-
-LARGE: Shapes = ((4096, 4096),)
-LARGEST: Shapes = ((4096, 4096), (11008, 4096))
-SMALL: Shapes = ((768, 768), (3072, 768), (384, 1536))
-WIDE: Shapes = ((3072, 768),)
-TINY: Shapes = ((384, 384),)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """Rows of one kind: ``least`` is what each must reach over the best dense engine, ``aim`` what is hoped for.
-
-    ``weights`` are "cold" where a dense weight does not fit the last-level cache of the machines aimed at (32 MB).
-    """
-
-    dtype: str
-    pattern: str
-    shapes: Shapes
-    batches: tuple[int, ...]
-    weights: str
-    least: float
-    aim: float
-
-    def covers(self, row: dict[str, Any]) -> bool:
-        """Whether a row of a result is one of these."""
-        kind = (row["dtype"], row["pattern"], row["weights"]) == (self.dtype, self.pattern, self.weights)
-        return kind and (row["out"], row["in"]) in self.shapes and row["batch"] in self.batches
-
-
-def _both(
-    dtype: str, pattern: str, batches: tuple[int, ...], largest: tuple[int, ...], least: float, aim: float
-) -> tuple[Goal, ...]:
-    """3072x768, which fits the cache, and 4096x4096, which does not, up to the ``largest`` batches."""
-    wide = Goal(dtype, pattern, WIDE, batches, "warm", least, aim)
-    return wide, Goal(dtype, pattern, LARGE, largest, "cold", least, aim)
-
-
-GOALS = (
-    Goal("fp32", "2:4", LARGEST, (1,), "cold", 1.7, 1.85),
-    Goal("fp32", "2:4", LARGE, (2, 4, 8, 16), "cold", 1.7, 2.0),
-    Goal("fp32", "2:4", SMALL, (1, 4, 16), "warm", 1.25, 1.6),
-    *_both("fp32", "2:4", (32, 64), (32, 64), 1.35, 1.7),
-    *_both("fp32", "2:4", (128, 512, 2048), (128, 512), 1.5, 1.8),
-    *_both("fp32", "2:4@v4", (64, 128, 512, 2048), (64, 128, 512), 1.5, 1.8),
-    Goal("bf16", "2:4", LARGEST, (1, 2, 4), "cold", 1.6, 1.75),
-    *_both("bf16", "2:4", (8, 16, 32, 64), (8, 16, 32, 64), 1.35, 1.7),
-    *_both("bf16", "2:4", (128, 512, 2048), (128, 512), 1.1, 1.6),
-    *_both("bf16", "2:4@v4", (128, 512, 2048), (128, 512), 1.4, 1.6),
-    Goal("fp32", "2:4+int8", LARGE, (1,), "cold", 3.0, 5.0),
-    Goal("fp32", "8:16", LARGEST, (1,), "cold", 1.65, 1.8),
-    Goal("fp32", "8:16", SMALL + TINY, (1,), "warm", 1.65, 1.8),
-    Goal("fp32", "8:16", LARGE, (2, 4, 8, 16, 32, 64, 128, 512), "cold", 1.4, 1.6),
-    Goal("fp32", "8:16", WIDE, (4, 16, 32, 64, 128, 512, 2048), "warm", 1.4, 1.6),
-    Goal("fp32", "8:16", ((768, 768), (384, 1536), (384, 384)), (4, 16, 128), "warm", 1.4, 1.6),
-    Goal("fp32", "4:16", SMALL + TINY, (128,), "warm", 2.5, 3.2),
-    Goal("fp32", "4:16", LARGE, (128,), "cold", 2.5, 3.2),
-    Goal("fp32", "12:16", SMALL + TINY, (128,), "warm", 0.97, 1.1),
-    Goal("fp32", "12:16", LARGE, (128,), "cold", 0.97, 1.1),
-    Goal("fp32", "1:4", WIDE, (128,), "warm", 2.2, 3.0),
-    Goal("fp32", "block16x16:0.25", WIDE, (128,), "warm", 2.2, 3.0),
-)
 # the time of N:16 is proportional to N
 CURVE = Settings(
-    shapes=WIDE,
+    shapes=WIDE_SHAPES,
     batches=(1, 8, 128),
     cold_batches=(),
     dtypes=("fp32",),
     patterns=tuple(f"{n}:16" for n in range(1, 17)),
     seconds=1.5,
+    int8=False,
 )
 
 
@@ -91,16 +35,28 @@ CURVE = Settings(
 _SECONDS = 1.0
 
 
-def parts(threads: tuple[int, ...], seconds: float | None = None) -> list[Settings]:
-    """The sweeps that measure every goal, each case once, and the curve of N:16 on one thread.
+def kinds_here() -> tuple[str, ...]:
+    """The kinds of this machine."""
+    return kinds(detect("cpu").isa, vnni())
 
-    ``seconds`` for all engines of a row of the former, 1 if None.
+
+def kinds_of(result: dict[str, Any]) -> tuple[str, ...]:
+    """The kinds of the machine of a result; one of before VNNI was recorded has it with AVX-512 alone."""
+    isa = result["machine"]["isa"]
+    return kinds(isa, bool(result["machine"].get("vnni", isa != "avx2")))
+
+
+def parts(threads: tuple[int, ...], machine: Sequence[str], seconds: float | None = None) -> list[Settings]:
+    """The sweeps that measure every goal of these kinds of ``machine``, each case once, and the curve of N:16.
+
+    ``seconds`` for all engines of a row of the former, 1 if None; the curve is measured on one thread. Dense int8
+    engines take part where a pattern has int8 activations.
     """
     cases: dict[tuple[str, tuple[int, int], str, int], dict[str, None]] = {}
     for goal in GOALS:
-        for shape in goal.shapes:
-            for batch in goal.batches:
-                cases.setdefault((goal.dtype, shape, goal.weights, batch), {})[goal.pattern] = None
+        if goal.kind in machine:
+            for shape, batch, pattern in product(goal.shapes, goal.batches, goal.patterns):
+                cases.setdefault((goal.dtype, shape, goal.weights, batch), {})[pattern] = None
     groups: dict[tuple[str, tuple[int, int], str, tuple[str, ...]], list[int]] = {}
     for (dtype, shape, weights, batch), patterns in cases.items():
         groups.setdefault((dtype, shape, weights, tuple(patterns)), []).append(batch)
@@ -114,6 +70,7 @@ def parts(threads: tuple[int, ...], seconds: float | None = None) -> list[Settin
                 patterns=patterns,
                 threads=threads,
                 seconds=_SECONDS if seconds is None else seconds,
+                int8=any(_rounds(pattern) for pattern in patterns),
             )
             for (dtype, shape, weights, patterns), batches in groups.items()
         ),
@@ -121,9 +78,13 @@ def parts(threads: tuple[int, ...], seconds: float | None = None) -> list[Settin
     ]
 
 
+def _rounds(label: str) -> bool:
+    return parse_weights(label)[1].activation_bits is not None
+
+
 @dataclass(frozen=True)
 class Standing:
-    """A goal and the rows of one run that it covers, on one number of threads."""
+    """A goal and the rows of one run that it covers, on one number of threads; of several patterns the fastest's."""
 
     goal: Goal
     threads: int
@@ -144,13 +105,26 @@ class Standing:
 
 
 def standings(result: dict[str, Any]) -> Iterator[Standing]:
-    """Every goal of which the result has rows."""
-    found = list(comparisons(result))
+    """Every goal for the machine of the result of which it has rows."""
+    found, machine = list(comparisons(result)), kinds_of(result)
     for goal in GOALS:
         for threads in dict.fromkeys(each.row["threads"] for each in found):
-            rows = tuple(each for each in found if each.row["threads"] == threads and goal.covers(each.row))
-            if rows:
-                yield Standing(goal, threads, rows)
+            covered = [each for each in found if each.row["threads"] == threads and goal.covers(each.row)]
+            fastest: dict[int, Comparison] = {}
+            for each in filter(None, (_against(each, goal) for each in covered)):
+                turn = id(each.dense)  # the patterns of one turn share its dense row
+                if turn not in fastest or each.speedup > fastest[turn].speedup:
+                    fastest[turn] = each
+            if fastest and goal.kind in machine:
+                yield Standing(goal, threads, tuple(fastest.values()))
+
+
+def _against(each: Comparison, goal: Goal) -> Comparison | None:
+    """The comparison with the engine that the goal is over; None where none of its numbers was measured."""
+    if goal.over == "other":
+        return None if each.other is None else replace(each, dense=each.other, other=each.dense)
+    # without a dense int8 engine, int8 stands beside floats
+    return each if in_int8(each.row) == in_int8(each.dense) else None
 
 
 def render(result: dict[str, Any]) -> str:
@@ -170,6 +144,7 @@ _COLUMNS = (
     "out x in",
     "batch",
     "?weights",
+    "?over",
     "?>mean",
     ">worst",
     "?>low-high",
@@ -190,11 +165,12 @@ def _cells(each: Standing) -> tuple[str, ...]:
         " ".join(f"{out}x{columns}" for out, columns in goal.shapes),
         _span(goal.batches),
         goal.weights,
+        "floats" if goal.over == "other" else "int8" if in_int8(worst.dense) else "floats",
         f"{geometric_mean(row.speedup for row in each.rows):.2f}x",
         f"{worst.speedup:.2f}x",
         f"{low:.2f}-{high:.2f}",
         f"{worst.row['out']}x{worst.row['in']}, batch {worst.row['batch']}",
-        f"{worst.row['bound']:.2f}x",
+        f"{worst.row['bound'] if goal.counted is None else goal.counted:.2f}x",
         f"{goal.least:.2f}x",
         f"{goal.aim:.2f}x",
         each.verdict,

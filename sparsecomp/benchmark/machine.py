@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import sparsecomp
 from sparsecomp.machine.device import Device
 
+_CPUINFO = Path("/proc/cpuinfo")
 _PACKAGES = ("torch", "onnxruntime", "openvino", "numpy")
 
 
@@ -21,6 +23,7 @@ def describe(device: Device, threads: list[int]) -> dict[str, Any]:
     return {
         "cpu": device.name,
         "isa": device.isa,
+        "vnni": vnni(),
         "cores": device.cores,
         "caches": {"l1": device.l1_bytes, "l2": device.l2_bytes, "l3": device.l3_bytes},
         "os": platform.system(),
@@ -37,6 +40,14 @@ def describe(device: Device, threads: list[int]) -> dict[str, Any]:
             for count in threads
         },
     }
+
+
+def vnni() -> bool:
+    """Whether the processor multiplies and adds four pairs of bytes in one instruction, whatever the kernels use."""
+    try:
+        return re.search(r"\b(avx512_vnni|avx_vnni)\b", _CPUINFO.read_text()) is not None
+    except OSError:
+        return False
 
 
 def package_version(package: str) -> str | None:

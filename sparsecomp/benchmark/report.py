@@ -22,16 +22,26 @@ _CURVE_POINTS = 6
 
 @dataclass(frozen=True)
 class Comparison:
-    """A sparse row beside the best dense engine of the same case and run."""
+    """A row of ours beside the best dense engine of the same numbers, case and run.
+
+    A row with int8 weights and int8 activations stands beside dense int8, every other beside a floating product.
+    ``other`` is the best dense engine of the other numbers, None where none was measured.
+    """
 
     row: dict[str, Any]
     dense: dict[str, Any]
     torch_us: float | None
+    other: dict[str, Any] | None = None
 
     @property
     def speedup(self) -> float:
         """Median time of the best dense engine over that of the sparse one."""
         return float(self.dense["us"] / self.row["us"])
+
+    @property
+    def beside(self) -> float | None:
+        """Median time of the best dense engine of the other numbers over that of the sparse one."""
+        return None if self.other is None else float(self.other["us"] / self.row["us"])
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -65,14 +75,30 @@ def load_result(path: Path) -> dict[str, Any]:
 
 
 def comparisons(result: dict[str, Any]) -> Iterator[Comparison]:
-    """Every sparse row with the best dense row that was measured in turn with it."""
+    """Every row of ours with the best dense rows that were measured in turn with it."""
     for rows in _turns(result["rows"]):
         dense = [row for row in rows if row["pattern"] is None]
         torch_us = next((row["us"] for row in dense if row["engine"] == "torch"), None)
-        best = min(dense, key=lambda row: float(row["us"]))
+        integer, floating = (min(filter(kind, dense), key=_us, default=None) for kind in (in_int8, _in_floats))
         for row in rows:
             if row["pattern"] is not None:
-                yield Comparison(row, best, torch_us)
+                same, other = (integer, floating) if in_int8(row) else (floating, integer)
+                best, beside = (same, other) if same is not None else (other, None)
+                if best is not None:
+                    yield Comparison(row, best, torch_us, beside)
+
+
+def in_int8(row: dict[str, Any]) -> bool:
+    """Whether a row multiplies int8 weights and int8 activations; a result of before has no such row."""
+    return row.get("numbers") == "int8"
+
+
+def _in_floats(row: dict[str, Any]) -> bool:
+    return not in_int8(row)
+
+
+def _us(row: dict[str, Any]) -> float:
+    return float(row["us"])
 
 
 def _turns(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -104,8 +130,13 @@ def render(result: dict[str, Any]) -> str:
             chosen = [each for each in found if each.row["dtype"] == dtype and each.row["threads"] == threads]
             title = f"{dtype}, {threads} thread{'s' if threads > 1 else ''}{', pinned' if threads == 1 else ''}"
             for weights in dict.fromkeys(each.row["weights"] for each in chosen):
-                rows = [_cells(each) for each in chosen if each.row["weights"] == weights]
-                parts.append(table(_COLUMNS, rows, title=f"{title}, {weights} weights"))
+                shown = [each for each in chosen if each.row["weights"] == weights]
+                beside = any(each.other is not None for each in shown)
+                columns = _COLUMNS + _BESIDE * beside
+                rows = [(*_cells(each), *(_others(each) if beside else ())) for each in shown]
+                parts.append(table(columns, rows, title=f"{title}, {weights} weights"))
+    if any(each.other is not None for each in found):
+        parts.append(wrap(_ON_OTHERS))
     parts.append(_means(found))
     if curve := _curve(found):
         parts.append(curve)
@@ -136,6 +167,11 @@ _COLUMNS = (
     "?limit",
     "verdict",
 )
+_BESIDE = (">beside", "?of")
+_ON_OTHERS = (
+    "Rows with int8 weights and int8 activations (int8@a8) are compared with the best dense int8 engine, all others "
+    "with the best floating one; beside: the ratio to the best of the other kind."
+)
 
 
 def _cells(each: Comparison) -> tuple[str, ...]:
@@ -156,6 +192,10 @@ def _cells(each: Comparison) -> tuple[str, ...]:
     )
 
 
+def _others(each: Comparison) -> tuple[str, str]:
+    return ("", "") if each.other is None else (f"{each.beside:.2f}x", each.other["engine"])
+
+
 def _heading(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in machine["packages"].items() if value)
     lines = [f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores; {versions}"]
@@ -173,7 +213,7 @@ def _curve(found: list[Comparison]) -> str:
     for each in found:
         row = each.row
         kept, _, group = row["pattern"].partition(":")
-        if group == "16":
+        if group == "16":  # of floating weights
             key = tuple(row[name] for name in ("out", "in", "dtype", "threads", "weights", "batch"))
             cases.setdefault(key, {})[int(kept)] = each
     curves = {key: by_n for key, by_n in cases.items() if len(by_n) >= _CURVE_POINTS}
@@ -213,4 +253,4 @@ def _means(found: list[Comparison]) -> str:
                 )
             )
     columns = ("pattern", "dtype", ">rows", ">speedup", ">bound", ">wins", ">even", ">loses", ">unclear")
-    return table(columns, rows, title="Geometric mean over the best dense engine")
+    return table(columns, rows, title="Geometric mean over the best dense engine of the same numbers")

@@ -9,50 +9,33 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import sparsecomp as sc
 from sparsecomp.benchmark.cores import Cores
+from sparsecomp.benchmark.limits import copies_of, limit_of, too_small
 from sparsecomp.benchmark.machine import describe
+from sparsecomp.benchmark.settings import Settings
 from sparsecomp.benchmark.sparse import SparseEngine
-from sparsecomp.engines.base import DTYPES, Engine
+from sparsecomp.engines.base import Engine
 from sparsecomp.engines.product import Product
-from sparsecomp.engines.registry import float_engines
+from sparsecomp.engines.pytorch import TorchWidenedEngine
+from sparsecomp.engines.registry import given
 from sparsecomp.engines.timing import Timing, measure
-from sparsecomp.engines.worker import Worker, ask_all, workers
+from sparsecomp.engines.worker import Worker, answers, workers
 from sparsecomp.errors import SparsecompError
-from sparsecomp.machine.bound import bound
 from sparsecomp.machine.device import Device, detect
-from sparsecomp.machine.request import Request
 from sparsecomp.patterns.numbers import parse_weights
 from sparsecomp.reporting.terminal import progress
 
 FORMAT = 2
-# copies that together exceed the last-level cache by this much leave nothing of the first when the last is done
-_BEYOND_CACHE = 1.5
-# a weight smaller than this would take thousands of copies, each with buffers and a session of its own in each engine
-_SMALLEST_COLD = 64 * 1024
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured: ``batches`` on warm weights, ``cold_batches`` on copies that exceed the cache, in turn."""
-
-    shapes: tuple[tuple[int, int], ...] = ((384, 384), (1536, 384), (768, 768), (3072, 768), (4096, 4096))
-    batches: tuple[int, ...] = (1, 8, 32, 128)
-    cold_batches: tuple[int, ...] = (1, 8)
-    dtypes: tuple[str, ...] = ("fp32", "bf16")
-    patterns: tuple[str, ...] = ("2:4", "8:16")
-    threads: tuple[int, ...] = (1,)
-    seconds: float = 0.6
 
 
 def check_pattern(label: str) -> None:
-    """PatternError unless the label is a pattern, such as "2:4", or one with int8 weights, such as "2:4+int8"."""
+    """PatternError unless the label is a pattern such as "2:4", or one with numbers such as "8:16+int8@a8"."""
     parse_weights(label)
 
 
@@ -62,7 +45,8 @@ def sweep(*parts: Settings) -> dict[str, Any]:
     Every engine works in a process of its own, one for each number of threads: a pool made by another engine, or by
     itself for another number of threads, would take cores from it.
 
-    Raises SparsecompError if an engine's product is wrong, or if an engine or its process fails.
+    A dense engine whose product is wrong, or that fails, is left out with the reason. Raises SparsecompError if ours is
+    or does, and where no dense engine is left.
     """
     # peaks are those of this run, not of another day
     os.environ["SPARSECOMP_CACHE"] = "off"
@@ -83,7 +67,8 @@ def sweep(*parts: Settings) -> dict[str, Any]:
         ]
         patterns = dict.fromkeys(pattern for part, _, _ in groups for pattern in part.patterns)
         sparse = {pattern: SparseEngine(pattern) for pattern in patterns}
-        engines = [*float_engines(), *sparse.values()]
+        dense = {engine.name: engine for part, _, _ in groups for engine in part.dense()}
+        engines = [*dense.values(), *sparse.values()]
         makes = {engine.name: partial(Product, engine, threads) for engine in engines}
         cores[threads] = Cores(threads)
         with workers(makes, threads, [engine.name for engine in engines if engine.openmp]) as started:
@@ -117,18 +102,22 @@ def _measured(
     """The rows of each case once it is measured; ``notes`` gain what is missing and what to know of engines."""
     missing, remarks = notes
     for part, shape, dtype in groups:
-        wanted = [*float_engines(), *(sparse[pattern] for pattern in part.patterns)]
-        why = {engine.name: engine.missing(dtype) for engine in wanted}
-        missing.update({f"{name}, {dtype}": reason for name, reason in why.items() if reason is not None})
-        ready = [engine for engine in wanted if why[engine.name] is None]
-        told = {f"{each.name}, {dtype}": each.remark(dtype) for each in ready}
-        remarks.update({name: text for name, text in told.items() if text is not None})
-        if (reason := _too_small(part, shape, dtype)) is not None:
+        wanted: list[Engine] = [*part.dense(), *(sparse[pattern] for pattern in part.patterns)]
+        ready: dict[str, tuple[Engine, str]] = {}
+        for engine in wanted:
+            taken = given(engine, dtype) if engine.pattern is None else dtype
+            if (reason := engine.missing(taken)) is None:
+                ready[engine.name] = engine, taken
+                told = engine.remark(taken)
+                remarks.update({} if told is None else {f"{engine.name}, {dtype}": told})
+            elif dtype != "fp32" or not isinstance(engine, TorchWidenedEngine):
+                missing[f"{engine.name}, {dtype}"] = reason
+        if (reason := too_small(part, shape, dtype)) is not None:
             missing[f"cold weights, {shape[0]}x{shape[1]}, {dtype}"] = reason
-        asked = {engine.name: started[engine.name] for engine in ready}
         # weights of an earlier shape would fill the memory
-        ask_all((worker for name, worker in started.items() if name not in asked), "clear")
-        yield from _rows(part, device, ready, asked, shape, dtype, threads, cores)
+        answers({name: (worker, ()) for name, worker in started.items() if name not in ready}, "clear")
+        case = _Case(part, shape, dtype, threads)
+        yield from _rows(case, device, ready, {name: started[name] for name in ready}, cores, missing)
 
 
 def default_path(result: dict[str, Any], folder: Path) -> Path:
@@ -145,28 +134,44 @@ def write(result: dict[str, Any], path: Path) -> None:
     path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
 
 
+@dataclass(frozen=True)
+class _Case:
+    settings: Settings
+    shape: tuple[int, int]
+    dtype: str
+    threads: int
+
+
 def _rows(
-    settings: Settings,
+    case: _Case,
     device: Device,
-    engines: list[Engine],
-    asked: Mapping[str, Worker],
-    shape: tuple[int, int],
-    dtype: str,
-    threads: int,
+    ready: dict[str, tuple[Engine, str]],
+    asked: dict[str, Worker],
     cores: Cores,
+    missing: dict[str, str],
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each case, a batch on warm or cold weights."""
-    copies = _copies(settings, device, shape, dtype) if _too_small(settings, shape, dtype) is None else 1
-    ask_all(asked.values(), "load", shape, dtype, copies)
+    """The rows of each case, a batch on warm or cold weights; engines that fail are taken out of ``asked``."""
+    settings, shape, dtype, threads = case.settings, case.shape, case.dtype, case.threads
+    copies = copies_of(settings, device, shape, dtype) if too_small(settings, shape, dtype) is None else 1
+    loads = {name: (asked[name], (shape, ready[name][1], copies)) for name in asked}
+    _, failed = answers(loads, "load")
+    _leave_out(failed, asked, ready, dtype, missing)
     cases = [(batch, "warm", 1) for batch in settings.batches]
     cases += [(batch, "cold", copies) for batch in settings.cold_batches if copies > 1]
     for batch, weights, count in cases:
-        errors = ask_all(asked.values(), "bind", batch, count)
-        _check(errors, engines, dtype, f"{shape[0]}x{shape[1]}, batch {batch}, {threads} threads")
+        where = f"{shape[0]}x{shape[1]}, batch {batch}, {threads} threads"
+        errors, failed = answers({name: (worker, (batch, count)) for name, worker in asked.items()}, "bind")
+        wrong = {
+            name: f"{name} is wrong at {where}: {ready[name][0].wrong(error, ready[name][1])}"
+            for name, error in errors.items()
+            if not error <= ready[name][0].tolerance(ready[name][1])
+        }
+        _leave_out(failed | wrong, asked, ready, dtype, missing)
         samplers = {name: partial(worker.ask, "sample") for name, worker in asked.items()}
         timings = measure(samplers, settings.seconds, cores)
         found = []
-        for engine in engines:
+        for name in asked:
+            engine, taken = ready[name]
             row: dict[str, Any] = {
                 "out": shape[0],
                 "in": shape[1],
@@ -174,48 +179,34 @@ def _rows(
                 "dtype": dtype,
                 "threads": threads,
                 "weights": weights,
-                "engine": engine.name,
+                "engine": name,
                 "pattern": engine.label,
-                "error": float(f"{errors[engine.name]:.2g}"),
-                **_times(timings[engine.name], count),
+                "numbers": engine.computes(taken),
+                "error": float(f"{errors[name]:.2g}"),
+                **_times(timings[name], count),
             }
             if engine.pattern is not None:
-                pattern = sc.parse_pattern(engine.pattern)
-                request = Request(pattern, shape, DTYPES[dtype], "cpu", batch, engine.numbers)
-                limit = bound(request, device, threads, warm=weights == "warm")
+                limit = limit_of(engine, shape, dtype, batch, device, threads, weights == "warm")
                 row |= {"bound": round(limit.value, 3), "bound_by": limit.limited_by}
             found.append(row)
         yield found
 
 
-def _copies(settings: Settings, device: Device, shape: tuple[int, int], dtype: str) -> int:
-    if not settings.cold_batches:
-        return 1
-    return max(2, round(_BEYOND_CACHE * device.last_level_bytes / _packed_bytes(settings, shape, dtype)))
-
-
-def _packed_bytes(settings: Settings, shape: tuple[int, int], dtype: str) -> float:
-    """The values of the smallest of the packed weights."""
-    weights = [parse_weights(label) for label in settings.patterns]
-    bits = min(pattern.density * numbers.weight_bits(DTYPES[dtype]) for pattern, numbers in weights)
-    return shape[0] * shape[1] * bits / 8
-
-
-def _too_small(settings: Settings, shape: tuple[int, int], dtype: str) -> str | None:
-    """Why cold weights of this shape are not measured, or None if they are."""
-    size = _packed_bytes(settings, shape, dtype)
-    if not settings.cold_batches or size >= _SMALLEST_COLD:
-        return None
-    return (
-        f"a weight of {size / 1024:.3g} KiB is smaller than the {_SMALLEST_COLD // 1024} KiB from which cold weights "
-        "are measured: too many copies would have to fill the cache"
-    )
-
-
-def _check(errors: Mapping[str, float], engines: Iterable[Engine], dtype: str, where: str) -> None:
-    for engine in engines:
-        if not errors[engine.name] <= engine.tolerance(dtype):
-            raise SparsecompError(f"{engine.name} is wrong at {where}: {engine.wrong(errors[engine.name], dtype)}")
+def _leave_out(
+    failed: Mapping[str, str],
+    asked: dict[str, Worker],
+    ready: Mapping[str, tuple[Engine, str]],
+    dtype: str,
+    missing: dict[str, str],
+) -> None:
+    """Take engines that failed out of those asked. Raises SparsecompError for ours, and where no dense one is left."""
+    for name, reason in failed.items():
+        if ready[name][0].pattern is not None:
+            raise SparsecompError(reason)
+        missing[f"{name}, {dtype}"] = reason
+        del asked[name]
+    if all(ready[name][0].pattern is not None for name in asked):
+        raise SparsecompError(f"no dense engine is left to compare with in {dtype}: {'; '.join(failed.values())}")
 
 
 def _times(timing: Timing, copies: int) -> dict[str, float | int]:

@@ -24,8 +24,9 @@ _EXAMPLE = """\
 example: sparsecomp bench --shapes 4096x4096,3072x768 --batches 1,8 \\
              --dtypes fp32 --output result.json
 
-Engines multiply in turn within one run, each in its own process; each row is checked against float64 first.
-docs/results.md explains the table. The default sweep is meant to take under six minutes; close other programs first.
+Engines multiply in turn within one run, each in its own process; each row is checked against float64 first. Dense int8
+engines are among them: patterns such as 8:16+int8@a8 are compared with the best of these, the others with the best
+floating one. docs/results.md explains the table. The default sweep takes about ten minutes; close other programs first.
 """
 
 
@@ -38,7 +39,13 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
         "--cold", type=counts_or_none, metavar="LIST", help="batches also measured on cold weights; 0: none"
     )
     parser.add_argument("--dtypes", type=words, metavar="LIST", help="of fp32,bf16")
-    parser.add_argument("--patterns", type=words, metavar="LIST", help="such as 2:4,8:16,2:4+int8 (int8 weights)")
+    parser.add_argument(
+        "--patterns",
+        type=words,
+        metavar="LIST",
+        help="such as 2:4,8:16,2:4+int8 (int8 weights),8:16+int8@a8 (int8 activations, too)",
+    )
+    parser.add_argument("--no-int8", action="store_true", help="leave the dense int8 engines out")
     parser.add_argument(
         "--goals", action="store_true", help="measure what the kernels are held to, and say where each goal stands"
     )
@@ -57,6 +64,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     from sparsecomp.benchmark import goals, plot, report, sweep
+    from sparsecomp.benchmark.settings import Settings
 
     cores = len(os.sched_getaffinity(0))
     chosen = {
@@ -69,14 +77,19 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": arguments.seconds,
     }
     if arguments.goals:
-        if given := [
-            name for name in ("shapes", "batches", "cold_batches", "dtypes", "patterns") if chosen[name] is not None
-        ]:
+        if (
+            given := [
+                name for name in ("shapes", "batches", "cold_batches", "dtypes", "patterns") if chosen[name] is not None
+            ]
+            + ["no-int8"] * arguments.no_int8
+        ):
             options = ", ".join("cold" if name == "cold_batches" else name for name in given)
             raise UsageError(f"--goals sets {options} itself; leave either out")
-        parts = goals.parts(chosen["threads"], arguments.seconds)
+        parts = goals.parts(chosen["threads"], goals.kinds_here(), arguments.seconds)
     else:
-        parts = [sweep.Settings(**{name: value for name, value in chosen.items() if value is not None})]
+        parts = [
+            Settings(**{name: value for name, value in chosen.items() if value is not None}, int8=not arguments.no_int8)
+        ]
     used = {dtype for part in parts for dtype in part.dtypes}
     if unknown := used - {"fp32", "bf16"}:
         raise UsageError(f"--dtypes got {', '.join(sorted(unknown))}; allowed are fp32 and bf16")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparsecomp.engines.base import Operands, quantized
+from torch import Tensor
+
+from sparsecomp.engines.base import Operands
 
 
 def gemm(operands: Operands, batch: int | str, copies: int) -> bytes:
@@ -16,22 +18,21 @@ def gemm(operands: Operands, batch: int | str, copies: int) -> bytes:
     for i, weight in enumerate(operands.weights[:copies]):
         stored.append(numpy_helper.from_array(weight.numpy(), f"w{i}"))
         nodes.append(helper.make_node("Gemm", ["x", f"w{i}", "bias"], [f"y{i}"], transB=1))
-    return _model(operands, batch, ["x"], nodes, stored, copies)
+    return _model(operands.weights[0], batch, ["x"], nodes, stored, copies)
 
 
-def quantized_gemm(operands: Operands, batch: int | str, copies: int) -> bytes:
+def quantized_gemm(weights: Sequence[tuple[Tensor, Tensor]], bias: Tensor, batch: int | str, copies: int) -> bytes:
     """The nodes that onnxruntime's ``quantize_dynamic(per_channel=True)`` puts in the place of a Gemm, for each copy.
 
-    Each copy has an input of its own, so that none shares the rounded activations of another.
+    ``weights`` are integers [out, in] and row scales. Each copy has an input of its own, so that none shares rounded
+    activations with another.
     """
     import numpy as np
     from onnx import helper, numpy_helper
 
-    out = operands.bias.shape[0]
-    zeros = numpy_helper.from_array(np.zeros(out, np.int8), "zeros")
-    nodes, stored = [], [numpy_helper.from_array(operands.bias.numpy(), "bias"), zeros]
-    for i, weight in enumerate(operands.weights[:copies]):
-        integers, scales = quantized(weight)
+    zeros = numpy_helper.from_array(np.zeros(bias.shape[0], np.int8), "zeros")
+    nodes, stored = [], [numpy_helper.from_array(bias.numpy(), "bias"), zeros]
+    for i, (integers, scales) in enumerate(weights[:copies]):
         stored.append(numpy_helper.from_array(integers.T.contiguous().numpy(), f"w{i}"))
         stored.append(numpy_helper.from_array(scales[:, 0].numpy(), f"w_scale{i}"))
         nodes += [
@@ -42,11 +43,11 @@ def quantized_gemm(operands: Operands, batch: int | str, copies: int) -> bytes:
             helper.make_node("Mul", [f"float{i}", f"scale{i}"], [f"product{i}"]),
             helper.make_node("Add", [f"product{i}", "bias"], [f"y{i}"]),
         ]
-    return _model(operands, batch, [f"x{i}" for i in range(copies)], nodes, stored, copies)
+    return _model(weights[0][0], batch, [f"x{i}" for i in range(copies)], nodes, stored, copies)
 
 
 def _model(
-    operands: Operands,
+    weight: Tensor,
     batch: int | str,
     inputs: Sequence[str],
     nodes: Sequence[Any],
@@ -56,7 +57,7 @@ def _model(
     import onnx
     from onnx import helper
 
-    out, columns = operands.weights[0].shape
+    out, columns = weight.shape
     sources = [helper.make_tensor_value_info(each, onnx.TensorProto.FLOAT, [batch, columns]) for each in inputs]
     outputs = [helper.make_tensor_value_info(f"y{i}", onnx.TensorProto.FLOAT, [batch, out]) for i in range(copies)]
     graph = helper.make_graph(nodes, "layer", sources, outputs, stored)

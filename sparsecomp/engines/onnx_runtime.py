@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecomp.engines.base import DENSE_INT8, Engine, Loaded, Operands, Runner
+from sparsecomp.engines.base import DENSE_INT8, Engine, Loaded, Operands, Runner, quantized
 from sparsecomp.engines.graphs import gemm, quantized_gemm
 
 _NOT_INSTALLED = "onnx and onnxruntime are not installed; pip install 'sparsecomp[onnx]'"
 
 
 class _Sessions(Loaded):
-    def __init__(self, operands: Operands, graph: Callable[[Operands, int | str, int], bytes]) -> None:
-        self.operands, self.graph = operands, graph
+    def __init__(self, graph: Callable[[int | str, int], bytes], out: int) -> None:
+        """``graph`` gives the model of a batch and of so many copies, each with ``out`` outputs."""
+        self.graph, self.out = graph, out
         self.sessions: dict[tuple[int, int], Any] = {}
 
     def bind(self, x: Tensor, threads: int, copies: int) -> Runner:
@@ -29,14 +31,14 @@ class _Sessions(Loaded):
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
             self.sessions[threads, copies] = onnxruntime.InferenceSession(
-                self.graph(self.operands, "batch", copies), sess_options=options, providers=["CPUExecutionProvider"]
+                self.graph("batch", copies), sess_options=options, providers=["CPUExecutionProvider"]
             )
         session = self.sessions[threads, copies]
         binding = session.io_binding()
         source = onnxruntime.OrtValue.ortvalue_from_numpy(x.numpy())
         for each in session.get_inputs():
             binding.bind_ortvalue_input(each.name, source)
-        shape = [x.shape[0], self.operands.bias.shape[0]]
+        shape = [x.shape[0], self.out]
         values = [onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32) for _ in range(copies)]
         for i, value in enumerate(values):
             binding.bind_ortvalue_output(f"y{i}", value)
@@ -59,7 +61,7 @@ class OnnxRuntimeEngine(Engine):
 
     def load(self, operands: Operands) -> Loaded:
         """Sessions are made when they are bound, one for each number of threads and copies."""
-        return _Sessions(operands, gemm)
+        return _Sessions(partial(gemm, operands), operands.bias.shape[0])
 
 
 class OnnxRuntimeInt8Engine(Engine):
@@ -76,4 +78,5 @@ class OnnxRuntimeInt8Engine(Engine):
 
     def load(self, operands: Operands) -> Loaded:
         """Sessions are made when they are bound, one for each number of threads and copies."""
-        return _Sessions(operands, quantized_gemm)
+        weights = [quantized(weight) for weight in operands.weights]
+        return _Sessions(partial(quantized_gemm, weights, operands.bias), operands.bias.shape[0])

@@ -168,9 +168,11 @@ class OpenVinoInt8Engine(Engine):
             return "openvino is not installed; pip install 'sparsecomp[bench]'"
         if dtype != "fp32":
             return "it takes and gives fp32"
-        if self._rounding == "dynamic" and not _rounds_by_itself():
-            return "it rounds no activations on this processor and multiplies in fp32; that needs VNNI"
-        return None
+        try:
+            rounds = self._rounding == "static" or _rounds_by_itself()
+        except RuntimeError as error:
+            return f"OpenVINO cannot compile it here: {str(error).splitlines()[-1]}"
+        return None if rounds else "it rounds no activations on this processor and multiplies in fp32; that needs VNNI"
 
     def remark(self, dtype: str) -> str | None:
         """Whether weights have 7 bits."""

@@ -18,7 +18,7 @@ import torch
 from sparsecomp.engines.base import DTYPES, Engine, titled
 from sparsecomp.engines.product import Product
 from sparsecomp.engines.pytorch import TorchEngine
-from sparsecomp.engines.registry import dense_engines
+from sparsecomp.engines.registry import dense_engines, given
 from sparsecomp.engines.worker import Worker, answers, workers
 from sparsecomp.machine import cache, clock
 from sparsecomp.machine.device import Device
@@ -76,10 +76,10 @@ class Peers:
         own = next((name for name, each in DTYPES.items() if each == dtype), "fp32")
         found = {}
         for engine in self._engines:
-            given = own if engine.missing(own) is None else "fp32"
-            reason = engine.missing(given)
+            taken = given(engine, own)
+            reason = engine.missing(taken)
             if reason is None:
-                found[engine.title(given)] = engine, given
+                found[engine.title(taken)] = engine, taken
             else:
                 self.missing[titled(engine.name)] = reason
         return {name: each for name, each in found.items() if name not in self.missing}
@@ -100,15 +100,15 @@ class Peers:
         for batch in batches:
             errors = self._ask(running, "bind", dict.fromkeys(running, (batch, copies)))
             for name, error in errors.items():
-                engine, given = ready[name]
-                if not error <= engine.tolerance(given):
-                    self.missing[name] = engine.wrong(error, given)
+                engine, taken = ready[name]
+                if not error <= engine.tolerance(taken):
+                    self.missing[name] = engine.wrong(error, taken)
                     del running[name]
             self._ask(running, "sample", dict.fromkeys(running, ()))
             samplers = {name: partial(worker.ask, "sample") for name, worker in running.items()}
             samples = clock.in_turn(samplers, _BUDGET, _LEAST_SAMPLES, _MOST_SAMPLES) if samplers else {}
-            found[batch] = times = {name: statistics.median(taken) / copies for name, taken in samples.items()}
-            if all(_spread(taken) <= _STEADY for taken in samples.values()):
+            found[batch] = times = {name: statistics.median(each) / copies for name, each in samples.items()}
+            if all(_spread(each) <= _STEADY for each in samples.values()):
                 cache.store("engines", self._key(shape, dtype, batch, copies), times)
         return found
 
@@ -122,11 +122,11 @@ class Peers:
 
     def _ask(self, running: dict[str, Worker], method: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
         """What each answers; those that fail are missing from then on."""
-        given, failed = answers({name: (running[name], arguments[name]) for name in running}, method)
+        found, failed = answers({name: (running[name], arguments[name]) for name in running}, method)
         for name, reason in failed.items():
             self.missing[name] = reason
             del running[name]
-        return given
+        return found
 
     def _key(self, shape: tuple[int, int], dtype: torch.dtype, batch: int, copies: int) -> str:
         threads = self._device.threads

@@ -19,7 +19,9 @@ class Product:
     def __init__(self, engine: Engine, threads: int) -> None:
         """Nothing is loaded yet."""
         self._engine, self._threads = engine, threads
-        self._operands: Operands | None = None
+        self._checked: dict[int, Tensor] = {}  # weights by the number of copies that ends with them
+        self._bias: Tensor | None = None
+        self._dtype = ""
         self._loaded: Loaded | None = None
         self._runner: Runner | None = None
         self._sampler: Sampler | None = None
@@ -34,25 +36,25 @@ class Product:
         pattern = self._engine.pattern
         if pattern is not None:
             weights = [sc.prune_weight(weight, pattern).weight for weight in weights]
-        self._operands = Operands(weights, bias, dtype)
-        self._loaded = self._engine.load(self._operands)
+        self._loaded = self._engine.load(Operands(weights, bias, dtype))
+        # the others would double the memory where the engine has a form of its own
+        self._checked, self._bias, self._dtype = {1: weights[0], copies: weights[-1]}, bias, dtype
 
     def clear(self) -> None:
         """Forget what was loaded."""
-        self._operands = self._loaded = self._runner = self._sampler = None
+        self._bias = self._loaded = self._runner = self._sampler = None
+        self._checked = {}
 
     @torch.inference_mode()
     def bind(self, batch: int, copies: int) -> float:
-        """Bind an input of so many rows to the first ``copies`` weights.
+        """Bind an input of so many rows to the first ``copies`` weights: one, or as many as were loaded.
 
         Returns the relative Frobenius distance of the last product to float64.
         """
-        assert self._operands is not None and self._loaded is not None
+        assert self._bias is not None and self._loaded is not None
         self._runner = self._sampler = None
-        weight, bias = self._operands.weights[copies - 1], self._operands.bias
-        x = _random(
-            (batch, weight.shape[1]), self._operands.dtype, torch.Generator(device="cpu").manual_seed(batch), 1.0
-        )
+        weight, bias = self._checked[copies], self._bias
+        x = _random((batch, weight.shape[1]), self._dtype, torch.Generator(device="cpu").manual_seed(batch), 1.0)
         self._runner = runner = self._loaded.bind(x, self._threads, copies)
         self._sampler = Sampler(runner.call, after_sleep=self._threads > 1)
         runner.call()

@@ -39,6 +39,40 @@ class TorchEngine(Engine):
         return Modules([linear(weight, operands.bias, dtype) for weight in operands.weights], dtype)
 
 
+class TorchWidenedEngine(TorchEngine):
+    """torch.nn.Linear in fp32 in a layer of less, with x and y converted in the call."""
+
+    name = "torch fp32"
+
+    def missing(self, dtype: str) -> str | None:
+        """A layer in fp32 is torch's own already."""
+        return None if dtype != "fp32" else "a layer in fp32 has nothing to convert"
+
+    def computes(self, dtype: str) -> str:
+        """Always "fp32"."""
+        return "fp32"
+
+    def title(self, dtype: str) -> str:
+        """Always "torch fp32"."""
+        return self.name
+
+    def load(self, operands: Operands) -> Loaded:
+        """One nn.Linear in fp32 for each copy."""
+        dtype = DTYPES[operands.dtype]
+        layers = [linear(weight, operands.bias, torch.float32) for weight in operands.weights]
+        return Modules([_Widened(layer, dtype) for layer in layers], dtype)
+
+
+class _Widened(nn.Module):
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.dtype = layer, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x.float())
+        return y.to(self.dtype)
+
+
 class TorchInt8Engine(Engine):
     """torch's dynamic quantisation: int8 weights with row scales, activations rounded with one scale in each call."""
 

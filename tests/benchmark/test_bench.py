@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsecomp.benchmark import report, sweep
+from sparsecomp.benchmark import limits, report, settings, sweep
 from sparsecomp.benchmark.sparse import SparseEngine
 from sparsecomp.engines import timing
 from sparsecomp.engines.base import Engine, Loaded, Operands
@@ -21,6 +21,11 @@ from sparsecomp.engines.product import Product
 from sparsecomp.engines.pytorch import TorchEngine
 from sparsecomp.engines.worker import ask_all, workers
 from sparsecomp.errors import FormatError, PatternError, SparsecompError
+from sparsecomp.machine.bound import bound, packed_nbytes
+from sparsecomp.machine.device import Device
+from sparsecomp.machine.request import Request
+from sparsecomp.methods.weight import prune_weight
+from sparsecomp.patterns import parse
 
 
 def row(engine: str, us: float, pattern: str | None = None, **facts: Any) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def test_a_verdict_needs_the_whole_spread(us: float, low: float, high: float, ve
 
 def test_our_engines_agree_with_float64_and_rotate_over_copies() -> None:
     weights = [torch.randn(24, 40) for _ in range(3)]
-    fitting = [sweep.sc.prune_weight(weight, "2:4").weight for weight in weights]
+    fitting = [prune_weight(weight, "2:4").weight for weight in weights]
     x, bias = torch.randn(5, 40), torch.randn(24)
     for engine in [SparseEngine("2:4"), SparseEngine("2:4+int8")]:
         if engine.missing("fp32") is not None:
@@ -142,6 +147,8 @@ class WrongEngine(TorchEngine):
 
 
 class FailingEngine(TorchEngine):
+    name = "failing"
+
     def load(self, operands: Operands) -> Loaded:
         raise ValueError("out of luck")
 
@@ -172,8 +179,6 @@ def test_engines_in_their_own_processes_multiply_the_same_numbers() -> None:
         for copies in (1, 3):
             errors = ask_all(started.values(), "bind", 5, copies)
             assert all((error > 0.1) == (name == "wrong") for name, error in errors.items())
-            with pytest.raises(SparsecompError, match="wrong is wrong at"):
-                sweep._check(errors, ready, "fp32", "24x40")
         timings = timing.measure({name: partial(each.ask, "sample") for name, each in started.items()}, 0.01)
         assert all(each.samples >= timing.MIN_REPETITIONS and each.low > 0 for each in timings.values())
 
@@ -200,12 +205,82 @@ def test_a_process_that_dies_is_an_error_and_the_others_end_with_the_block() -> 
         pass
 
 
-def test_a_wrong_product_ends_the_run() -> None:
-    listed = [TorchEngine(), WrongEngine()]
-    with pytest.raises(SparsecompError, match="wrong is wrong at 8x16"):
-        sweep._check({"torch": 1e-7, "wrong": 0.1}, listed, "fp32", "8x16")
-    with pytest.raises(SparsecompError, match="torch is wrong"):
-        sweep._check({"torch": float("nan")}, listed[:1], "fp32", "8x16")
+def test_what_is_left_out_is_named_and_ours_or_the_last_dense_one_ends_the_run() -> None:
+    ours, torch_engine, wrong = SparseEngine("2:4"), TorchEngine(), WrongEngine()
+    ready: dict[str, tuple[Engine, str]] = {each.name: (each, "fp32") for each in (torch_engine, wrong, ours)}
+    asked: Any = dict.fromkeys(ready)
+    missing: dict[str, str] = {}
+    sweep._leave_out({}, asked, ready, "fp32", missing)
+    assert asked.keys() == ready.keys() and missing == {}
+    sweep._leave_out({"wrong": "wrong is wrong"}, asked, ready, "bf16", missing)
+    assert list(asked) == ["torch", "sparsecomp 2:4"] and missing == {"wrong, bf16": "wrong is wrong"}
+    with pytest.raises(SparsecompError, match="ours is wrong"):
+        sweep._leave_out({"sparsecomp 2:4": "ours is wrong"}, dict(asked), ready, "fp32", missing)
+    with pytest.raises(SparsecompError, match="no dense engine is left to compare with in fp32: out of memory"):
+        sweep._leave_out({"torch": "out of memory"}, asked, ready, "fp32", missing)
+
+
+@pytest.mark.slow
+def test_a_dense_engine_that_is_wrong_or_fails_is_left_out_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := SparseEngine("2:4").missing("fp32")) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(settings, "float_engines", lambda: [TorchEngine(), WrongEngine(), FailingEngine()])
+    part = settings.Settings(((24, 40),), (2,), (), ("fp32",), ("2:4",), (1,), 0.01, int8=False)
+    result = sweep.sweep(part)
+    assert [(each["engine"], each["numbers"]) for each in result["rows"]] == [
+        ("torch", "fp32"),
+        ("sparsecomp 2:4", "fp32"),
+    ]
+    assert "wrong is wrong at 24x40, batch 2, 1 threads: relative error" in result["missing"]["wrong, fp32"]
+    assert result["missing"]["failing, fp32"].endswith("ValueError: out of luck")
+
+
+def dense(engine: str, us: float, numbers: str, **facts: Any) -> dict[str, Any]:
+    return row(engine, us, None, numbers=numbers, **facts)
+
+
+def test_int8_stands_beside_int8_and_floats_beside_floats() -> None:
+    ours = [row("sparsecomp 2:4", 10.0, "2:4", numbers="fp32"), row("sparsecomp", 4.0, "8:16+int8@a8", numbers="int8")]
+    peers = [dense("torch", 30.0, "fp32"), dense("openvino", 20.0, "fp32"), dense("onnxruntime int8", 8.0, "int8")]
+    floating, integer = report.comparisons({"rows": [*peers, dense("torch int8", 9.0, "int8"), *ours]})
+    assert (floating.dense["engine"], floating.speedup, floating.beside) == ("openvino", 2.0, 0.8)
+    assert (integer.dense["engine"], integer.speedup, integer.beside) == ("onnxruntime int8", 2.0, 5.0)
+    assert floating.other is not None and floating.other["engine"] == "onnxruntime int8"
+    # without a dense int8 engine int8 is compared with floats, and nothing is beside it
+    alone = list(report.comparisons({"rows": [*peers[:2], *ours]}))
+    assert [(each.speedup, each.beside) for each in alone] == [(2.0, None), (5.0, None)]
+    machine = {"cpu": "a cpu", "isa": "avx512", "cores": 1, "packages": {}, "peaks": {}}
+    facts = {"machine": machine, "missing": {}, "remarks": {}}
+    text = report.render(facts | {"rows": [*peers, *ours]})
+    assert "beside" in text and "0.80x" in text and "5.00x" in text
+    assert "beside" not in report.render(facts | {"rows": [*peers[:2], ours[0]]})
+    assert list(report.comparisons({"rows": [ours[0]]})) == []
+
+
+def test_the_bound_of_int8_is_that_over_dense_int8() -> None:
+    device = FixedPeaks("cpu", "a cpu", "avx512", 2, None, None, 32 << 20)
+    shape = (4096, 4096)
+    ours = SparseEngine("8:16+int8@a8")
+    warm = limits.limit_of(ours, shape, "fp32", 1, device, 1, True)
+    assert (warm.value, warm.limited_by) == (2.0, "compute")
+    cold = limits.limit_of(ours, shape, "fp32", 1, device, 1, False)
+    packed = packed_nbytes(parse("8:16"), shape, torch.float32, ours.numbers)
+    assert cold.limited_by == "memory" and cold.value == pytest.approx(4096**2 / packed, rel=0.01)
+    assert limits.limit_of(ours, shape, "fp32", 512, device, 1, False).value == 2.0
+    assert limits.limit_of(SparseEngine("16:16+int8@a8"), shape, "fp32", 512, device, 1, True).value == 1.0
+    floats = SparseEngine("8:16")
+    request = Request(parse("8:16"), shape, torch.float32, "cpu", 8)
+    assert limits.limit_of(floats, shape, "fp32", 8, device, 1, False) == bound(request, device, 1, False)
+
+
+class FixedPeaks(Device):
+    """A hundred thousand million operations and ten thousand million bytes a second."""
+
+    def flops(self, dtype: torch.dtype, threads: int | None = None) -> float:
+        return 1e11
+
+    def bandwidth(self, threads: int | None = None) -> float:
+        return 1e10
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 3, "kind": "gemm", "rows": []}', '{"rows": []}'])
@@ -250,7 +325,7 @@ def test_a_report_fits_the_terminal_and_names_what_it_leaves_out(width: int, mon
 
 
 def test_patterns_are_checked_with_and_without_int8() -> None:
-    for label in ("2:4", "2:4+int8", "block16x16:0.5"):
+    for label in ("2:4", "2:4+int8", "8:16+int8@a8", "block16x16:0.5"):
         sweep.check_pattern(label)
     for label in ("2:5", "2:4+int4", ""):
         with pytest.raises(PatternError):

@@ -99,17 +99,18 @@ def test_a_narrow_plan_says_the_mean_once_and_only_where_the_table_has_none(
 
 @pytest.mark.slow
 def test_bench_leaves_out_cold_weights_that_would_take_thousands_of_copies(capsys: pytest.CaptureFixture[str]) -> None:
-    from sparsecomp.benchmark import sweep
+    from sparsecomp.benchmark.limits import too_small
+    from sparsecomp.benchmark.settings import Settings
 
     options = ["bench", "--shapes", "64x64", "--patterns", "2:4", "--batches", "1", "--dtypes", "fp32"]
-    assert main([*options, "--threads", "1", "--seconds", "0.01", "--output", "r.json"]) == 0
+    assert main([*options, "--threads", "1", "--seconds", "0.01", "--no-int8", "--output", "r.json"]) == 0
     result = json.loads(Path("r.json").read_text())
     assert {row["weights"] for row in result["rows"]} == {"warm"}
-    assert "smaller than the 64 KiB" in result["missing"]["cold weights, 64x64, fp32"]
-    assert "left out: cold weights, 64x64, fp32: a weight of 8 KiB is smaller" in said(capsys.readouterr().out)
-    usual = sweep.Settings(patterns=("2:4", "8:16", "2:4+int8"))
-    assert [sweep._too_small(usual, shape, dtype) for shape in usual.shapes for dtype in usual.dtypes] == [None] * 10
-    assert sweep._too_small(sweep.Settings(cold_batches=()), (8, 8), "fp32") is None
+    assert "smaller than the 128 KiB" in result["missing"]["cold weights, 64x64, fp32"]
+    assert "left out: cold weights, 64x64, fp32: a weight of 8.5 KiB is smaller" in said(capsys.readouterr().out)
+    usual = Settings(patterns=("2:4", "8:16"))
+    assert [too_small(usual, shape, dtype) for shape in usual.shapes for dtype in usual.dtypes] == [None] * 10
+    assert too_small(Settings(cold_batches=()), (8, 8), "fp32") is None
 
 
 @pytest.mark.parametrize("width", ["60", "80", "250"])

@@ -92,7 +92,8 @@ def test_int8_engines_round_activations(name: str) -> None:
 
 
 def test_every_engine_says_its_numbers() -> None:
-    assert [engine.computes("fp32") for engine in float_engines()] == ["fp32"] * 3
+    assert [engine.computes("fp32") for engine in float_engines()] == ["fp32"] * 4
+    assert ENGINES["torch fp32"].computes("bf16") == "fp32" and ENGINES["torch fp32"].title("bf16") == "torch fp32"
     assert ENGINES["torch"].computes("bf16") == "bf16"
     assert all(engine.numbers == FLOAT and engine.label is engine.pattern is None for engine in float_engines())
     assert {(engine.computes("fp32"), str(engine.numbers)) for engine in int8_engines()} == {("int8", "int8@a8")}
@@ -130,9 +131,13 @@ def test_the_int8_graph_is_that_of_onnxruntime_and_runs_as_one_node(tmp_path: Pa
     from sparsecomp.engines.graphs import gemm
 
     given = operands(24, 40, 2)
+    rounded = [quantized(weight) for weight in given.weights]
     (tmp_path / "float.onnx").write_bytes(gemm(given, "batch", 1))
     quantize_dynamic(tmp_path / "float.onnx", tmp_path / "theirs.onnx", per_channel=True)
-    theirs, ours = onnx.load(tmp_path / "theirs.onnx"), onnx.load_from_string(quantized_gemm(given, "batch", 1))
+    theirs, ours = (
+        onnx.load(tmp_path / "theirs.onnx"),
+        onnx.load_from_string(quantized_gemm(rounded, given.bias, "batch", 1)),
+    )
     assert sorted(node.op_type for node in theirs.graph.node) == sorted(node.op_type for node in ours.graph.node)
     stored = {each.name: numpy_helper.to_array(each) for each in theirs.graph.initializer}
     own = {each.name: numpy_helper.to_array(each) for each in ours.graph.initializer}
@@ -141,7 +146,9 @@ def test_the_int8_graph_is_that_of_onnxruntime_and_runs_as_one_node(tmp_path: Pa
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "run.onnx")
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(quantized_gemm(given, "batch", 2), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        quantized_gemm(rounded, given.bias, "batch", 2), options, providers=["CPUExecutionProvider"]
+    )
     run = onnx.load(tmp_path / "run.onnx")
     assert [node.op_type for node in run.graph.node] == ["DynamicQuantizeMatMul"] * 2
 
