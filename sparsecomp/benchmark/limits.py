@@ -11,14 +11,12 @@ from sparsecomp.machine.bound import Bound, bound, packed_nbytes
 from sparsecomp.machine.device import Device
 from sparsecomp.machine.request import Request
 from sparsecomp.patterns import parse
-from sparsecomp.patterns.numbers import parse_weights
+from sparsecomp.patterns.numbers import FLOAT, INT8_A8, parse_weights
 
 # copies that together exceed the last-level cache by this much leave nothing of the first when the last is done
 _BEYOND_CACHE = 1.5
 # a weight smaller than this would take hundreds of copies, each with buffers and a session of its own in each engine
 _SMALLEST_COLD = 128 * 1024
-# products of int8 in the time of one in fp32 at most: VNNI multiplies four in a lane and adds them in one instruction
-_INT8_PRODUCTS = 4.0
 
 
 def limit_of(
@@ -26,28 +24,13 @@ def limit_of(
 ) -> Bound:
     """The bound of one of our engines against dense in the same numbers: floating, or int8 with int8 activations.
 
-    Of int8 it is the ratio of bytes where a dense product at four times the peak of fp32 waits for memory, with x and y
-    in ``dtype``, and else that of products, one over the density. What finding and shuffling kept values costs is in
-    neither.
+    Of int8 both do their products at the measured peak of int8, with x and y in ``dtype``. What finding and shuffling
+    kept values costs is not counted.
     """
     pattern = parse(engine.pattern or "")
     request = Request(pattern, shape, DTYPES[dtype], "cpu", batch, engine.numbers)
-    if engine.numbers.activation_bits is None:
-        return bound(request, device, threads, warm)
-    out, columns = shape
-    dense_bytes = engine.numbers.bytes_of(out * columns, request.dtype) + engine.numbers.scales_bytes(shape)
-    peak = _INT8_PRODUCTS * device.flops(DTYPES["fp32"], threads)
-    dense_compute = 2.0 * batch * out * columns / peak
-    dense_memory = sparse_memory = 0.0
-    if not warm or dense_bytes > device.last_level_bytes:
-        rate = device.bandwidth(threads)
-        activations = batch * (out + columns) * request.dtype.itemsize
-        dense_memory = (dense_bytes + activations) / rate
-        packed = packed_nbytes(pattern, shape, request.dtype, engine.numbers)
-        sparse_memory = (packed + activations) / rate
-    sparse_compute = dense_compute * pattern.density
-    dense, sparse = max(dense_compute, dense_memory), max(sparse_compute, sparse_memory)
-    return Bound(dense / sparse, "memory" if sparse_memory > sparse_compute else "compute", dense, sparse)
+    beside = FLOAT if engine.numbers.activation_bits is None else INT8_A8
+    return bound(request, device, threads, warm, beside)
 
 
 def copies_of(settings: Settings, device: Device, shape: tuple[int, int], dtype: str) -> int:

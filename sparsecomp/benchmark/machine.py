@@ -20,6 +20,7 @@ _PACKAGES = ("torch", "onnxruntime", "openvino", "numpy")
 
 def describe(device: Device, threads: list[int]) -> dict[str, Any]:
     """The machine as JSON values; peaks are measured for each number of threads."""
+    integers = {count: device.integer_flops(count) for count in threads}
     return {
         "cpu": device.name,
         "isa": device.isa,
@@ -35,6 +36,7 @@ def describe(device: Device, threads: list[int]) -> dict[str, Any]:
             str(count): {
                 "fp32_gflops": round(device.flops(torch.float32, count) / 1e9, 1),
                 "bf16_gflops": round(device.flops(torch.bfloat16, count) / 1e9, 1),
+                "int8_gops": None if (peak := integers[count]) is None else round(peak / 1e9, 1),
                 "read_gb_s": round(device.bandwidth(count) / 1e9, 1),
             }
             for count in threads

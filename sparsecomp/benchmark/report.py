@@ -200,9 +200,10 @@ def _heading(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in machine["packages"].items() if value)
     lines = [f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores; {versions}"]
     for threads, peak in machine["peaks"].items():
+        integers = f"int8 {peak['int8_gops']:.0f} GOP/s, " if peak.get("int8_gops") else ""
         lines.append(
             f"measured peaks, {threads} thread(s): fp32 {peak['fp32_gflops']:.0f} GFLOP/s, "
-            f"bf16 {peak['bf16_gflops']:.0f} GFLOP/s, memory {peak['read_gb_s']:.0f} GB/s"
+            f"bf16 {peak['bf16_gflops']:.0f} GFLOP/s, {integers}memory {peak['read_gb_s']:.0f} GB/s"
         )
     return "\n".join(map(wrap, lines))
 

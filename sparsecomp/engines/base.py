@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sparsecomp.patterns.numbers import FLOAT, INT8, Numbers
+from sparsecomp.patterns.numbers import FLOAT, Numbers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# weights and activations in int8: the numbers of a dense int8 engine
-DENSE_INT8 = replace(INT8, activation_bits=8)
 # Relative Frobenius distance to float64 above which a figure would be the speed of something else. Of int8, rounding
 # normal activations with one scale, to 7 bits as torch does, gives 0.025, and weights of 7 bits 0.017.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}

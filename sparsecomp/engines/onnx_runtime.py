@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecomp.engines.base import DENSE_INT8, Engine, Loaded, Operands, Runner, quantized
+from sparsecomp.engines.base import Engine, Loaded, Operands, Runner, quantized
 from sparsecomp.engines.graphs import gemm, quantized_gemm
+from sparsecomp.patterns.numbers import INT8_A8
 
 _NOT_INSTALLED = "onnx and onnxruntime are not installed; pip install 'sparsecomp[onnx]'"
 
@@ -68,7 +69,7 @@ class OnnxRuntimeInt8Engine(Engine):
     """ONNX Runtime's dynamic int8: the graph of ``quantize_dynamic(per_channel=True)``, which it fuses to one node."""
 
     name = "onnxruntime int8"
-    numbers = DENSE_INT8
+    numbers = INT8_A8
 
     def missing(self, dtype: str) -> str | None:
         """Why it cannot run, if it cannot."""

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecomp.engines.base import DENSE_INT8, Engine, Loaded, Operands, Runner, quantized
+from sparsecomp.engines.base import Engine, Loaded, Operands, Runner, quantized
 from sparsecomp.engines.graphs import gemm
+from sparsecomp.patterns.numbers import INT8_A8
 
 _GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 # the fastest of 32 (its own default), 64, 128, 256 and the whole row on 768x768 to 3072x768 at batch 128 (AMD EPYC with
@@ -155,7 +156,7 @@ class OpenVinoInt8Engine(Engine):
     input of compressed weights by itself, with a scale for each group of columns.
     """
 
-    numbers = DENSE_INT8
+    numbers = INT8_A8
 
     def __init__(self, rounding: Literal["static", "dynamic"]) -> None:
         """An engine that rounds activations in that way."""

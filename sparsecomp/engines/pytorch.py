@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparsecomp.engines.base import DENSE_INT8, DTYPES, Engine, Loaded, Modules, Operands
+from sparsecomp.engines.base import DTYPES, Engine, Loaded, Modules, Operands
+from sparsecomp.patterns.numbers import INT8_A8
 
 # torch's names for what multiplies int8: "x86" chooses between the libraries behind the other two
 _FIRST = ("x86", "fbgemm", "qnnpack")
@@ -77,7 +78,7 @@ class TorchInt8Engine(Engine):
     """torch's dynamic quantisation: int8 weights with row scales, activations rounded with one scale in each call."""
 
     openmp = True
-    numbers = DENSE_INT8
+    numbers = INT8_A8
 
     def __init__(self, library: str | None = None) -> None:
         """``library`` is torch's name of what multiplies, None for the one that torch takes by itself."""

@@ -279,6 +279,9 @@ class FixedPeaks(Device):
     def flops(self, dtype: torch.dtype, threads: int | None = None) -> float:
         return 1e11
 
+    def integer_flops(self, threads: int | None = None) -> float | None:
+        return 4e11
+
     def bandwidth(self, threads: int | None = None) -> float:
         return 1e10
 

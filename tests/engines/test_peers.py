@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from sparsecomp.engines import peers as module
-from sparsecomp.engines.base import DENSE_INT8, Engine, Loaded, Operands
+from sparsecomp.engines.base import Engine, Loaded, Operands
 from sparsecomp.engines.peers import Peers
 from sparsecomp.engines.pytorch import TorchEngine
 from sparsecomp.errors import SparsecompError
 from sparsecomp.machine import cache
 from sparsecomp.machine.device import detect
+from sparsecomp.patterns.numbers import INT8_A8
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ class Other(Engine):
 
 class Wrong(Other):
     name = "openvino wrong"
-    numbers = DENSE_INT8
+    numbers = INT8_A8
 
     def load(self, operands: Operands) -> Loaded:
         return TorchEngine().load(Operands(operands.weights, operands.bias + 1, operands.dtype))
