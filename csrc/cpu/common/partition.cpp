@@ -27,6 +27,15 @@ int64_t panel_tile_block(int64_t tiles, int64_t most, int64_t panels, int thread
   return std::clamp<int64_t>(divide_up(tiles, wanted), 1, std::max<int64_t>(1, most));
 }
 
+Task Partition::task(int64_t index, int64_t tiles, int64_t batch) const {
+  Task task;
+  task.tile = index % row_tasks * tile_block;
+  task.tile_end = std::min(tiles, task.tile + tile_block);
+  task.column = index / row_tasks * batch_block;
+  task.column_end = std::min(batch, task.column + batch_block);
+  return task;
+}
+
 Partition make_partition(int64_t tiles, int64_t batch, int64_t steps, int slots, int threads, int64_t most_batch) {
   const int64_t batch_tasks = std::max<int64_t>(1, divide_up(batch, most_batch));
   const int64_t batch_block = std::max<int64_t>(1, round_up(divide_up(batch, batch_tasks), kBatchUnit));

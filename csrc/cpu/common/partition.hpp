@@ -5,6 +5,12 @@
 
 namespace sparsecomp {
 
+// Row tiles by batch columns: what one thread computes at a time.
+struct Task {
+  int64_t tile, tile_end;
+  int64_t column, column_end;
+};
+
 struct Partition {
   int64_t tile_block;   // row tiles in a task (the last block of each kind may be smaller)
   int64_t batch_block;  // batch columns in a task
@@ -12,6 +18,8 @@ struct Partition {
   int64_t batch_tasks;
 
   int64_t tasks() const { return row_tasks * batch_tasks; }
+  // Task `index` of a product of so many tiles and columns; rows first.
+  Task task(int64_t index, int64_t tiles, int64_t batch) const;
 };
 
 // `tiles` row tiles by `batch` columns, `steps` column steps and `slots` kept weights per row and step, for `threads`

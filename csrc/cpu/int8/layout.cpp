@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "common/bits.hpp"
+#include "common/description.hpp"
 
 namespace sparsecomp::int8 {
 namespace {
@@ -114,11 +115,7 @@ bool make_geometry(const sparsecomp_nm& weight, Geometry* geometry) {
   g.n = weight.n;
   g.m = weight.m;
   g.mask_rows = weight.mask_rows;
-  // Together they keep every byte count below 2^63.
-  constexpr int64_t kMost = int64_t{1} << 31, kMostBlocks = int64_t{1} << 50;
-  const bool group = g.m == 2 || g.m == 4 || g.m == 8 || g.m == 16;
-  const bool sizes = g.out >= 0 && g.in >= 0 && g.out < kMost && g.in < kMost;
-  if (!group || !sizes || g.n < 1 || g.n > g.m || g.mask_rows < 1) return false;
+  if (!known_nm(weight)) return false;
   if (g.canonical_slots() > kMostKept) return false;
 
   g.dense = g.n == g.m;

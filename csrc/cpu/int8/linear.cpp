@@ -70,11 +70,6 @@ int next_columns(const Micro* micro, int64_t left) {
   return static_cast<int>(columns);
 }
 
-struct Task {
-  int64_t tile, tile_end;
-  int64_t column, column_end;
-};
-
 class TaskRunner {
  public:
   TaskRunner(const Isa& isa, const MicroSet& kernels, const Geometry& g, const LinearCall& call, const Panel& panel,
@@ -212,12 +207,7 @@ int linear(const Isa& isa, const Kernels& kernels, const Geometry& g, const Line
   const Partition parts = make_partition(g.tiles, call.batch, g.rounds, words, call.threads, columns);
   const TaskRunner runner(isa, set, g, call, panel, processor);
   parallel_for(call.threads, parts.tasks(), [&](int64_t index) {
-    Task task;
-    task.tile = index % parts.row_tasks * parts.tile_block;
-    task.tile_end = std::min(g.tiles, task.tile + parts.tile_block);
-    task.column = index / parts.row_tasks * parts.batch_block;
-    task.column_end = std::min(call.batch, task.column + parts.batch_block);
-    if (!runner.run(task)) complete.store(false, std::memory_order_relaxed);
+    if (!runner.run(parts.task(index, g.tiles, call.batch))) complete.store(false, std::memory_order_relaxed);
   });
   return complete.load() ? SPARSECOMP_OK : SPARSECOMP_NO_MEMORY;
 }

@@ -39,11 +39,6 @@ struct Blocking {
   int tiles;  // of a micro-kernel call
 };
 
-struct Task {
-  int64_t tile, tile_end;
-  int64_t column, column_end;
-};
-
 // `columns`: of the batch, in a task.
 Blocking make_blocking(const PermuteSet& kernels, const Geometry& g, const LinearCall& call, int64_t columns,
                        const Processor& processor) {
@@ -283,12 +278,7 @@ int permute_linear(const Isa& isa, const PermuteSet& kernels, const Geometry& g,
   const TaskRunner runner(isa, kernels, g, call, parts.batch_block, processor);
   std::atomic<bool> complete{true};
   parallel_for(call.threads, parts.tasks(), [&](int64_t index) {
-    Task task;
-    task.tile = index % parts.row_tasks * parts.tile_block;
-    task.tile_end = std::min(g.tiles, task.tile + parts.tile_block);
-    task.column = index / parts.row_tasks * parts.batch_block;
-    task.column_end = std::min(call.batch, task.column + parts.batch_block);
-    if (!runner.run(task)) complete.store(false, std::memory_order_relaxed);
+    if (!runner.run(parts.task(index, g.tiles, call.batch))) complete.store(false, std::memory_order_relaxed);
   });
   return complete.load() ? SPARSECOMP_OK : SPARSECOMP_NO_MEMORY;
 }
