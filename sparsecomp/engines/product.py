@@ -31,14 +31,15 @@ class Product:
         """Draw ``copies`` weights and a bias of values that the dtype holds exactly, and bring them into its form."""
         self.clear()  # what was loaded before would double the memory
         generator = torch.Generator(device="cpu").manual_seed(shape[0] * 31 + shape[1])
-        weights = [_random(shape, dtype, generator, shape[1] ** -0.5) for _ in range(copies)]
+        weights = [self._fitting(_random(shape, dtype, generator, shape[1] ** -0.5)) for _ in range(copies)]
         bias = _random(shape[:1], dtype, generator, 1.0)
-        pattern = self._engine.pattern
-        if pattern is not None:
-            weights = [sc.prune_weight(weight, pattern).weight for weight in weights]
         self._loaded = self._engine.load(Operands(weights, bias, dtype))
         # the others would double the memory where the engine has a form of its own
         self._checked, self._bias, self._dtype = {1: weights[0], copies: weights[-1]}, bias, dtype
+
+    def _fitting(self, weight: Tensor) -> Tensor:
+        pattern = self._engine.pattern
+        return weight if pattern is None else sc.prune_weight(weight, pattern).weight
 
     def clear(self) -> None:
         """Forget what was loaded."""
