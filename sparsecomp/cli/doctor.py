@@ -27,7 +27,7 @@ OPTIONAL = {
     "onnxruntime": "running exported models",
     "triton": "GPU kernels",
     "cupy": "arrays of CuPy",
-    "openvino": "a dense baseline of bench",
+    "openvino": "bench, plan --engines",
     "transformers": "Hugging Face folders as MODEL",
 }
 _FALLBACKS = ("dense", "reference")

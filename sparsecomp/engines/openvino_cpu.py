@@ -85,6 +85,16 @@ class _Integers(Loaded):
         return _run(openvino.Model(products, sources, "layer"), x, threads, copies, "f32", self.hints)
 
 
+def _why_no_import() -> str | None:
+    """Why OpenVINO cannot be imported though it is installed, or None if it can."""
+    try:
+        import openvino  # noqa: F401
+    except Exception as error:
+        # a broken library raises an OSError, a package of another version whatever it runs into
+        return f"openvino cannot be imported: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return None
+
+
 @cache
 def precision_of(dtype: str) -> str:
     """The dtype where OpenVINO lists it; elsewhere it would emulate bf16, up to fifty times as slowly as fp32."""
@@ -132,7 +142,7 @@ class OpenVinoEngine(Engine):
         """Why it cannot run, if it cannot."""
         if find_spec("openvino") is None or find_spec("onnx") is None:
             return "openvino and onnx are not installed; pip install 'sparsecomp[bench,onnx]'"
-        return None
+        return _why_no_import()
 
     def remark(self, dtype: str) -> str | None:
         """Whether it computes in another precision."""
@@ -169,6 +179,8 @@ class OpenVinoInt8Engine(Engine):
             return "openvino is not installed; pip install 'sparsecomp[bench]'"
         if dtype != "fp32":
             return "it takes and gives fp32"
+        if (broken := _why_no_import()) is not None:
+            return broken
         try:
             rounds = self._rounding == "static" or _rounds_by_itself()
         except RuntimeError as error:

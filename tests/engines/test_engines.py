@@ -183,6 +183,14 @@ def test_what_is_missing_is_a_sentence(monkeypatch: pytest.MonkeyPatch, forgotte
     assert "has no torch.ao.quantization.quantize_dynamic" in str(pytorch.TorchInt8Engine().missing("fp32"))
 
 
+def test_an_openvino_that_cannot_be_imported_is_a_sentence(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+    ready("openvino")
+    monkeypatch.setitem(sys.modules, "openvino", None)  # as an import that fails
+    monkeypatch.setattr(openvino_cpu, "find_spec", lambda name: name)
+    for engine in (openvino_cpu.OpenVinoEngine(), *map(openvino_cpu.OpenVinoInt8Engine, ("static", "dynamic"))):
+        assert "openvino cannot be imported: import of openvino halted" in str(engine.missing("fp32"))
+
+
 def test_openvino_without_vnni_says_that_it_rounds_no_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     ready("openvino")
     monkeypatch.setattr(openvino_cpu, "_rounds_by_itself", lambda: False)
