@@ -15,8 +15,8 @@ def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [batch, in] in integers, each row with a step and a zero of its own: x is nearly (integers - zeros) * steps.
 
     The step is (max(0, largest) - min(0, smallest)) / 254, so that 0 is an integer itself. Integers are 1 to 255,
-    int64; ``zeros`` int64 and ``steps`` fp32 are [batch, 1]. A row of zeros has the step 1. The step of a row that
-    holds NaN or Inf is NaN, and its integers are all its zero.
+    int64; ``zeros`` int64 and ``steps`` fp32 are [batch, 1]. A step is at least 2^-126, so that it has an inverse. The
+    step of a row that holds NaN or Inf is NaN, and its integers are all its zero.
     """
     x = x.to(torch.float32)
     finite = torch.isfinite(x).all(dim=1, keepdim=True)
@@ -24,9 +24,10 @@ def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     edge = safe.new_zeros(x.shape[0], 1)
     low, high = torch.cat([safe, edge], dim=1).aminmax(dim=1, keepdim=True)
     steps = high / LEVELS - low / LEVELS  # the difference itself may be infinite
-    steps = torch.where(steps > 0, steps, 1.0)
+    steps = steps.clamp_min(torch.finfo(torch.float32).tiny)
     zeros = 1 - torch.round(low / steps)
-    integers = (torch.round(safe / steps) + zeros).clamp(1, 1 + LEVELS)
+    # kernels divide once: a quotient may lie on the other side of a tie
+    integers = (torch.round(safe * (1 / steps)) + zeros).clamp(1, 1 + LEVELS)
     return integers.to(torch.int64), zeros.to(torch.int64), torch.where(finite, steps, torch.nan)
 
 

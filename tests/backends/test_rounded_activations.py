@@ -44,7 +44,7 @@ def _seed() -> None:
 def test_rows_are_rounded_by_their_own_extremes() -> None:
     x = torch.tensor([[0.0, 127.0, -127.0], [0.0, 254.0, 1.6], [-254.0, -1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 25.4]])
     integers, zeros, steps = rounded_rows(x)
-    assert steps.flatten().tolist() == [1.0, 1.0, 1.0, 1.0, pytest.approx(0.1)]
+    assert steps.flatten().tolist() == [1.0, 1.0, 1.0, 2.0**-126, pytest.approx(0.1)]
     assert zeros.flatten().tolist() == [128, 1, 255, 1, 1]
     assert integers.tolist() == [[128, 255, 1], [1, 255, 3], [1, 254, 255], [1, 1, 1], [11, 21, 255]]
 
