@@ -18,6 +18,7 @@ from sparsecomp.benchmark.report import Comparison, comparisons, in_int8, load_r
 from sparsecomp.engines.base import titled
 from sparsecomp.engines.registry import float_engines
 from sparsecomp.errors import FormatError
+from sparsecomp.reporting.terminal import counted
 
 SHAPE, DTYPE, THREADS = (4096, 4096), "fp32", 1
 _HEADLINE_PATTERNS = ("2:4", "8:16", "8:16+int8@a8")
@@ -123,8 +124,7 @@ def _name(each: Comparison) -> str:
 def _engines(result: dict[str, Any]) -> str:
     """The dense engines that the run had, in words."""
     used = {row["engine"] for row in result["rows"] if row["pattern"] is None and not in_int8(row)}
-    *first, last = [titled(each.name) for each in float_engines() if each.name in used]
-    return f"{', '.join(first)} and {last}" if first else last
+    return _joined([titled(each.name) for each in float_engines() if each.name in used])
 
 
 def _time(us: float) -> str:
@@ -140,7 +140,7 @@ def _overall(result: dict[str, Any]) -> str:
     """One sentence on the patterns of the headline: the means over all their rows, and how often sparse lost."""
     patterns = dict.fromkeys(each.row["pattern"] for each in filter(_is_headline, comparisons(result)))
     found = [each for each in comparisons(result) if each.row["pattern"] in patterns]
-    means = " and ".join(f"{_mean(found, pattern)} for {pattern}" for pattern in patterns)
+    means = _joined([f"{_mean(found, pattern)} for {pattern}" for pattern in patterns])
     verdicts = [each.verdict for each in found]
     slower, unclear = verdicts.count("loses") or "none", verdicts.count("unclear")
     doubt = f" ({unclear} more {'is' if unclear == 1 else 'are'} too noisy to tell)" if unclear else ""
@@ -148,7 +148,7 @@ def _overall(result: dict[str, Any]) -> str:
         f"Over the {len(found)} rows of these patterns in that run ({_values(found, 'out', 'in')} shapes, batch "
         f"{min(each.row['batch'] for each in found)} to {max(each.row['batch'] for each in found)}, "
         f"{' and '.join(dict.fromkeys(each.row['dtype'] for each in found))}, "
-        f"{_values(found, 'threads')} thread counts) the geometric mean is {means}; "
+        f"{counted(_values(found, 'threads'), 'thread count')}) the geometric mean is {means}; "
         f"dense was faster in {slower} of them{doubt}, and `sc.compile` leaves layers dense where it measures "
         f"that.{_remarks(result)}"
     )
@@ -200,6 +200,12 @@ def _spans(rows: Sequence[Comparison]) -> Iterator[str]:
         within = [each.speedup for each in rows if least <= each.row["batch"] <= most]
         yield f"{geometric_mean(within):.2f}x" if within else ""
         least = most + 1
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Such as "a, b and c"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _values(found: list[Comparison], *names: str) -> int:
