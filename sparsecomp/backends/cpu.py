@@ -248,7 +248,8 @@ class CpuBackend(Backend):
         values_start, metadata_start, x_start = values.data_ptr(), metadata.data_ptr(), x.data_ptr()
         scales_start = scales[0].data_ptr() if scales else 0
         bias_start = 0 if bias is None else bias.data_ptr()
-        got = values_start and metadata_start and x_start
+        # dense groups of integers have no metadata
+        got = values_start and (metadata_start or not kernel.sizes[1]) and x_start
         if not (got and (bias_start or bias is None) and (scales_start or not scales)):
             optional = {"scales": scales[0] if scales else None, "bias": bias}
             given = {name: tensor for name, tensor in optional.items() if tensor is not None}

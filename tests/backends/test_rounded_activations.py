@@ -10,6 +10,7 @@ from torch import Tensor
 
 import sparsecomp as sc
 from sparsecomp.activations import ACTIVATIONS, activate
+from sparsecomp.backends import cpu
 from sparsecomp.backends.registry import backends, explain
 from sparsecomp.machine.request import Request
 from sparsecomp.methods.weight import prune_weight
@@ -184,3 +185,14 @@ def test_the_largest_sums_are_exact(name: str, pattern: str, columns: int, x_sig
     kept = int((dense != 0).sum())
     y = backends()[name].run(backends()[name].prepare(packed), x, None)
     assert float(y) == torch.tensor(127.0 * 254 * kept * x_sign * weight_sign).item()
+
+
+def test_dense_groups_are_not_taken_for_a_tensor_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # their metadata is empty, and empty tensors start nowhere
+    if (reason := backends()["cpu"].missing()) is not None:
+        pytest.skip(reason)
+    layer = sc.SparseLinear.from_linear(torch.nn.Linear(32, 16), "16:16+int8@a8", backend="cpu")
+    x = torch.randn(3, 32)
+    want = backends()["cpu"].run(layer.kernel, x, None)
+    monkeypatch.setattr(cpu, "_addresses", lambda **tensors: pytest.fail(f"searched {', '.join(tensors)}"))
+    assert torch.equal(backends()["cpu"].run(layer.kernel, x, None), want)
