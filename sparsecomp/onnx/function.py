@@ -97,7 +97,8 @@ _PRODUCT = """
 """
 
 # As sparsecomp/patterns/rounding.py has it. Large sums of integers in float32 lose their last bits. Reductions and Clip
-# of runtimes may pass NaN by, so it is put in the place of what is not finite.
+# of runtimes may pass NaN by, so it is put in the place of what is not finite. ONNX Runtime reduces [0, in] to
+# [0, in]; one column of it is taken.
 _ROUNDED_PRODUCT = """
     weight = Transpose <perm: ints = [1, 0]> (dense_wide)
     nothing = Constant <value_float: float = 0.0> ()
@@ -118,7 +119,8 @@ _ROUNDED_PRODUCT = """
     high_part = Div (high, levels)
     range = Sub (high_part, low_part)
     least = Constant <value_float: float = 1.17549435e-38> ()
-    step = Max (range, least)
+    every_step = Max (range, least)
+    step = Slice (every_step, zero, one, minus_one)
     low_steps = Div (low, step)
     low_rounded = Round (low_steps)
     zero_point = Sub (unit, low_rounded)

@@ -64,6 +64,7 @@ def test_the_function_body_is_the_layer(tmp_path: Path, pattern: str) -> None:
     x = on_a_grid(5)
     for run in (run_reference, run_stock):
         assert_close(run(tmp_path / "m.onnx", x.numpy()), torch_output(one, x))
+        assert run(tmp_path / "m.onnx", x[:0].numpy()).shape == (0, 19)
     x[3, 4] = math.nan
     got = torch.from_numpy(run_stock(tmp_path / "m.onnx", x.numpy()))
     assert bool(got[3].isnan().all()) and not bool(got[[0, 1, 2, 4]].isnan().any())
