@@ -166,13 +166,21 @@ def parse_weights(
 ) -> tuple[Pattern, Numbers]:
     """Pattern and numbers of a name such as "2:4+int8"; without numbers, as in "2:4", the weights are floating.
 
-    ``quantize="int8"`` and ``activations="int8"`` say the same beside a name: "2:4+int8@a8".
+    ``quantize="int8"`` and ``activations="int8"`` say the same beside a name: "2:4+int8@a8". "2:4+int8" with
+    ``activations="int8"`` is that as well.
 
     Raises PatternError for a name that either grammar refuses, for integers in a pattern that cannot hold them, and
     where name and words contradict each other.
     """
     kept, plus, stored = name.partition("+") if isinstance(name, str) else (name, "", "")
+    if plus and kept == "auto":
+        raise PatternError(
+            f'"{name}" is not understood: "auto" takes no numbers behind it; name the pattern, such as "8:16+int8@a8", '
+            "or give quantize= and activations= beside it"
+        )
     pattern, numbers = parse(kept), parse_numbers(stored) if plus else FLOAT
+    if plus and quantize is None and activations is not None:
+        return parse_weights(kept, str(numbers), activations)
     asked = numbers_asked(quantize, activations)
     if plus and asked not in (FLOAT, numbers):
         raise PatternError(f'"{name}" names the numbers {numbers} and {asked} are asked for beside it; name them once')

@@ -132,6 +132,8 @@ def test_numbers_are_asked_for_beside_a_pattern(name: str) -> None:
     for quantize, activations, numbers in ((None, None, FLOAT), ("int8", None, INT8), ("int8", "int8", INT8_A8)):
         assert parse_weights(name, quantize, activations) == (parse(name), numbers)
         assert parse_weights(weights_name(parse(name), numbers), quantize, activations) == (parse(name), numbers)
+    for stored in ("int8", "int8@a8"):
+        assert parse_weights(f"{name}+{stored}", activations="int8") == (parse(name), INT8_A8)
     assert parse_weights(f"{name}+int8@a8") == (parse(name), INT8_A8)
 
 
@@ -140,6 +142,8 @@ def test_numbers_are_asked_for_beside_a_pattern(name: str) -> None:
     [
         ("2:4", None, "int8", 'activations="int8" multiplies integers; give quantize="int8"'),
         ("2:4", "float", "int8", 'activations="int8" cannot multiply float weights'),
+        ("2:4+float", None, "int8", 'activations="int8" cannot multiply float weights'),
+        ("auto+int8@a8", None, None, '"auto" takes no numbers behind it; name the pattern'),
         ("2:4", "int8", "int4", "activations='int4' is not known; use \"int8\""),
         ("2:4", "int4", None, 'no kernel computes numbers "int4" yet'),
         ("2:4", True, None, "numbers are a name or a value of Numbers, not bool"),
