@@ -20,6 +20,7 @@ from sparsecomp.machine.device import Device, detect
 from sparsecomp.machine.request import Request
 from sparsecomp.machine.timings import SPARSE, UNPACKED, Measurement
 from sparsecomp.nn import SparseLinear
+from sparsecomp.patterns.numbers import FLOAT
 from sparsecomp.planning import measure as measuring
 from sparsecomp.planning.overview import Row, draw, grouped
 from sparsecomp.reporting.terminal import by_reason, terminal_width
@@ -29,7 +30,8 @@ from sparsecomp.reporting.terminal import by_reason, terminal_width
 class SummaryRow:
     """One linear layer of a model. Times are in seconds by batch, empty for a layer that stayed dense unmeasured.
 
-    ``baseline`` names the dense product that ``dense`` is the time of, by batch.
+    ``baseline`` names the dense product that ``dense`` is the time of, by batch. ``numbers`` are those of the weight,
+    such as "int8@a8".
     """
 
     name: str
@@ -44,10 +46,11 @@ class SummaryRow:
     sparse: Mapping[int, float]
     bound: Mapping[int, Bound]
     baseline: Mapping[int, str] = field(default_factory=dict)
+    numbers: str = str(FLOAT)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also what was pickled before the baseline was named."""
-        self.__dict__.update({"baseline": {}} | state)
+        """Also what was pickled before the baseline and the numbers were named."""
+        self.__dict__.update({"baseline": {}, "numbers": str(FLOAT)} | state)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Summary:
                     "name": row.name,
                     "shape": list(row.shape),
                     "pattern": row.pattern,
+                    "numbers": row.numbers,
                     "dtype": row.dtype,
                     "dense_bytes": row.dense_bytes,
                     "bytes": row.bytes,
@@ -127,7 +131,8 @@ class Summary:
 def _line(row: SummaryRow) -> Row:
     sizes = {"dtype": row.dtype, ">bytes dense": megabytes(row.dense_bytes), ">packed": megabytes(row.bytes)}
     times = row.dense, row.sparse, row.bound
-    return Row((row.name,), row.shape, row.pattern, row.kernel, *times, row.why, sizes, row.baseline)
+    runs = row.pattern if row.numbers == str(FLOAT) else f"{row.pattern}+{row.numbers}"
+    return Row((row.name,), row.shape, runs, row.kernel, *times, row.why, sizes, row.baseline)
 
 
 def summarise(model: nn.Module, batch: Sequence[int], stayed_dense: Mapping[str, str]) -> Summary:
@@ -165,6 +170,7 @@ def _row(name: str, layer: SparseLinear, batches: tuple[int, ...], device: Devic
         sparse={batch: taken_seconds(value, batch, layer.dense_above) for batch, value in measured.items()},
         bound=known_bounds(requests, device, {batch: not value.cold for batch, value in measured.items()}),
         baseline={batch: value.baseline(layer.dtype) for batch, value in measured.items()},
+        numbers=str(layer.numbers),
     )
 
 

@@ -87,3 +87,16 @@ def test_a_summary_names_the_product_it_compares_with(monkeypatch: pytest.Monkey
     old = SummaryRow.__new__(SummaryRow)
     old.__setstate__({name: value for name, value in vars(made.rows[0]).items() if name != "baseline"})
     assert old == replace(made.rows[0], baseline={})
+
+
+def test_a_summary_names_integers_however_narrow_it_is() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
+    compile(net, {"0": "8:16+int8@a8", "1": "2:4"}, method="magnitude", where="everywhere")
+    made = summary(net, batch=(1,))
+    assert [(row.pattern, row.numbers) for row in made.rows] == [("8:16", "int8@a8"), ("2:4", "float")]
+    assert "8:16+int8@a8" in made.text(80) and "2:4+" not in made.text(80)
+    assert [layer["numbers"] for layer in made.to_dict()["layers"]] == ["int8@a8", "float"]
+    old = SummaryRow.__new__(SummaryRow)
+    old.__setstate__({name: value for name, value in vars(made.rows[1]).items() if name != "numbers"})
+    assert old == made.rows[1]
