@@ -25,7 +25,7 @@ from sparsecomp.nn.linear import check_linear
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.check import check_weight
 from sparsecomp.planning.planner import Patterns, Plan, plan
-from sparsecomp.planning.rounding import MOST_ROUNDING, borne
+from sparsecomp.planning.rounding import MOST_ROUNDING, borne, require_most
 from sparsecomp.planning.selection import choices_of, choose_weights, made_elsewhere
 from sparsecomp.planning.summary import Summary, summarise
 from sparsecomp.pruning.checkpoint import Checkpoint
@@ -77,6 +77,7 @@ def compile(
     Raises the errors of ``plan`` and ``prune``, and ModelError for a plan of another model. The model is
     untouched if anything is raised.
     """
+    require_most(max_rounding)
     given, model = model, eager(model)
     found = require_layers(find_linears(model, only, skip))
     if method is not None:  # before a plan is measured

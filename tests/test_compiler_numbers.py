@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -96,6 +97,13 @@ def test_words_that_make_no_sense_are_refused_before_any_work() -> None:
     with pytest.raises(PatternError, match='activations="int8" multiplies integers'):
         sc.compile(model, "8:16", activations="int8", where="everywhere", method="magnitude")
     assert type(model.plain) is nn.Linear
+
+
+@pytest.mark.parametrize("most", [-0.01, math.nan, "0.05", None])
+def test_a_limit_that_no_error_can_meet_is_refused(most) -> None:
+    for run in (sc.plan, sc.compile):
+        with pytest.raises(ModelError, match=r"max_rounding=.* is no relative error of an output; use a number from 0"):
+            run(Outlier(), "8:16+int8@a8", max_rounding=most)
 
 
 def test_prune_takes_names_with_numbers_and_leaves_floats() -> None:

@@ -31,7 +31,7 @@ from sparsecomp.patterns.check import breach
 from sparsecomp.patterns.numbers import FLOAT_DTYPES, parse_weights
 from sparsecomp.planning import measure as measuring
 from sparsecomp.planning.plan import LayerPlan, Plan
-from sparsecomp.planning.rounding import MOST_ROUNDING, Borne, borne
+from sparsecomp.planning.rounding import MOST_ROUNDING, Borne, borne, require_most
 from sparsecomp.planning.summary import taken_seconds
 from sparsecomp.reporting.terminal import progress
 
@@ -117,9 +117,10 @@ def plan(
     the reason says so.
 
     Raises PatternError for a pattern that cannot be packed, ModelError for a model without linear layers, for batches
-    that are no sizes and for engines on a GPU, BackendError for a device that is not there.
+    that are no sizes, a ``max_rounding`` below 0 and for engines on a GPU, BackendError for a device that is not there.
     """
     batches = _batches(batch)
+    require_most(max_rounding)
     require_statistics("calibration", calibration)
     read = calibration.read if isinstance(calibration, Calibration) else ()
     found = require_layers(find_linears(eager(model), only, skip))

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from sparsecomp.backends.choice import Choice
+from sparsecomp.errors import ModelError
 from sparsecomp.methods.error import energy
 from sparsecomp.models.calibration import LayerStatistics
 from sparsecomp.packing.format import pack
@@ -63,6 +65,15 @@ def rounding_error(
     if moved == 0.0:
         return 0.0
     return math.sqrt(moved / whole) if whole > 0.0 else math.inf
+
+
+def require_most(most: float) -> None:
+    """Raises ModelError for what cannot be the largest relative error of an output."""
+    if not (isinstance(most, Real) and most >= 0):  # no NaN
+        raise ModelError(
+            f"max_rounding={most!r} is no relative error of an output; use a number from 0 on, such as "
+            f'{MOST_ROUNDING}, or float("inf") to store every layer as asked'
+        )
 
 
 def _of_normal_rows(columns: int) -> float:
