@@ -28,7 +28,8 @@ example: sparsecomp prune shop.models:build --pattern 2:4 --method balanced \\
              --checkpoint work --report report.html -o pruned.safetensors
 
 The file holds ordinary dense weights with zeros in them, under the model's own names, and notes which layer was
-pruned to which pattern. Go on with
+pruned to which pattern. The integers of a pattern such as "8:16+int8@a8" are noted
+too; compile rounds to them. Go on with
     sparsecomp compile shop.models:build --weights pruned.safetensors \\
         -o packed.safetensors
 
