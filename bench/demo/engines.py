@@ -101,17 +101,25 @@ def contenders(
             found.append(_session(name, INT8, what, path))
         else:
             missing[name] = why
-    found += map(_integers, integers)
+    for each in integers:
+        found += _integers(each, missing)
     return found + _sparse(files, pattern, plan, missing), missing
 
 
-def _integers(made: IntegerFile) -> Contender:
-    dense = made.name.startswith("16:16")
-    what = "dense int8 in our kernel, activations too" if dense else "SparseLinear with int8 weights and activations"
+def _integers(made: IntegerFile, missing: dict[str, str]) -> list[Contender]:
+    pattern = made.name.partition("+")[0]
+    what = "dense int8 in our kernel, activations too" if pattern == "16:16" else "SparseLinear, int8 times int8"
     if made.in_others:
         what += f", but for {made.in_others} of {made.layers} layers, which do not bear it"
     make = partial(Embedding, of_model, partial(sparse_model, made.path))
-    return Contender(made.name, OUR_INT8, what, made.path, make, True)
+    found = [Contender(made.name, OUR_INT8, what, made.path, make, True)]
+    name, why = f"{pattern} int8 ORT", _without_ours(made.onnx)
+    if why is None:
+        make = partial(Embedding, of_session, partial(our_session, made.onnx))
+        found.append(Contender(name, OUR_INT8, "", made.onnx, make))
+    else:
+        missing[name] = why
+    return found
 
 
 def _sparse(files: Files, pattern: str, plan: Plan, missing: dict[str, str]) -> list[Contender]:

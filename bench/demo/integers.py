@@ -1,4 +1,4 @@
-"""The encoder in int8 with int8 activations, at several patterns: pruned, packed and saved, each to a file of its own.
+"""The encoder in int8 with int8 activations, at several patterns: pruned, packed, saved and exported.
 
 Takes the dense model and its calibration, gives files. Measures nothing.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ PATTERNS = ("16:16", "12:16", "8:16")
 
 @dataclass(frozen=True)
 class IntegerFile:
-    """A saved model in the weights of that name, such as "8:16+int8@a8".
+    """A saved model in the weights of that name, such as "8:16+int8@a8", and the same as an ONNX file.
 
     ``weight_bytes`` are those of the encoder's layers, ``in_others`` how many of ``layers`` did not bear these
     integers and are stored otherwise.
@@ -37,6 +38,7 @@ class IntegerFile:
 
     name: str
     path: Path
+    onnx: Path
     weight_bytes: int
     layers: int
     in_others: int
@@ -54,8 +56,15 @@ def why_not_here(name: str) -> str | None:
     return None if registry.sparse_backends(request) else registry.why_no_kernel(request)
 
 
-def make(dense: nn.Module, name: str, method: str, calibration: sc.Calibration, folder: Path) -> IntegerFile:
-    """The encoder of a copy of ``dense``, pruned unless nothing goes, in these weights, and saved in ``folder``."""
+def make(
+    dense: nn.Module,
+    name: str,
+    method: str,
+    calibration: sc.Calibration,
+    folder: Path,
+    export: Callable[[nn.Module, Path], None],
+) -> IntegerFile:
+    """The encoder of a copy of ``dense`` in these weights, pruned unless nothing goes, as two files in ``folder``."""
     model = copy.deepcopy(dense)
     nm = row_nm(parse_weights(name)[0])
     prune_by = None if nm is None or nm.n == nm.m else method
@@ -65,10 +74,11 @@ def make(dense: nn.Module, name: str, method: str, calibration: sc.Calibration, 
         sc.compile(model, name, only=minilm.ENCODER, where="everywhere", method=prune_by, calibration=calibration)
     path = folder / f"minilm-{name.partition('+')[0].replace(':', 'of')}-int8.safetensors"
     sc.save(model, path)
+    export(model, path.with_suffix(".onnx"))
     made = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
     others = find_linears(model, minilm.ENCODER)
     stored = sum(layer.packed().nbytes for layer in made)
     dense_bytes = sum(others[each].get_weight().nbytes for each in others)
     rounded = sum(str(layer.numbers) == NUMBERS for layer in made)
     layers = len(find_linears(dense, minilm.ENCODER))
-    return IntegerFile(name, path, stored + dense_bytes, layers, layers - rounded)
+    return IntegerFile(name, path, path.with_suffix(".onnx"), stored + dense_bytes, layers, layers - rounded)

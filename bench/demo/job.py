@@ -99,12 +99,12 @@ def run(folder: Path, pattern: str = "2:4") -> DemoResult:
     export_embedder(model, example, files.onnx_packed, "packed")
     export_embedder(dense, example, files.onnx_dense, "dense")
 
-    made = []
+    made, export = [], partial(_export_packed, example)
     missing = {name: why for name in integers.weights_names() for why in [integers.why_not_here(name)] if why}
     for name in integers.weights_names():
         if name not in missing:
             say(f"making {name}: int8 weights, multiplied with int8 activations")
-            made.append(integers.make(dense, name, METHOD, calibration, folder))
+            made.append(integers.make(dense, name, METHOD, calibration, folder, export))
 
     say("making ONNX Runtime's dynamic int8 of the dense file, and looking which engines run here")
     found, others = contenders(files, pattern, plan, made)
@@ -177,6 +177,10 @@ def _layers(layers: Summary, pruned: PruneReport) -> tuple[LayerRow, ...]:
 def _require_equal(reloaded: nn.Module, model: nn.Module, texts: Sequence[str]) -> None:
     if not torch.equal(minilm.embed(reloaded, texts), minilm.embed(model, texts)):
         raise SparsecompError("the reloaded model embeds differently from the one that was saved; the file is wrong")
+
+
+def _export_packed(example: dict[str, Tensor], model: nn.Module, path: Path) -> None:
+    export_embedder(model, example, path, "packed")
 
 
 def export_embedder(model: nn.Module, example: dict[str, Tensor], path: Path, form: Any) -> None:

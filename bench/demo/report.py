@@ -184,7 +184,8 @@ def _marked(
 
 
 def _legend(result: DemoResult) -> str:
-    return f"ORT is ONNX Runtime. {'; '.join(f'{each.name}: {each.what}' for each in result.engines if each.what)}."
+    told = "; ".join(f"{each.name}: {each.what}" for each in result.engines if each.what)
+    return f"ORT is ONNX Runtime, int8 ORT our int8 in it (sc.onnx_session). {told}."
 
 
 def _spread(result: DemoResult, width: int) -> str:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.demo.integers import NUMBERS
 from bench.demo.result import DENSE, INT8, OUR_INT8, SPARSE, DemoResult, Measured
 from bench.minilm import Quality
 from sparsecomp.engines.timing import Timing
@@ -19,7 +20,7 @@ _SAME_TIME, _SAME_SIZE, _SAME_COSINE = 1.05, 1.02, 0.002
 CLOSE = 0.98
 _SENSITIVE = 4
 # what int8 at half of the weights is held to: times torch's dense fp32, and times ours in fp32
-HELD, OVER_TORCH, OVER_FP32 = "8:16+int8@a8", 2.4, 1.6
+HELD, OVER_TORCH, OVER_FP32 = f"8:16+{NUMBERS}", 2.4, 1.6
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,11 @@ def sparse_side(engines: Sequence[Measured]) -> Side:
 
 def our_int8_sides(engines: Sequence[Measured]) -> list[Side]:
     """Int8 weights and activations in our kernel, each pattern a side of its own, for each has another quality."""
-    return [side(each.name, [each]) for each in of_kind(engines, OUR_INT8)]
+    found: dict[str, list[Measured]] = {}
+    for each in of_kind(engines, OUR_INT8):
+        pattern = each.name.partition("+")[0].partition(" ")[0]
+        found.setdefault(f"{pattern}+{NUMBERS}", []).append(each)
+    return [side(weights, ways) for weights, ways in found.items()]
 
 
 def dense_side(engines: Sequence[Measured]) -> Side:

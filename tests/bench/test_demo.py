@@ -134,6 +134,14 @@ def test_our_int8_is_recommended_where_it_is_faster_and_as_close() -> None:
     assert "take dense int8 today:" in text_of(result(*FP32, DEFAULT, CHANNEL, slower, OURS[2], SPARSE_TORCH))
 
 
+def test_two_ways_to_run_the_same_weights_are_one_side() -> None:
+    in_ort = engine("12:16 int8 ORT", OUR_INT8, 60.0, (2.0, 70.0), 0.992)
+    text = text_of(result(*FP32, CHANNEL, *OURS, in_ort, SPARSE_TORCH))
+    # the fastest way at each batch: ONNX Runtime at 1, torch at 32
+    assert "12:16+int8@a8 is faster (1.55x at batch 1, 1.27x at batch 32) than ONNX Runtime's dynamic int8" in text
+    assert text.count("than ONNX Runtime's dynamic int8 on this machine") == 3
+
+
 def test_dense_int8_in_our_kernel_is_recommended_without_a_method() -> None:
     fast = dataclasses.replace(OURS[0], times={1: timing(2.0), 32: timing(50.0)})
     (step, typed), *_ = next_steps(result(*FP32, CHANNEL, fast, SPARSE_TORCH))
