@@ -218,7 +218,7 @@ def _choice(result: DemoResult) -> Step:
     if ahead:
         best = min(ahead, key=lambda each: math.prod(time.median for time in each.times.values()))
         sizes = f"{best.bytes / 1e6:.0f} MB against {int8.bytes / 1e6:.0f} MB"
-        larger = f", whose file is smaller ({sizes})" if _order(int8.bytes / best.bytes, _SAME_SIZE) < 0 else ""
+        larger = f", though its file is larger ({sizes})" if _order(int8.bytes / best.bytes, _SAME_SIZE) < 0 else ""
         return (
             f"For this model on this machine, take {best.label}, which is faster than {int8.label} and as close to the "
             f"dense model{larger}{_but(best, dense)}:",

@@ -124,7 +124,7 @@ def test_our_int8_is_recommended_where_it_is_faster_and_as_close() -> None:
     # 8:16 is faster still, and farther from the dense model; 16:16 is as fast as ONNX Runtime's
     assert step == (
         "For this model on this machine, take 12:16+int8@a8, which is faster than ONNX Runtime's dynamic int8 and as "
-        "close to the dense model, whose file is smaller (60 MB against 23 MB):"
+        "close to the dense model, though its file is larger (60 MB against 23 MB):"
     )
     assert 'sc.compile(model, "12:16+int8@a8", where="everywhere",' in typed
     text = text_of(found)
