@@ -21,7 +21,7 @@ from sparsecomp.errors import FormatError
 from sparsecomp.reporting.terminal import counted
 
 SHAPE, DTYPE, THREADS = (4096, 4096), "fp32", 1
-_HEADLINE_PATTERNS = ("2:4", "8:16", "8:16+int8@a8")
+_HEADLINE_PATTERNS = ("2:4", "8:16", "8:16+int8@a8", "16:16+int8@a8")
 _HEADLINE_BATCHES = (1, 8, 32, 128)
 _BLOCK = re.compile(r"<!-- result: [^>]* -->\n.*?<!-- end -->", re.DOTALL)
 
