@@ -60,14 +60,12 @@ bool round_row(const Isa& isa, const Kernels& kernels, const MicroSet& set, cons
   return true;
 }
 
-int next_columns(const Micro* micro, int64_t left) {
-  auto columns = static_cast<unsigned>(left);
-  if (columns > kMostColumns) {  // even parts: 9 columns are 5 and 4, not 8 and 1
-    const unsigned parts = (columns + kMostColumns - 1) / kMostColumns;
-    columns = (columns + parts - 1) / parts;
-  }
-  while (!micro[columns]) --columns;
-  return static_cast<int>(columns);
+// Columns of the next call, in even parts: 9 columns are 5 and 4, not 8 and 1.
+int next_columns(int64_t left) {
+  if (left <= kMostColumns) return static_cast<int>(left);
+  const auto columns = static_cast<unsigned>(left);
+  const unsigned parts = (columns + kMostColumns - 1) / kMostColumns;
+  return std::min<int>(kMostColumns, static_cast<int>((columns + parts - 1) / parts));
 }
 
 class TaskRunner {
@@ -77,7 +75,7 @@ class TaskRunner {
       : isa_(isa), kernels_(kernels), g_(g), call_(call), panel_(panel) {
     plain_ = call.dtype == SPARSECOMP_F32 && call.epilogue.activation == SPARSECOMP_NO_ACTIVATION;
     // one column waits for memory: several tiles would be several streams of it
-    tiles_ = call.batch == 1 || !kernels.micro[2][1] ? 1 : kMostTiles;
+    pairs_ = call.batch > 1 && kernels.micro[kMostTiles][1];
     const int64_t most = processor.l1_bytes > kSmallL1 ? kChunkColumns : kSmallL1ChunkColumns;
     const int64_t chunks = call.batch > kMostColumns ? std::max<int64_t>(1, divide_up(g.columns(), most)) : 1;
     chunk_rounds_ = divide_up(g.rounds, chunks);
@@ -88,16 +86,18 @@ class TaskRunner {
     static thread_local Workspace space;
     int32_t* partial = nullptr;
     if (chunk_rounds_ < g_.rounds) {
-      partial = static_cast<int32_t*>(space.reserve((task.column_end - task.column) * tiles_ * kTile * 4));
+      partial = static_cast<int32_t*>(space.reserve((task.column_end - task.column) * kMostTiles * kTile * 4));
       if (!partial) return false;
     }
+    alignas(64) float sums[kMostColumns * kMostTiles * kTile];
     MicroArgs args;
+    args.sums = sums;
     args.value_stride = g_.rounds * g_.value_bytes;
     args.metadata_stride = g_.rounds * g_.metadata_bytes;
     args.ldx = panel_.ld;
     args.ldy = call_.ldy;
     for (int64_t tile = task.tile; tile < task.tile_end;) {
-      const int tiles = static_cast<int>(std::min<int64_t>(tiles_, task.tile_end - tile));
+      const int tiles = pairs_ && tile + 1 < task.tile_end ? kMostTiles : 1;
       args.row_sums = row_sums(g_, call_.values, tile);
       args.narrow = true;
       for (int t = 0; t < tiles; ++t) args.narrow = args.narrow && narrow_pairs(g_, call_.values, tile + t);
@@ -126,12 +126,10 @@ class TaskRunner {
     const Micro* micro = kernels_.micro[tiles];
     const int64_t row = tile * kTile, size = element_bytes(call_.dtype);
     const int64_t rows = std::min<int64_t>(tiles * kTile, g_.out - row);
-    alignas(64) float sums[kMostColumns * kMostTiles * kTile];
-    args->sums = sums;
     args->scales = scales_at(call_, row);
     args->bias = static_cast<const float*>(epilogue_at(call_.epilogue, row, call_.dtype).bias);
     for (int64_t column = task.column; column < task.column_end;) {
-      const int columns = next_columns(micro, task.column_end - column);
+      const int columns = next_columns(task.column_end - column);
       uint8_t* y = static_cast<uint8_t*>(call_.y) + (column * call_.ldy + row) * size;
       if (args->done) prefetch_rows(y, call_.ldy * size, columns, rows * size);
       args->x = panel_.integers + column * panel_.ld + round * g_.round_steps * kStep * kernels_.copies;
@@ -140,7 +138,7 @@ class TaskRunner {
       args->stream = column == task.column;
       args->y = plain_ && rows == tiles * kTile ? reinterpret_cast<float*>(y) : nullptr;
       micro[columns](*args);
-      if (args->done && !args->y) finish(sums, row, static_cast<int>(rows), tiles, columns, y);
+      if (args->done && !args->y) finish(args->sums, row, static_cast<int>(rows), tiles, columns, y);
       if (partial) partial += columns * tiles * kTile;
       column += columns;
     }
@@ -166,7 +164,7 @@ class TaskRunner {
   const LinearCall& call_;
   const Panel& panel_;
   bool plain_;  // y is nothing but sum, scales and bias, and the kernels write it
-  int tiles_;   // of a micro-kernel call
+  bool pairs_;  // of tiles, in a micro-kernel call
   int64_t chunk_rounds_;
 };
 

@@ -59,7 +59,7 @@ struct MicroArgs {
 
 using Micro = void (*)(const MicroArgs&);
 
-// The micro-kernels of one geometry; micro[T][NB] may be nullptr, but micro[1][1] exists.
+// The micro-kernels of one geometry, of every number of columns; those of two tiles may be nullptr.
 struct MicroSet {
   bool signed_x;  // integers as they are, else with 128 added
   int copies;     // of the 16 integers of each step, side by side: one, or as many as a register holds
