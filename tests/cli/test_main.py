@@ -190,18 +190,19 @@ def test_doctor_names_every_backend_and_each_reason_once(
 
 @pytest.mark.slow
 def test_bench_writes_a_result_that_its_report_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from sparsecomp.benchmark.report import comparisons, load_result
+    from sparsecomp.benchmark.report import comparisons, in_int8, load_result
 
     arguments = ["bench", "--shapes", "24x40", "--batches", "1,3", "--cold", "0", "--dtypes", "fp32,bf16"]
     assert main([*arguments, "--threads", "1", "--seconds", "0.01", "--output", "r.json", "--plot", "p.svg"]) == 0
     out = capsys.readouterr().out
     result = load_result(Path("r.json"))
     found = list(comparisons(result))
-    assert len(found) == 2 * 2 * 2  # batches, dtypes, patterns
+    assert len(found) == 2 * 2 * 3  # batches, dtypes, patterns
     for each in found:
         rows = [row for row in result["rows"] if row["pattern"] is None and row["batch"] == each.row["batch"]]
-        fastest = min(row["us"] for row in rows if row["dtype"] == each.row["dtype"])
+        same = [row for row in rows if in_int8(row) == in_int8(each.row)]
+        fastest = min(row["us"] for row in same if row["dtype"] == each.row["dtype"])
         assert each.speedup == pytest.approx(fastest / each.row["us"])
         assert f"{each.speedup:.2f}x" in out
     assert json.loads(Path("r.json").read_text())["machine"]["peaks"]["1"]["fp32_gflops"] > 0
-    assert Path("p.svg").read_text().count("<circle") == 2 * 2
+    assert Path("p.svg").read_text().count("<circle") == 2 * 3  # batches, patterns

@@ -49,7 +49,7 @@ def recovered(said: str) -> None:
 
 
 def planned(said: str) -> None:
-    assert re.search(r"^ layer +out x in +runs +batch +torch +sparse +speedup +bound$", said, re.MULTILINE)
+    assert re.search(r"^ layer +out x in +runs +batch +torch fp32 +sparse +speedup +bound$", said, re.MULTILINE)
     assert len(re.findall(r"^layer \d: (?:dense|\d+:\d+), because ", said, re.MULTILINE)) == 3
     assert re.search(r"^\d+\.\d% of the weights go sparse$", said, re.MULTILINE)
 

@@ -124,6 +124,7 @@ bool make_geometry(const sparsecomp_nm& weight, Geometry* geometry) {
   g.round_steps = g.words % 2 ? 2 : 1;
   g.tiles = (g.out + kTile - 1) / kTile;
   g.rounds = (step_count(g) + g.round_steps - 1) / g.round_steps;
+  g.columns = g.rounds * g.round_steps * kStep;
   if (g.tiles * g.rounds >= kMostBlocks) return false;
   const int64_t round_words = int64_t{g.round_steps} * g.words;
   g.value_bytes = round_words * kTile * kWordWeights;

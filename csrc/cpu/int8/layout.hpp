@@ -39,6 +39,7 @@ constexpr int kNarrowPair = 128;
 struct Geometry {
   int64_t out, in;
   int64_t tiles, rounds;
+  int64_t columns;  // padded to whole rounds. No function: kernels read it, and may define nothing for others to link
   int n, m, mask_rows;
   bool dense;              // N = M
   int slots;               // per row and step
@@ -47,7 +48,6 @@ struct Geometry {
   int64_t value_bytes;     // of one (tile, round) block
   int64_t metadata_bytes;  // of one (tile, round) block
 
-  int64_t columns() const { return rounds * round_steps * kStep; }  // padded
   int64_t canonical_slots() const { return (in + m - 1) / m * n; }
   int64_t blocks_bytes() const { return tiles * rounds * value_bytes; }
   int64_t values_bytes() const { return blocks_bytes() + tiles * (kTile * 4 + 1); }

@@ -77,7 +77,7 @@ class TaskRunner {
     // one column waits for memory: several tiles would be several streams of it
     pairs_ = call.batch > 1 && kernels.micro[kMostTiles][1];
     const int64_t most = processor.l1_bytes > kSmallL1 ? kChunkColumns : kSmallL1ChunkColumns;
-    const int64_t chunks = call.batch > kMostColumns ? std::max<int64_t>(1, divide_up(g.columns(), most)) : 1;
+    const int64_t chunks = call.batch > kMostColumns ? std::max<int64_t>(1, divide_up(g.columns, most)) : 1;
     chunk_rounds_ = divide_up(g.rounds, chunks);
   }
 
@@ -186,7 +186,7 @@ int linear(const Isa& isa, const Kernels& kernels, const Geometry& g, const Line
   const MicroSet& set = *kernels.select(g, call.batch);
   Panel panel;
   // rows a multiple of 4096 bytes apart would all lie in the same few lines of the L1 cache
-  panel.ld = round_up(g.columns(), kPanelUnit) * set.copies + kLineBytes;
+  panel.ld = round_up(g.columns, kPanelUnit) * set.copies + kLineBytes;
   const int64_t integers_bytes = call.batch * panel.ld;
   panel.integers =
       static_cast<uint8_t*>(space.reserve(integers_bytes + call.batch * static_cast<int64_t>(sizeof(RoundedRow))));

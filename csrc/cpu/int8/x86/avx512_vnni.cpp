@@ -173,8 +173,8 @@ const MicroSet* sparse_set(int words) {
 const MicroSet* select(const Geometry& g, int64_t batch) {
   if (g.dense) return set_of<4, true, 1>();
   if (g.words == 1) return set_of<1, false, 1>();
-  const bool copied = g.columns() <= kCopiedFewColumns ? batch >= kCopiedSmallBatch
-                                                       : batch >= kCopiedBatch && g.columns() <= kCopiedColumns;
+  const bool copied = g.columns <= kCopiedFewColumns ? batch >= kCopiedSmallBatch
+                                                     : batch >= kCopiedBatch && g.columns <= kCopiedColumns;
   return copied ? sparse_set<kLanes128>(g.words) : sparse_set<1>(g.words);
 }
 
