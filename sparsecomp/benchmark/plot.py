@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 from xml.sax.saxutils import escape
 
-from sparsecomp.benchmark.report import Comparison, comparisons
+from sparsecomp.benchmark.report import Comparison, comparisons, in_int8
 
 _WIDTH, _HEIGHT = 760, 390
 _FONT = 'font-family="sans-serif" font-size="13"'
@@ -53,6 +53,8 @@ def limit_plot(result: dict[str, Any], shape: tuple[int, int], dtype: str, threa
     title = f"Speedup over the best dense engine, {shape[0]} x {shape[1]}, {dtype}, {_threads(threads)}"
     machine = result["machine"]
     place = f"{machine['cpu']} ({machine['isa']}), {_WEIGHTS[weights]}, {result['date']}"
+    if any(in_int8(each.row) for each in chosen):
+        place += "; int8@a8 over the best dense int8"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" {_FONT}>',
         f"<title>{escape(title)}</title>",
