@@ -24,10 +24,10 @@ from torch import Tensor, nn
 import sparsecomp as sc
 from bench import minilm
 from bench.demo.embedding import quantize_int8, stock_session
+from bench.ending import ended
 from bench.int8.inputs import calibrate_ranges, visit_inputs
 from bench.int8.ranges import BY_ROW, BY_TENSOR, CLIPPED, FIXED, Calibrated, ways
 from sparsecomp.benchmark.machine import describe
-from sparsecomp.benchmark.sweep import write
 from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.device import detect
 from sparsecomp.methods.weight import prune_weight
@@ -210,15 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", default="*", help='comma-separated globs such as "*.layer.0.*"')
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args(argv)
-    try:
-        result = run(arguments.pattern, arguments.texts, arguments.layers.split(","))
-    except SparsecompError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(summary(result))
-    if arguments.output is not None:
-        write(result, arguments.output)
-    return 0
+    return ended(
+        lambda: run(arguments.pattern, arguments.texts, arguments.layers.split(",")), summary, arguments.output
+    )
 
 
 if __name__ == "__main__":

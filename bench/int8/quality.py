@@ -24,11 +24,10 @@ import sparsecomp as sc
 from bench import minilm
 from bench.demo.embedding import of_session, quantize_int8, stock_session
 from bench.demo.job import export_embedder
+from bench.ending import ended
 from bench.int8.inputs import calibrate_ranges
 from bench.int8.ranges import BY_ROW, BY_TENSOR, CLIPPED, FIXED, Calibrated, Rounding, ways
 from sparsecomp.benchmark.machine import describe
-from sparsecomp.benchmark.sweep import write
-from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.device import detect
 from sparsecomp.models.layers import find_linears
 from sparsecomp.reporting.terminal import table
@@ -155,15 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--texts", type=int, default=451, help="held-out paragraphs (default 451, which is all)")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args(argv)
-    try:
-        result = run(arguments.patterns.split(","), arguments.texts)
-    except SparsecompError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(summary(result))
-    if arguments.output is not None:
-        write(result, arguments.output)
-    return 0
+    return ended(lambda: run(arguments.patterns.split(","), arguments.texts), summary, arguments.output)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ from torch import Tensor
 
 import sparsecomp as sc
 from bench import minilm
+from bench.ending import ended
 from bench.pruning.alps import alps
 from sparsecomp.benchmark.machine import describe
-from sparsecomp.benchmark.sweep import write
-from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.device import detect
 from sparsecomp.methods.error import relative_error
 from sparsecomp.methods.weight import prune_weight
@@ -134,16 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens of each split (default {TOKENS})")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args(argv)
-    try:
+
+    def measured() -> dict[str, Any]:
         pattern = sc.parse_pattern(arguments.pattern)
-        result = run(pattern, arguments.methods.split(","), arguments.layers.split(","), arguments.tokens)
-    except SparsecompError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(summary(result))
-    if arguments.output is not None:
-        write(result, arguments.output)
-    return 0
+        return run(pattern, arguments.methods.split(","), arguments.layers.split(","), arguments.tokens)
+
+    return ended(measured, summary, arguments.output)
 
 
 if __name__ == "__main__":

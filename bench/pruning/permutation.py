@@ -18,10 +18,9 @@ import torch
 
 import sparsecomp as sc
 from bench import minilm
+from bench.ending import ended
 from bench.pruning.masks import TOKENS, texts_of
 from sparsecomp.benchmark.machine import describe
-from sparsecomp.benchmark.sweep import write
-from sparsecomp.errors import SparsecompError
 from sparsecomp.machine.device import detect
 from sparsecomp.methods.error import relative_error
 from sparsecomp.models.calibration import Calibration
@@ -134,15 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="folder in which finished layers are kept")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args(argv)
-    try:
-        result = run(sc.parse_pattern(arguments.pattern), arguments.tokens, arguments.checkpoint)
-    except SparsecompError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(summary(result))
-    if arguments.output is not None:
-        write(result, arguments.output)
-    return 0
+    return ended(
+        lambda: run(sc.parse_pattern(arguments.pattern), arguments.tokens, arguments.checkpoint),
+        summary,
+        arguments.output,
+    )
 
 
 if __name__ == "__main__":
