@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from sparsecomp.planning.plan import Plan
     from sparsecomp.planning.planner import plan
     from sparsecomp.pruning import Tuning, distill, prune, prune_blocks
+    from sparsecomp.training import Schedule, SparseTraining, sparsify
 
 __all__ = [
     "Calibration",
     "PackedWeight",
     "Plan",
+    "Schedule",
     "SparseLinear",
+    "SparseTraining",
     "Tuning",
     "calibrate",
     "compile",
@@ -49,6 +52,7 @@ __all__ = [
     "prune_weight",
     "quantize",
     "save",
+    "sparsify",
     "verify_onnx",
 ]
 
@@ -62,7 +66,9 @@ _HOME = {
     "Calibration": "models.calibration",
     "PackedWeight": "packing",
     "Plan": "planning.plan",
+    "Schedule": "training",
     "SparseLinear": "nn",
+    "SparseTraining": "training",
     "Tuning": "pruning",
     "calibrate": "models.calibration",
     "compile": "compiler",
@@ -80,6 +86,7 @@ _HOME = {
     "prune_weight": "methods.weight",
     "quantize": "packing",
     "save": "files.storage",
+    "sparsify": "training",
     "verify_onnx": "onnx",
 }
 

@@ -10,12 +10,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 _WARNING = (
     "this backward pass gives gradients to weights that pruning removed: an optimizer fills the zeros, and the layers "
-    "no longer fit their pattern. Keep them with weight.register_hook(lambda grad: grad * mask) for each mask of "
-    "report.masks, or tune with sparsecomp.distill, which does"
+    'no longer fit their pattern. Train with sparsecomp.sparsify(model, pattern, optimizer, start="zeros", steps=...), '
+    "or tune with sparsecomp.distill, which keep them"
 )
+# parameters whose zeros somebody keeps while they are trained
+_KEPT = WeakIdKeyDictionary()
 
 
 class _Watch:
@@ -30,6 +33,8 @@ class _Watch:
         for handle in handles:
             handle.remove()
         gradient = parameter.grad
+        if parameter in _KEPT:
+            return
         if handles and gradient is not None and bool(((parameter.detach() == 0) & (gradient != 0)).any()):
             warnings.warn(_WARNING, stacklevel=2)
 
@@ -41,3 +46,9 @@ def warn_where_refilled(parameters: Iterable[nn.Parameter]) -> None:
         if parameter.requires_grad and parameter.is_leaf and not parameter.is_inference():
             handle = parameter.register_post_accumulate_grad_hook(watch.look)  # type: ignore[no-untyped-call]
             watch.handles.append(handle)
+
+
+def zeros_are_kept(parameters: Iterable[nn.Parameter]) -> None:
+    """Say of ``parameters`` that whoever trains them keeps their zeros, so that no warning is due."""
+    for parameter in parameters:
+        _KEPT[parameter] = True

@@ -31,6 +31,7 @@ ROOMS = (
     "engines",
     "planning",
     "pruning",
+    "training",
     "compiler",
     "benchmark",
     "cli",
@@ -49,11 +50,12 @@ WALLS: Mapping[str, tuple[str, ...]] = {
     "engines": ("sparsecomp.packing", "sparsecomp.backends", "sparsecomp.nn", "sparsecomp.models", "sparsecomp.files"),
     "planning": ("sparsecomp.files", "sparsecomp.onnx"),
     "pruning": ("sparsecomp.packing", "sparsecomp.backends", "sparsecomp.files", "sparsecomp.onnx"),
+    "training": ("sparsecomp.files", "sparsecomp.onnx"),
     "benchmark": ("sparsecomp.models", "sparsecomp.pruning", "sparsecomp.files"),
 }
 # package -> the only rooms and modules that may import it
 ONLY_IN: Mapping[str, tuple[str, ...]] = {
-    "transformers": ("cli", "files"),
+    "transformers": ("cli", "files", "training.trainer"),
     "onnx": ("onnx", "cli.export", "engines"),
     "onnxruntime": ("onnx", "engines"),
     "openvino": ("engines",),

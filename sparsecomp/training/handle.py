@@ -1,0 +1,376 @@
+"""Sparse training in the user's own loop: hooks on the user's optimizer keep the masks, and a handle tells of them.
+
+The model always holds what would be deployed: kept weights, zeros elsewhere. Where a rule lets dropped weights go on
+learning, the handle holds them and shows them to the optimizer for the time of its step. So nothing about the model
+changes: its state_dict, its copies, its compiled form, what wraps it.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sparsecomp.errors import MethodError, ModelError, naming
+from sparsecomp.models.batches import eager
+from sparsecomp.models.calibration import LayerStatistics
+from sparsecomp.models.layers import Globs, find_linears, require_layers
+from sparsecomp.modules.snapshot import outside_inference_mode
+from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.check import check_weight
+from sparsecomp.planning.plan import Plan
+from sparsecomp.planning.selection import choose_patterns
+from sparsecomp.pruning.refilled import zeros_are_kept
+from sparsecomp.training.choice import Scope, check_scope
+from sparsecomp.training.hooks import StepHooks, gradients, innermost, parameters
+from sparsecomp.training.layers import TrainedLayer
+from sparsecomp.training.rules import Progress, Rule, get_rule
+from sparsecomp.training.schedule import CURVES, Schedule
+from sparsecomp.training.start import Start, start_masks
+
+
+def sparsify(
+    model: nn.Module,
+    pattern: str | Pattern | Mapping[str, str | Pattern] | Plan,
+    optimizer: torch.optim.Optimizer | None = None,
+    method: str | Rule = "fixed",
+    *,
+    steps: int,
+    start: Start = None,
+    calibration: Mapping[str, LayerStatistics] | None = None,
+    schedule: str | Schedule | None = None,
+    scope: Scope = "layer",
+    only: Globs = None,
+    skip: Globs = None,
+    seed: int = 0,
+) -> SparseTraining:
+    """Train ``model`` sparse in your own loop; give your ``optimizer``, which holds its weights, and go on as before.
+
+    ``pattern``, ``only`` and ``skip`` are as in ``prune``. ``steps`` are the optimizer steps you will make; after them
+    masks stay as they are. ``method`` names a rule, or is one with settings of your own. ``start`` chooses the first
+    masks where the method begins sparse: a pruning method ("fast" with ``calibration``, else "magnitude", is the
+    default), "zeros", "random", or masks (bool [out, in]) by layer name. ``schedule`` is a curve's name or a Schedule;
+    each method has its own default. ``scope="global"`` shares one density out over all layers, for "unstructured:D"
+    and "blockRxC:D". Without an ``optimizer`` give it to ``attach`` later, before the first step.
+
+    After every step the weights in the model fit the pattern that the schedule asks for then. ``bake`` ends it.
+
+    Raises ModelError for an optimizer that does not hold the weights, and masks that do not fit; MethodError for an
+    unknown method, no steps or a schedule that leaves none; what ``prune`` raises for patterns, globs and start.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise MethodError(
+            f"steps={steps!r} trains nothing; give the number of optimizer steps you will make, 1 or more"
+        )
+    model = eager(model)
+    rule = get_rule(method)
+    with outside_inference_mode():
+        found = require_layers(find_linears(model, only, skip))
+        patterns, skipped = choose_patterns(found, pattern)
+        check_scope(scope, patterns)
+        rule.require(patterns, scope)
+        plan = _schedule(schedule, rule, steps)
+        plan.check(steps)
+        layers = {
+            name: TrainedLayer(name, found[name], each, _all(found[name].parameter), found[name].parameter)
+            for name, each in patterns.items()
+        }
+        handle = SparseTraining(model, rule, layers, skipped, plan, steps, scope, seed)
+        inner = None if optimizer is None else handle._accepted(optimizer)
+        handle._begin(start, calibration)
+        if inner is not None:
+            handle.attach(inner)
+    return handle
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one choice of masks did: the density after ``step``, and the share of mask entries that changed."""
+
+    step: int
+    density: float
+    flip_rate: float
+
+
+class SparseTraining:
+    """A model that is being trained sparse. Made by ``sparsify``; print it to see where it stands."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Rule,
+        layers: Mapping[str, TrainedLayer],
+        skipped: Mapping[str, str],
+        schedule: Schedule,
+        steps: int,
+        scope: Scope,
+        seed: int,
+    ) -> None:
+        """Use ``sparsify``."""
+        self.model, self.rule, self.skipped = model, rule, dict(skipped)
+        self.history: list[Change] = []
+        self._layers = dict(layers)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        self._progress = Progress(list(layers.values()), steps, schedule, scope, generator)
+        self._hooks: StepHooks | None = None
+        self._warned = False
+        self._baked = False
+        self._names = {name for name, _ in model.named_modules()}
+        zeros_are_kept(each.parameter for each in self._layers.values())
+        for each in self._layers.values():
+            _TRAINED[each.parameter] = (weakref.ref(self), each.name)
+
+    # --- what it tells ------------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """How many optimizer steps are done."""
+        return self._progress.step
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of now, bool [out, in] by layer name, True where a weight is kept; copies."""
+        return {name: each.matrix(each.mask).clone() for name, each in self._layers.items()}
+
+    @property
+    def patterns(self) -> dict[str, Pattern]:
+        """The pattern that each layer will have in the end, by name."""
+        return {name: each.pattern for name, each in self._layers.items()}
+
+    @property
+    def density(self) -> float:
+        """The share of weights kept now, of all layers together."""
+        kept = sum(int(each.mask.sum()) for each in self._layers.values())
+        return kept / max(sum(each.mask.numel() for each in self._layers.values()), 1)
+
+    @property
+    def flip_rate(self) -> float:
+        """The share of mask entries that the last choice of masks changed."""
+        return self.history[-1].flip_rate if self.history else 0.0
+
+    def __str__(self) -> str:
+        """A few lines."""
+        rule, plan = self._progress, self._progress.schedule
+        lines = [
+            f"{self.rule.name}: step {rule.step} of {rule.steps}, {len(self._layers)} layers keep {self.density:.1%} "
+            f"of their weights, schedule {plan.curve}",
+            f"the last change of masks flipped {self.flip_rate:.2%} of their entries"
+            if self.history
+            else "masks have not changed yet",
+        ]
+        return "\n".join(lines)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the masks in the steps of this optimizer; ModelError if it does not hold the weights."""
+        self._require_live()
+        inner = self._accepted(optimizer)
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._progress.attached = inner
+        self._hooks = StepHooks(inner, self._before, self._after)
+
+    def bake(self) -> nn.Module:
+        """End it: take the hooks off, leave plain layers whose weights fit their patterns, and give the model.
+
+        Raises PatternError if a weight does not fit, as after it was written to outside the optimizer.
+        """
+        self._require_live()
+        with torch.no_grad():
+            self.rule.finish(self._progress)
+            for each in self._layers.values():
+                each.show()
+        self._check_layers()
+        progress = self._progress
+        if progress.step < progress.schedule.last(progress.steps) and progress.schedule.curve != "constant":
+            warnings.warn(
+                f"baked after step {progress.step} of {progress.steps}, before the schedule has reached its goal: "
+                f"{self.density:.1%} of the weights are kept, and layers need not fit their patterns",
+                stacklevel=2,
+            )
+        elif progress.scope == "layer":
+            for name, each in self._layers.items():
+                with naming(name):
+                    check_weight(each.matrix(each.parameter.detach()), each.pattern)
+        self._release()
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the model and the optimizer do not hold, in tensors and plain values: save the three together."""
+        progress = self._progress
+        return {
+            "method": self.rule.name,
+            "step": progress.step,
+            "steps": progress.steps,
+            "layers": {
+                name: {
+                    "pattern": str(each.pattern),
+                    "mask": each.mask.clone(),
+                    "dense": None if each.dense is None else each.dense.clone(),
+                    "state": {key: value.clone() for key, value in each.state.items()},
+                }
+                for name, each in self._layers.items()
+            },
+            "extra": {
+                key: value.clone() if isinstance(value, Tensor) else value for key, value in progress.extra.items()
+            },
+            "history": [(each.step, each.density, each.flip_rate) for each in self.history],
+            "generator": progress.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken, bit for bit, after model and optimizer have been loaded.
+
+        Raises ModelError for the state of another training.
+        """
+        self._require_live()
+        progress = self._progress
+        if state["method"] != self.rule.name or state["steps"] != progress.steps:
+            raise ModelError(
+                f'the state is of "{state["method"]}" over {state["steps"]} steps; this is "{self.rule.name}" over '
+                f"{progress.steps}, so call sparsify with the same method and steps"
+            )
+        layers = state["layers"]
+        for name, each in self._layers.items():
+            if name not in layers or layers[name]["pattern"] != str(each.pattern):
+                there = f"has it in {layers[name]['pattern']}" if name in layers else "lacks it"
+                raise ModelError(f'the state {there}, where this training has "{name}" in {each.pattern}')
+        with torch.no_grad():
+            for name, each in self._layers.items():
+                held, device = layers[name], each.parameter.device
+                each.mask = held["mask"].to(device, copy=True)
+                each.dense = None if held["dense"] is None else held["dense"].to(device, copy=True)
+                each.state = {key: value.to(device, copy=True) for key, value in held["state"].items()}
+                each.show()
+        progress.step = int(state["step"])
+        progress.extra = dict(state["extra"])
+        progress.generator.set_state(state["generator"])
+        self.history = [Change(*each) for each in state["history"]]
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _begin(self, start: Start, calibration: Mapping[str, LayerStatistics] | None) -> None:
+        with torch.no_grad():
+            if self.rule.starts_sparse:
+                args = (self.model, self._layers, start, calibration, self._progress.scope, self._progress.generator)
+                for name, mask in start_masks(*args).items():
+                    self._layers[name].mask = mask
+            elif start is not None:
+                raise MethodError(f'method "{self.rule.name}" begins dense and chooses its own masks; leave start out')
+            if self.rule.keeps_dense:
+                for each in self._layers.values():
+                    each.keep_dense()
+            self.rule.begin(self._progress)
+            for each in self._layers.values():
+                each.show()
+
+    def _accepted(self, optimizer: Any) -> torch.optim.Optimizer:
+        inner = innermost(optimizer)
+        held = {id(each) for each in parameters(inner)}
+        lacking = [name for name, each in self._layers.items() if id(each.parameter) not in held]
+        if lacking:
+            some = ", ".join(f'"{each}"' for each in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+            raise ModelError(
+                f"the optimizer does not hold the weights of {len(lacking)} of {len(self._layers)} layers ({some}); "
+                "make it of this model's parameters, or leave the layers out with skip="
+            )
+        return inner
+
+    def _before(self) -> bool:
+        progress = self._progress
+        if not all(bool(torch.isfinite(each).all()) for each in gradients(progress.optimizer)):
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"gradients are not finite at step {progress.step + 1}, so that weights and masks were left as "
+                    "they were; it is said once, look for the loss that is NaN or infinite",
+                    stacklevel=5,
+                )
+            return False
+        for each in progress.layers:
+            if each.ref.parameter is not each.parameter:
+                raise ModelError(
+                    f"{each.name}: its weight was replaced after sparsify; bake before you change the model, or write "
+                    "into the weight in place"
+                )
+            if each.parameter.grad is not None:
+                each.parameter.grad = self.rule.gradient(progress, each, each.parameter.grad)
+            each.expose()
+        self.rule.before(progress)
+        return True
+
+    def _after(self) -> None:
+        progress = self._progress
+        progress.step += 1
+        for each in progress.layers:
+            each.changed = 0
+            each.deploy()
+        if progress.step > progress.steps:
+            return
+        self.rule.update(progress)
+        changed = sum(each.changed for each in progress.layers)
+        if changed or progress.schedule.acts(progress.step, progress.steps):
+            total = max(sum(each.mask.numel() for each in progress.layers), 1)
+            self.history.append(Change(progress.step, self.density, changed / total))
+        for each in progress.layers:
+            if each.changed:
+                each.show()
+
+    def _check_layers(self) -> None:
+        added = sorted({name for name, _ in self.model.named_modules()} - self._names)
+        linears = [name for name in added if name in find_linears(self.model)]
+        if linears:
+            some = ", ".join(f'"{each}"' for each in linears[:3]) + (", ..." if len(linears) > 3 else "")
+            warnings.warn(
+                f"{len(linears)} layers were added to the model after sparsify and were trained dense ({some}); call "
+                "sparsify after the last change of the model",
+                stacklevel=3,
+            )
+
+    def _require_live(self) -> None:
+        if self._baked:
+            raise ModelError("this training was baked, and its hooks are gone; call sparsify again to go on")
+
+    def _release(self) -> None:
+        self._baked = True
+        if self._hooks is not None:
+            self._hooks.remove()
+        for each in self._layers.values():
+            _TRAINED.pop(each.parameter, None)  # type: ignore[no-untyped-call]
+
+
+# which training a parameter is in, and under which name
+_TRAINED = WeakIdKeyDictionary()
+
+
+def live_mask(parameter: nn.Parameter) -> Tensor | None:
+    """The mask [out, in] under which this parameter is being trained, or None."""
+    entry: tuple[weakref.ref[SparseTraining], str] | None = _TRAINED.get(parameter)  # type: ignore[no-untyped-call]
+    handle = None if entry is None else entry[0]()
+    if handle is None or entry is None:
+        return None
+    layer = handle._layers[entry[1]]
+    return layer.matrix(layer.mask).clone()
+
+
+def _all(parameter: Tensor) -> Tensor:
+    return torch.ones_like(parameter, dtype=torch.bool)
+
+
+def _schedule(schedule: str | Schedule | None, rule: Rule, steps: int) -> Schedule:
+    if schedule is None:
+        return rule.default(steps)
+    if isinstance(schedule, str):
+        if schedule not in CURVES:
+            raise MethodError(f'a schedule "{schedule}" is not known; choose one of {", ".join(CURVES)}')
+        return Schedule(schedule, every=rule.default(steps).every, cool_down=rule.default(steps).cool_down)
+    if not isinstance(schedule, Schedule):
+        raise MethodError(f"schedule is a {type(schedule).__name__}; give a curve's name or a sparsecomp Schedule")
+    return schedule

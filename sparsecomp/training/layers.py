@@ -1,0 +1,85 @@
+"""A layer whose weight is trained under a mask: what the model computes with, and what is learned behind it.
+
+Takes a LinearRef and a pattern. Knows no optimizer and no rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sparsecomp.models.layers import LinearRef
+from sparsecomp.patterns import Pattern
+
+Deploy = Callable[["TrainedLayer", Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class TrainedLayer:
+    """One layer under training. All tensors have the shape in which the module stores its weight.
+
+    ``parameter`` is the module's own and always holds what the model would be deployed with: kept weights, zeros
+    elsewhere. ``dense``, where a rule lets dropped weights go on learning, holds all weights; the optimizer steps on
+    it, in the place of the parameter. ``state`` has the tensors of the rule, by name; they are saved and resumed.
+    ``changed`` counts the entries of the mask that the last choice changed.
+    """
+
+    name: str
+    ref: LinearRef
+    pattern: Pattern
+    mask: Tensor
+    parameter: nn.Parameter
+    dense: Tensor | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    changed: int = 0
+    # what a kept weight is deployed as, where that is not its own number
+    rounding: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is learned: the dense one where there is one, else the parameter, detached."""
+        return self.parameter.detach() if self.dense is None else self.dense
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as a matrix [out, in], the way patterns see it."""
+        return stored if self.ref.kind == "linear" else stored.t()
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix [out, in] in the parameter's shape."""
+        return matrix if self.ref.kind == "linear" else matrix.t()
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Another mask, as stored; what it changes is counted. The parameter follows with ``deploy``."""
+        self.changed = int((mask != self.mask).sum())
+        self.mask = mask
+
+    def keep_dense(self) -> None:
+        """Let dropped weights go on learning from now on."""
+        if self.dense is None:
+            self.dense = self.parameter.detach().clone()
+
+    def expose(self) -> None:
+        """Put the learned weight into the parameter, for the optimizer to step on."""
+        if self.dense is not None:
+            self.parameter.copy_(self.dense)
+
+    def deploy(self) -> None:
+        """Put what the model computes with into the parameter; what the optimizer made of it is kept first."""
+        if self.dense is not None:
+            self.dense.copy_(self.parameter)
+        self.show()
+
+    def show(self) -> None:
+        """Put what the model computes with into the parameter."""
+        kept = torch.where(self.mask, self.weight, 0.0)
+        if self.rounding is not None:
+            kept = self.stored(self.rounding(self.matrix(kept)))
+        self.parameter.copy_(kept)
+
+    @property
+    def density(self) -> float:
+        """The share of weights kept; 0.0 for an empty weight."""
+        return int(self.mask.sum()) / max(self.mask.numel(), 1)
