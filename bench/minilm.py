@@ -85,6 +85,12 @@ def tokens(texts: Sequence[str]) -> Batch:
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
+def token_ids(texts: Sequence[str], longest: int) -> list[list[int]]:
+    """The ids of each text with its start and end, at most ``longest`` of them, not padded."""
+    encoded = _tokenizer()(list(texts), truncation=True, max_length=longest)["input_ids"]
+    return [list(each) for each in encoded]
+
+
 def pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Sentence embeddings [texts, width] of length 1: means of ``hidden`` [texts, tokens, width] over real tokens."""
     weights = mask.unsqueeze(-1).to(hidden.dtype)

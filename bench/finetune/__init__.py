@@ -1,0 +1,1 @@
+"""Fine-tuning on real tasks, sparse beside dense at equal budget: data, training, runs and what they say."""
