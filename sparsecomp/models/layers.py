@@ -6,38 +6,36 @@ Takes any ``nn.Module`` and gives ``LinearRef`` values and reasons. Knows nothin
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparsecomp.errors import ModelError
+from sparsecomp.models.convolutions import matrix_of, stored_of, why_runs_dense
 from sparsecomp.models.matrices import bare_matrices
+from sparsecomp.models.refusals import Kind, kind_of, weight_owners, why_not, why_other
 from sparsecomp.modules.bypaths import bypaths
-from sparsecomp.modules.carry import why_not_carried
-from sparsecomp.patterns.numbers import LAYER_DTYPES, PART_NAMES
-
-_OTHER_MATMULS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.RNNBase, nn.RNNCellBase, nn.Bilinear),
-)
-_OF_THE_FILE = frozenset(PART_NAMES)
 
 
 @dataclass(frozen=True, eq=False)
 class LinearRef:
-    """One linear layer of a model, whichever way it stores its weight.
+    """One layer of a model that multiplies by a matrix, whichever way it stores it.
 
-    ``kind`` is "linear" for nn.Linear (weight [out, in]), "conv1d" for the Conv1D of Hugging Face (weight [in, out]).
-    ``aliases`` are further names under which the model reaches the same module.
+    ``kind`` is "linear" for nn.Linear (weight [out, in]), "conv1d" for the Conv1D of Hugging Face (weight [in, out]),
+    "conv2d" for nn.Conv2d of one group (weight [out, in, kh, kw]). ``aliases`` are further names under which the model
+    reaches the same module.
+
+    Masks, Grams and patterns speak of the matrix [out, in]. That of a convolution is [out, kh*kw*in]: for every kernel
+    position, row by row, its input channels lie side by side, so that groups of a pattern run along input channels.
     """
 
     name: str
     module: nn.Module
-    kind: Literal["linear", "conv1d"]
+    kind: Kind
     aliases: tuple[str, ...] = ()
 
     @property
@@ -56,9 +54,14 @@ class LinearRef:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        first, second = self.parameter.shape
-        return (first, second) if self.kind == "linear" else (second, first)
+        """(out_features, in_features) of the matrix."""
+        first, *rest = self.parameter.shape
+        return (rest[0], first) if self.kind == "conv1d" else (first, math.prod(rest))
+
+    @property
+    def channels(self) -> int:
+        """Columns that lie side by side at one kernel position, where no group of a pattern may cross; else all."""
+        return int(self.parameter.shape[1]) if self.kind == "conv2d" else self.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,9 +74,43 @@ class LinearRef:
         return self.parameter.device
 
     def get_weight(self) -> Tensor:
-        """The weight [out, in], detached; it shares memory with the layer and is for reading only."""
-        weight = self.parameter.detach()
-        return weight if self.kind == "linear" else weight.t()
+        """The weight [out, in], detached; it may share memory with the layer and is for reading only."""
+        return self.to_matrix(self.parameter.detach())
+
+    def to_matrix(self, stored: Tensor) -> Tensor:
+        """A tensor of the Parameter's shape (weight, mask, gradient) as a matrix [out, in], a view where it can be one.
+
+        Raises ModelError for another shape.
+        """
+        if stored.shape != self.parameter.shape:
+            raise ModelError(
+                f"{self.name}: got a tensor of shape {tuple(stored.shape)}; the layer stores its weight as "
+                f"{tuple(self.parameter.shape)}"
+            )
+        match self.kind:
+            case "linear":
+                return stored
+            case "conv1d":
+                return stored.t()
+            case "conv2d":
+                return matrix_of(stored)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """A matrix [out, in] in the shape of the Parameter, a view where it can be one: the way back of ``to_matrix``.
+
+        Raises ModelError for another shape.
+        """
+        if tuple(matrix.shape) != self.shape:
+            raise ModelError(
+                f"{self.name}: got a matrix of shape {tuple(matrix.shape)}; the layer takes [out, in] = {self.shape}"
+            )
+        match self.kind:
+            case "linear":
+                return matrix
+            case "conv1d":
+                return matrix.t()
+            case "conv2d":
+                return stored_of(matrix, tuple(self.parameter.shape))
 
     def set_weight(self, weight: Tensor) -> None:
         """Write ``weight`` [out, in] into the layer in place; the Parameter, its dtype and requires_grad stay.
@@ -86,12 +123,13 @@ class LinearRef:
             )
         # a Parameter made under inference_mode can be written under it only
         with torch.inference_mode(self.parameter.is_inference()), torch.no_grad():
-            self.parameter.copy_(weight if self.kind == "linear" else weight.t())
+            self.parameter.copy_(self.from_matrix(weight))
 
     def as_linear(self, weight: Tensor | None = None) -> nn.Linear:
-        """This layer as nn.Linear: the module itself, or for Conv1D a new module on the same memory.
+        """This layer as nn.Linear: the module itself, or for others a new module on the same memory where it can be.
 
-        With ``weight`` [out, in], a new module that has it in the place of the layer's own, and the same bias.
+        With ``weight`` [out, in], a new module that has it in the place of the layer's own, and the same bias. What
+        nn.Conv2d does beside the product, such as its stride, is not in it.
         """
         if weight is None and isinstance(self.module, nn.Linear):
             return self.module
@@ -133,7 +171,16 @@ def require_module(model: object) -> None:
 
 
 def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> LayerTable:
-    """The linear layers of ``model`` that can be pruned in place and replaced.
+    """The layers of ``model`` that can run sparse: those of ``find_layers`` without the convolutions that cannot.
+
+    A convolution of 1x1 without padding is a product of rows and is found; others are in ``skipped`` with the reason.
+    Raises as ``find_layers``.
+    """
+    return _find(model, only, skip, runnable=True)
+
+
+def find_layers(model: nn.Module, only: Globs = None, skip: Globs = None) -> LayerTable:
+    """The linear layers and convolutions of ``model`` that can be pruned in place, whatever runs them afterwards.
 
     ``only`` and ``skip`` are globs (fnmatch) on dotted names such as "encoder.*.query"; ``skip`` wins. A module that is
     reachable under several names is found once, under the first. Everything that multiplies by a weight and is
@@ -141,13 +188,17 @@ def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> La
 
     Raises ModelError for a model that is no nn.Module and a glob that matches no layer, naming the nearest names.
     """
+    return _find(model, only, skip, runnable=False)
+
+
+def _find(model: nn.Module, only: Globs, skip: Globs, *, runnable: bool) -> LayerTable:
     require_module(model)
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
-    owners = _weight_owners(modules.values(), names)
+    owners = weight_owners(modules.values(), names)
     elsewhere = bypaths(modules.values(), names)
     inside_attention = {
         id(child): names[id(module)][0]
@@ -167,13 +218,15 @@ def find_linears(model: nn.Module, only: Globs = None, skip: Globs = None) -> La
         elif key in inside_attention and isinstance(module, nn.Linear):
             where = inside_attention[key] or "the model"
             candidates[name] = (None, f"nn.MultiheadAttention ({where}) reads its weight and never calls it")
-        elif (kind := _kind(module)) is not None:
-            why_not = _why_not(name, module, owners, elsewhere)
-            candidates[name] = (LinearRef(name, module, kind, aliases), "") if why_not is None else (None, why_not)
+        elif (kind := kind_of(module)) is not None:
+            refusal = why_not(name, module, owners, elsewhere)
+            if refusal is None and runnable and isinstance(module, nn.Conv2d):
+                refusal = why_runs_dense(module) or "a 1x1 convolution stays dense in execution"
+            candidates[name] = (LinearRef(name, module, kind, aliases), "") if refusal is None else (None, refusal)
             for alias in aliases:
                 candidates[alias] = (None, f'the same layer as "{name}"')
-        elif (why_not := _why_not_linear(module)) is not None:
-            candidates[name] = (None, why_not)
+        elif (refusal := why_other(module)) is not None:
+            candidates[name] = (None, refusal)
         for bare, reason in bare_matrices(name, module, total, seen).items():
             candidates.setdefault(bare, (None, reason))
     return _filter(candidates, _globs(only), _globs(skip))
@@ -184,9 +237,10 @@ def require_layers(table: LayerTable) -> LayerTable:
     if table.found:
         return table
     reasons = [f"{name or 'the model'}: {reason}" for name, reason in list(table.skipped.items())[:3]]
-    why = "; ".join(reasons) if reasons else "it has no nn.Linear or Conv1D"
+    why = "; ".join(reasons) if reasons else "it has no nn.Linear, Conv1D or nn.Conv2d"
     raise ModelError(
-        f"the model has no layer that can be sparse ({why}); allowed are nn.Linear and Hugging Face Conv1D"
+        f"the model has no layer that can be sparse ({why}); allowed are nn.Linear, Hugging Face Conv1D and nn.Conv2d "
+        "of one group"
     )
 
 
@@ -267,78 +321,3 @@ def _some(names: Collection[str]) -> str:
     if not names:
         return "the model has no linear layers"
     return "there are " + ", ".join(f'"{name}"' for name in list(names)[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _conv1d_class(module: nn.Module) -> type[nn.Module] | None:
-    for base in type(module).__mro__:
-        if base.__name__ == "Conv1D" and base.__module__.partition(".")[0] == "transformers":
-            return base
-    return None
-
-
-def _kind(module: nn.Module) -> Literal["linear", "conv1d"] | None:
-    if isinstance(module, nn.Linear):
-        return "linear"
-    return "conv1d" if _conv1d_class(module) is not None else None
-
-
-def _why_not(
-    name: str, module: nn.Module, owners: Mapping[object, list[str]], elsewhere: Mapping[int, str]
-) -> str | None:
-    if getattr(type(module), "_sparsecomp_packed", False):
-        return "already sparse"
-    base = nn.Linear if isinstance(module, nn.Linear) else _conv1d_class(module)
-    assert base is not None
-    parameter = module._parameters.get("weight")
-    if isinstance(parameter, nn.UninitializedParameter):
-        return "its weight has no shape yet; run the model on one batch first"
-    if (reason := why_not_carried(module, base)) is not None:
-        return reason
-    assert parameter is not None
-    if type(parameter) is not nn.Parameter:
-        return f"its weight is a {type(parameter).__name__}, not a plain Parameter (quantised or distributed)"
-    if parameter.dtype not in LAYER_DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LAYER_DTYPES)
-        return f"its weight is {str(parameter.dtype).removeprefix('torch.')}; allowed are {allowed}"
-    if parameter.device.type == "meta":
-        return "its weight is on the meta device and has no values; load the model first"
-    sharing = owners[_storage(parameter)]
-    if len(sharing) > 1:
-        own = f"{name}.weight" if name else "weight"
-        return "its weight is shared with " + ", ".join(f'"{other}"' for other in sharing if other != own)
-    saved = {**module._parameters, **module._buffers}.keys() - module._non_persistent_buffers_set
-    if clash := sorted(saved & _OF_THE_FILE):
-        kind = "buffer" if clash[0] in module._buffers else "Parameter"
-        return f'it has a {kind} "{clash[0]}" of its own, a name that the file uses'
-    if id(module) in elsewhere:
-        where = elsewhere[id(module)]
-        return f"the model also reaches it past its modules, through {where}; a packed layer would not be called there"
-    return None
-
-
-def _why_not_linear(module: nn.Module) -> str | None:
-    kind = type(module).__name__
-    if getattr(type(module), "_sparsecomp_packed", False):
-        return "already sparse"
-    if isinstance(module, _OTHER_MATMULS):
-        return f"{kind} layers stay dense"
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return f"{type(module).__module__}.{kind} is not an nn.Linear (quantised or custom)"
-    return None
-
-
-def _storage(parameter: nn.Parameter) -> object:
-    """Equal for two Parameters that start at the same memory, tied as one object or as two views."""
-    if type(parameter) is not nn.Parameter or parameter.device.type == "meta" or parameter.numel() == 0:
-        return id(parameter)
-    return parameter.device, parameter.data_ptr()
-
-
-def _weight_owners(modules: Iterable[nn.Module], names: Mapping[int, list[str]]) -> dict[object, list[str]]:
-    owners: dict[object, list[str]] = {}
-    for module in modules:
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                prefix = names[id(module)][0]
-                owners.setdefault(_storage(parameter), []).append(f"{prefix}.{key}" if prefix else key)
-    return owners

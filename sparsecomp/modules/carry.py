@@ -32,6 +32,7 @@ _STATE_HOOKS = (
 COMPILED_CALL = "_compiled_call_impl"  # what nn.Module.compile leaves on a module is of the old layer's code
 _OF_EVERY_MODULE = frozenset([*vars(nn.Module()), COMPILED_CALL])
 _OF_EVERY_LINEAR = frozenset(["in_features", "out_features", "weight", "bias"])
+_OF_EVERY_CONVOLUTION = frozenset(vars(nn.Conv2d(1, 1, 1, device="meta"))) - _OF_EVERY_MODULE
 # a subclass that has no more than these does what its base does
 _HARMLESS = frozenset(
     [
@@ -41,7 +42,7 @@ _HARMLESS = frozenset(
         *("__type_params__", "__orig_bases__", "__parameters__", "__abstractmethods__"),
     ]
 )
-_FORWARD = nn.Linear.forward
+_FORWARDS: dict[type[nn.Module], object] = {nn.Linear: nn.Linear.forward, nn.Conv2d: nn.Conv2d.forward}
 _MADE_BY = {
     ("weight_orig", "weight_mask"): "torch.nn.utils.prune computes its weight; make it permanent first, with "
     'torch.nn.utils.prune.remove(layer, "weight")',
@@ -68,8 +69,8 @@ def why_not_carried(module: nn.Module, base: type[nn.Module]) -> str | None:
         held = {*module._parameters, *module._buffers}
         known = next((reason for names, reason in _MADE_BY.items() if held.issuperset(names)), None)
         return known or "its weight is computed by a hook or another module; make it a Parameter of the layer first"
-    if base is nn.Linear and base.forward is not _FORWARD:
-        return "nn.Linear.forward was replaced, which a sparse layer would not repeat"
+    if base.forward is not _FORWARDS.get(base, base.forward):
+        return f"nn.{base.__name__}.forward was replaced, which a sparse layer would not repeat"
     if type(module).forward is not base.forward:
         return f"{kind} has a forward of its own, which a sparse layer would not repeat"
     if "forward" in module.__dict__:
@@ -96,7 +97,8 @@ def carry_over(old: nn.Module, new: nn.Module, reserved: Iterable[str], *, share
     another form; ``new`` is then as it was.
     """
     taken = frozenset(reserved)
-    extra = set(vars(old)) - _OF_EVERY_MODULE - _OF_EVERY_LINEAR - _private(old)
+    facts = _OF_EVERY_LINEAR | (_OF_EVERY_CONVOLUTION if isinstance(old, nn.Conv2d) else frozenset())
+    extra = set(vars(old)) - _OF_EVERY_MODULE - facts - _private(old)
     buffers = {name: each for name, each in old._buffers.items() if name not in _private(old)}
     parameters = {name: each for name, each in old._parameters.items() if name not in _OF_EVERY_LINEAR}
     clash = (extra | set(buffers) | set(parameters) | set(old._modules)) & taken

@@ -194,8 +194,7 @@ class _Block:
         """Masks by parameter name within the block, as the parameters are stored."""
         stored = {}
         for name, mask in solved.items():
-            layer = self.layers[name]
-            stored[f"{name.removeprefix(self.name + '.')}.weight"] = mask if layer.kind == "linear" else mask.t()
+            stored[f"{name.removeprefix(self.name + '.')}.weight"] = self.layers[name].from_matrix(mask)
         return stored
 
 

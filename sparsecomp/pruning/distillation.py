@@ -78,7 +78,7 @@ def distill(
             return torch.stack([*rest, *([torch.stack(blocks).mean(), blocks[-1]] if blocks else [])]).sum()
 
         stored = {
-            f"model.{name}.weight" if name else "model.weight": each if layers[name].kind == "linear" else each.t()
+            f"model.{name}.weight" if name else "model.weight": layers[name].from_matrix(each)
             for name, each in masks.items()
         }
         student = _Entry(model, forward, watched)

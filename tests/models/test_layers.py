@@ -197,7 +197,10 @@ class Experts(nn.Module):
         (subclassed_weight, "its weight is a OddParameter"),
         (quantised, "quantised or custom"),
         (lambda: Packed(nn.Linear(4, 4)), "already sparse"),
-        (lambda: nn.Conv2d(3, 4, 3), "Conv2d layers stay dense"),
+        (lambda: nn.Conv2d(3, 4, 3), "larger than 1x1 stays dense in execution; sc.prune can give it zeros"),
+        (lambda: nn.Conv2d(4, 4, 1, padding=1), "a padded 1x1 convolution stays dense in execution"),
+        (lambda: nn.Conv2d(4, 8, 1, groups=4), "a depthwise convolution (groups=4) stays dense"),
+        (lambda: nn.Conv3d(3, 4, 3), "Conv3d layers stay dense"),
         (lambda: nn.LSTM(3, 4), "LSTM layers stay dense"),
         (Experts, "holds stacks of matrices (gate_up; 76.2% of the model's weights); if it multiplies by them"),
     ],
@@ -215,7 +218,7 @@ def test_a_subclass_with_the_same_forward_is_found():
 
 def test_no_layer_at_all_says_why():
     with pytest.raises(
-        ModelError, match=r"no layer that can be sparse .0: Conv2d layers stay dense.; allowed are nn.Linear"
+        ModelError, match=r"no layer that can be sparse .0: a convolution whose kernel .*; allowed are nn.Linear"
     ):
         require_layers(find_linears(nn.Sequential(nn.Conv2d(3, 4, 3))))
 
