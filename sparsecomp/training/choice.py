@@ -65,13 +65,13 @@ def choose(
         if pattern is None:
             masks[layer.name] = torch.ones_like(layer.mask)
         else:
-            masks[layer.name] = layer.stored(project(layer.matrix(scores[layer.name]), pattern)).contiguous()
+            masks[layer.name] = layer.ungrouped(project(layer.grouped(scores[layer.name]), pattern))
     return masks
 
 
 def units(layer: TrainedLayer, stored: Tensor) -> Tensor:
     """Squares of a layer's scores, as stored, summed over what is kept or dropped together: float64, any shape."""
-    squares = layer.matrix(stored).double().square()
+    squares = layer.grouped(stored).double().square()
     pattern = layer.pattern
     if not isinstance(pattern, Block):
         return squares
@@ -83,11 +83,11 @@ def units(layer: TrainedLayer, stored: Tensor) -> Tensor:
 
 def from_units(layer: TrainedLayer, kept: Tensor) -> Tensor:
     """The mask, as stored, that keeps these units."""
-    out, columns = layer.ref.shape
     pattern = layer.pattern
     if isinstance(pattern, Block):
+        out, columns = layer.grouped(layer.mask).shape
         kept = kept.repeat_interleave(pattern.rows, dim=0).repeat_interleave(pattern.cols, dim=1)[:out, :columns]
-    return layer.stored(kept).contiguous()
+    return layer.ungrouped(kept)
 
 
 def _choose_together(layers: Sequence[TrainedLayer], scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparsecomp.errors import MethodError, ModelError, naming
 from sparsecomp.models.batches import eager
 from sparsecomp.models.calibration import LayerStatistics
-from sparsecomp.models.layers import Globs, find_linears, require_layers
+from sparsecomp.models.layers import Globs, find_layers, require_layers
 from sparsecomp.modules.snapshot import outside_inference_mode
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.check import check_weight
@@ -71,7 +71,7 @@ def sparsify(
     model = eager(model)
     rule = get_rule(method)
     with outside_inference_mode():
-        found = require_layers(find_linears(model, only, skip))
+        found = require_layers(find_layers(model, only, skip))
         patterns, skipped = choose_patterns(found, pattern)
         check_scope(scope, patterns)
         rule.require(patterns, scope)
@@ -198,7 +198,7 @@ class SparseTraining:
         elif progress.scope == "layer":
             for name, each in self._layers.items():
                 with naming(name):
-                    check_weight(each.matrix(each.parameter.detach()), each.pattern)
+                    check_weight(each.grouped(each.parameter.detach()), each.pattern)
         self._release()
         return self.model
 
@@ -325,7 +325,7 @@ class SparseTraining:
 
     def _check_layers(self) -> None:
         added = sorted({name for name, _ in self.model.named_modules()} - self._names)
-        linears = [name for name in added if name in find_linears(self.model)]
+        linears = [name for name in added if name in find_layers(self.model)]
         if linears:
             some = ", ".join(f'"{each}"' for each in linears[:3]) + (", ..." if len(linears) > 3 else "")
             warnings.warn(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsecomp.models.layers import LinearRef
 from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.positions import cut_positions, pad_positions
 
 Deploy = Callable[["TrainedLayer", Tensor], Tensor]
 
@@ -45,11 +46,20 @@ class TrainedLayer:
 
     def matrix(self, stored: Tensor) -> Tensor:
         """A tensor of the parameter's shape as a matrix [out, in], the way patterns see it."""
-        return stored if self.ref.kind == "linear" else stored.t()
+        return self.ref.to_matrix(stored)
 
     def stored(self, matrix: Tensor) -> Tensor:
         """A matrix [out, in] in the parameter's shape."""
-        return matrix if self.ref.kind == "linear" else matrix.t()
+        return self.ref.from_matrix(matrix)
+
+    def grouped(self, stored: Tensor) -> Tensor:
+        """``matrix`` with zeros where a group of the pattern would cross from one kernel position to the next."""
+        return pad_positions(self.matrix(stored), self.ref.channels, self.pattern)
+
+    def ungrouped(self, matrix: Tensor) -> Tensor:
+        """The way back of ``grouped``, contiguous."""
+        whole = cut_positions(matrix, self.ref.channels, self.pattern, self.ref.shape[1])
+        return self.stored(whole).contiguous()
 
     def set_mask(self, mask: Tensor) -> None:
         """Another mask, as stored; what it changes is counted. The parameter follows with ``deploy``."""

@@ -83,8 +83,9 @@ def _given(layers: Mapping[str, TrainedLayer], masks: Mapping[str, Tensor], scop
                 "must too"
             )
         mask = mask.detach().to(layer.parameter.device)
+        stored = layer.stored(mask).clone(memory_format=torch.contiguous_format)
         if scope == "layer":
             with naming(name):
-                check_mask(mask, layer.pattern)
-        found[name] = layer.stored(mask).clone(memory_format=torch.contiguous_format)
+                check_mask(layer.grouped(stored), layer.pattern)
+        found[name] = stored
     return found
