@@ -1,0 +1,106 @@
+"""The list of runs: what each trains, from which dense checkpoint, for how long and beside which dense run."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsecomp.errors import SparsecompError
+
+# rates of the first seed, of which validation chooses one for all seeds
+RATES = (2e-5, 3e-5, 5e-5)
+AGAIN_RATES = (3e-5, 5e-5, 1e-4)
+_TASKS = ("movies", "r8")
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """How a run is sparse: what ``sc.sparsify`` is given, but for model, optimizer, steps and calibration.
+
+    ``pattern`` and ``numbers`` are also what the trained model is compiled to. ``rule`` holds settings of the
+    method's own, ``schedule`` those of a Schedule in shares of all steps.
+    """
+
+    pattern: str
+    method: str = "fixed"
+    start: str | None = None
+    numbers: str | None = None
+    scope: str = "layer"
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: from the pre-trained model, or from the dense checkpoint that the run ``base`` left.
+
+    From a checkpoint all learn with it as their teacher. ``sparse`` is None for a dense run. ``beside`` is the dense
+    run at equal budget that this one is compared with. ``checks`` is how often in an epoch validation is looked at.
+    """
+
+    name: str
+    task: str
+    epochs: float
+    rates: tuple[float, ...]
+    base: str | None = None
+    sparse: Sparse | None = None
+    beside: str | None = None
+    checks: int = 0
+
+
+def base_name(task: str) -> str:
+    """The dense run that all others start from."""
+    return f"{task}/dense"
+
+
+def again_name(task: str, epochs: int) -> str:
+    """The dense run with the budget and the teacher of sparse ones."""
+    return f"{task}/dense-again/{epochs}"
+
+
+def registry() -> dict[str, Run]:
+    """All runs by name, those first that others need."""
+    runs: list[Run] = []
+    for task in _TASKS:
+        runs.append(Run(base_name(task), task, 2, RATES))
+        runs += [_again(task, epochs) for epochs in (1, 2)]
+        runs += [
+            _sparse(task, f"{pattern}-fast", epochs, Sparse(pattern, start="fast"), checks=8 * (epochs == 1))
+            for pattern in ("2:4", "8:16")
+            for epochs in (1, 2)
+        ]
+        runs += [
+            _sparse(task, f"{pattern}-fast-int8", epochs, Sparse(pattern, start="fast", numbers="int8@a8"))
+            for pattern in ("2:4", "8:16")
+            for epochs in (1, 2)
+        ]
+    runs += [
+        _sparse("movies", "2:4-magnitude", epochs, Sparse("2:4", start="magnitude"), checks=8) for epochs in (1, 2)
+    ]
+    return {run.name: run for run in runs}
+
+
+def _again(task: str, epochs: int) -> Run:
+    return Run(again_name(task, epochs), task, epochs, AGAIN_RATES, base_name(task))
+
+
+def _sparse(task: str, what: str, epochs: int, sparse: Sparse, checks: int = 0) -> Run:
+    name = f"{task}/{what}/{epochs}"
+    return Run(name, task, epochs, AGAIN_RATES, base_name(task), sparse, again_name(task, epochs), checks)
+
+
+def chosen(runs: Mapping[str, Run], globs: Iterable[str]) -> list[Run]:
+    """The runs whose names match one of the globs, and the bases they start from, in the order of the list.
+
+    Raises SparsecompError for a glob that matches none.
+    """
+    names: set[str] = set()
+    for glob in globs:
+        found = fnmatch.filter(runs, glob)
+        if not found:
+            raise SparsecompError(f'no run matches "{glob}"; the runs are {", ".join(runs)}')
+        names.update(found)
+    names |= {base for name in names for base in [runs[name].base] if base is not None}
+    return [run for run in runs.values() if run.name in names]
