@@ -14,6 +14,14 @@ import sparsecomp as sc
 
 SECTIONS = (
     ("Prune", ("calibrate", "Calibration", "prune", "prune_blocks", "distill", "Tuning", "prune_weight")),
+    (
+        "Train",
+        (
+            "sparsify",
+            "SparseTraining",
+            "Schedule",
+        ),
+    ),
     ("Plan and compile", ("plan", "Plan", "compile")),
     ("Layers and weights", ("SparseLinear", "parse_pattern", "pack", "PackedWeight", "quantize")),
     ("Files", ("save", "load")),
