@@ -26,12 +26,12 @@ def macro_f1(predicted: Tensor, labels: Tensor, classes: int) -> float:
 def packed(right: Tensor) -> str:
     """A bool vector as hexadecimal digits, its first entry the highest bit; ``unpacked`` needs the length, too."""
     bits = "".join("1" if each else "0" for each in right.tolist())
-    return f"{int(bits or '0', 2):0{-(-len(bits) // 4)}x}"
+    return f"{int(bits or '0', 2):0{max(1, -(-len(bits) // 4))}x}"
 
 
 def unpacked(digits: str, count: int) -> Tensor:
     """The bool vector [count] that ``packed`` was given."""
-    bits = f"{int(digits or '0', 16):0{count}b}"
+    bits = f"{int(digits, 16):0{count}b}"
     return torch.tensor([bit == "1" for bit in bits[:count]], dtype=torch.bool, device="cpu")
 
 

@@ -23,6 +23,7 @@ from bench.finetune.judging import accuracy, macro_f1, packed
 from bench.finetune.results import CHOOSING_SEED, Results, Row, file_name
 from bench.finetune.runs import Run, Sparse
 from bench.finetune.task import Classifier, Recipe, logits_of, optimizer_of, train
+from sparsecomp.patterns.numbers import FLOAT, parse_weights
 from sparsecomp.reporting.writing import whole_file
 from sparsecomp.training import Schedule, SparseTraining
 from sparsecomp.training.rules import get_rule
@@ -142,8 +143,8 @@ class Runner:
         facts: Row = {}
         if handle is not None and run.sparse is not None:
             facts = _baked(handle)
-            if run.sparse.numbers is not None:
-                facts["note"] = self._compiled(model, run.sparse)
+            if parse_weights(run.sparse.pattern)[1] != FLOAT:
+                facts["note"] = self._compiled(model, run.sparse.pattern)
         return {
             "run": run.name,
             "task": run.task,
@@ -194,11 +195,11 @@ class Runner:
             self._statistics = {checkpoint: found}
         return self._statistics[checkpoint]
 
-    def _compiled(self, model: Classifier, sparse: Sparse) -> str:
+    def _compiled(self, model: Classifier, pattern: str) -> str:
         """Put the layers into the numbers in which they would run; the layers that do not bear them, in words."""
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            sc.compile(model, f"{sparse.pattern}+{sparse.numbers}", only=self._bench.only, where="everywhere")
+            sc.compile(model, pattern, only=self._bench.only, where="everywhere")
         return "; ".join(str(each.message) for each in told)
 
     def _look(self, model: nn.Module, parts: Parts) -> float:
