@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -370,7 +370,7 @@ def _schedule(schedule: str | Schedule | None, rule: Rule, steps: int) -> Schedu
     if isinstance(schedule, str):
         if schedule not in CURVES:
             raise MethodError(f'a schedule "{schedule}" is not known; choose one of {", ".join(CURVES)}')
-        return Schedule(schedule, every=rule.default(steps).every, cool_down=rule.default(steps).cool_down)
+        return replace(rule.default(steps), curve=schedule)
     if not isinstance(schedule, Schedule):
         raise MethodError(f"schedule is a {type(schedule).__name__}; give a curve's name or a sparsecomp Schedule")
     return schedule

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from sparsecomp.errors import MethodError
 from sparsecomp.patterns import NM, VNM, Block, Pattern, Unstructured
@@ -20,8 +21,9 @@ class Schedule:
 
     ``curve`` is "constant" (the goal from the first step on), "linear", "cubic" (Zhu and Gupta 2017: the share of
     weights still to be dropped falls with the third power), "exponential" (the density falls by the same factor each
-    step) or "cosine". Nothing is dropped in the first ``warm_up`` steps; in the last ``cool_down`` steps masks do not
-    change. Between them masks change every ``every`` steps.
+    time) or "cosine". The first ``warm_up`` steps are dense. Masks may change after the last of them, then after every
+    ``every`` steps, and after the last step before the ``cool_down``, the steps at the end in which masks stay. So
+    ``steps = k * every`` without warm-up and cool-down makes k changes, each after as many steps.
 
     Raises MethodError for numbers that make no schedule.
     """
@@ -54,26 +56,50 @@ class Schedule:
         return steps - self.cool_down
 
     def acts(self, step: int, steps: int) -> bool:
-        """Whether masks may change after ``step`` of 1 to ``steps``: every so often, and at the last one allowed."""
+        """Whether masks may change after ``step`` of 1 to ``steps``."""
         last = self.last(steps)
-        if not self.warm_up < step <= last:
-            return False
-        return step == last or (step - self.warm_up - 1) % self.every == 0
+        return max(1, self.warm_up) <= step <= last and (step == last or (step - self.warm_up) % self.every == 0)
 
     def density(self, step: int, steps: int, goal: float) -> float:
-        """The density asked for after ``step`` of 0 to ``steps``, 1.0 before the warm-up has ended."""
+        """The density asked for after ``step`` of 0 to ``steps``: that of the curve where masks last could change.
+
+        It is 1.0 before the warm-up has ended, falls at the steps that ``acts`` names and at no other, and is exactly
+        ``goal`` from the last of them on.
+        """
         if step < self.warm_up:
             return 1.0
-        share = min(1.0, (step - self.warm_up) / (self.last(steps) - self.warm_up))
+        last = self.last(steps)
+        if step >= last or self.curve == "constant":
+            return goal
+        acted = step - (step - self.warm_up) % self.every
+        share = (acted - self.warm_up) / (last - self.warm_up)
         if self.curve == "linear":
             return 1.0 + (goal - 1.0) * share
         if self.curve == "cubic":
             return goal + (1.0 - goal) * (1.0 - share) ** 3
         if self.curve == "exponential":
             return float(goal**share)
-        if self.curve == "cosine":
-            return goal + (1.0 - goal) * 0.5 * (1.0 + math.cos(math.pi * share))
-        return goal
+        return goal + (1.0 - goal) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+    def changes(self, steps: int, goal: Pattern) -> tuple[int, ...]:
+        """The steps, in order, after which the pattern asked for on the way to ``goal`` is another than before.
+
+        A constant curve without warm-up asks for ``goal`` from step 0 on and has no such step.
+        """
+        return _changes(self, steps, goal)
+
+
+@lru_cache(maxsize=256)
+def _changes(schedule: Schedule, steps: int, goal: Pattern) -> tuple[int, ...]:
+    found = []
+    before = pattern_at(goal, schedule.density(0, steps, goal.density))
+    acting = {*range(schedule.warm_up, schedule.last(steps), schedule.every), schedule.last(steps)}
+    for step in sorted(acting):
+        now = pattern_at(goal, schedule.density(step, steps, goal.density))
+        if now != before:
+            found.append(step)
+        before = now
+    return tuple(found)
 
 
 def pattern_at(goal: Pattern, density: float) -> Pattern | None:
