@@ -81,16 +81,13 @@ class Schedule:
             return float(goal**share)
         return goal + (1.0 - goal) * 0.5 * (1.0 + math.cos(math.pi * share))
 
-    def changes(self, steps: int, goal: Pattern) -> tuple[int, ...]:
-        """The steps, in order, after which the pattern asked for on the way to ``goal`` is another than before.
-
-        A constant curve without warm-up asks for ``goal`` from step 0 on and has no such step.
-        """
-        return _changes(self, steps, goal)
-
 
 @lru_cache(maxsize=256)
-def _changes(schedule: Schedule, steps: int, goal: Pattern) -> tuple[int, ...]:
+def changes(schedule: Schedule, steps: int, goal: Pattern) -> tuple[int, ...]:
+    """The steps, in order, after which the pattern asked for on the way to ``goal`` is another than before.
+
+    A constant curve without warm-up asks for ``goal`` from step 0 on and has no such step.
+    """
     found = []
     before = pattern_at(goal, schedule.density(0, steps, goal.density))
     acting = {*range(schedule.warm_up, schedule.last(steps), schedule.every), schedule.last(steps)}
