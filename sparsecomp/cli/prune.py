@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     from safetensors.torch import save_file
 
-    from sparsecomp.models.layers import find_linears, require_layers
+    from sparsecomp.models.layers import find_layers, require_layers
     from sparsecomp.planning.selection import choose_weights
     from sparsecomp.pruning.model import check_masks
 
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = models.load_model(arguments.model, arguments.weights, arguments.auto_class)
     pruned.check_output(arguments.output, model, arguments.model)
     pattern = choices.plain(choices.without_auto(given, model))
-    found = require_layers(find_linears(model, arguments.only, arguments.skip))
+    found = require_layers(find_layers(model, arguments.only, arguments.skip))
     chosen, _ = choose_weights(found, pattern)
     check_masks(masks, chosen, found)
     choices.check_finite(found, list(chosen))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sparsecomp.errors import CalibrationError
 from sparsecomp.models.batches import Forward, eager, entering, evaluating, fresh, require_batches, run_batch
-from sparsecomp.models.layers import Globs, LayerTable, find_linears, require_layers
+from sparsecomp.models.convolutions import Windows
+from sparsecomp.models.layers import Globs, LayerTable, find_layers, require_layers
 from sparsecomp.models.reads import noting_reads
 from sparsecomp.models.recorder import Recorder
 from sparsecomp.models.rows import RowMask, RowMasks, RowSource
@@ -106,7 +107,10 @@ def calibrate(
     dtype: torch.dtype = torch.float32,
     show_progress: bool = True,
 ) -> Calibration:
-    """Run ``batches`` through ``model`` once and sum X^T X over the input rows X [tokens, in] of every linear layer.
+    """Run ``batches`` through ``model`` once and sum X^T X over the input rows X [tokens, in] of every layer.
+
+    Layers are the linear ones and convolutions of one group. The rows of a convolution are its windows, B*Hout*Wout of
+    kh*kw*in numbers, for every kernel position the input channels; they are made a few at a time.
 
     A batch is a tensor (``model(batch)``), a tuple or list (``model(*batch)``) or a mapping (``model(**batch)``);
     ``forward(model, batch)`` replaces that call. The model runs in eval mode without gradients, without what
@@ -116,10 +120,10 @@ def calibrate(
     Padding stays out of the sums: ``mask(batch)`` gives a tensor that is nonzero on real tokens, None to count
     every row, or a mapping from globs on layer names to these, of which the first that matches counts. It applies to
     inputs whose leading dimensions are the mask's, and to inputs [B*T, in] flattened from them; other inputs (a
-    pooler's [B, in]) count whole. Without it, a mapping's "attention_mask" [B, T] is used for inputs [B, T, in] and
-    [T, B, in] made of its "input_ids" and its "decoder_attention_mask" for those of the decoder, so that an encoder's
-    mask never lies over a decoder's rows. A decoder without a mask, and what is made of images and the like, count
-    whole.
+    pooler's [B, in]) count whole. Of the input of a convolution, a mask [B] says which images count. Without it, a
+    mapping's "attention_mask" [B, T] is used for inputs [B, T, in] and [T, B, in] made of its "input_ids" and its
+    "decoder_attention_mask" for those of the decoder, so that an encoder's mask never lies over a decoder's rows. A
+    decoder without a mask, and what is made of images and the like, count whole.
 
     Precision: activations are widened to ``dtype`` (float32 or float64) first. In float32, products of at most 2048
     rows are added to a running sum kept as pairs of floats (about 48 bits), so the error does not grow with the
@@ -135,8 +139,8 @@ def calibrate(
         raise CalibrationError(f"calibration cannot accumulate in {dtype}; use torch.float32 or torch.float64")
     require_batches(batches)
     model = eager(model)
-    layers = require_layers(find_linears(model, only, skip))
-    rows = RowMasks(model, mask, layers)
+    layers = require_layers(find_layers(model, only, skip))
+    rows = RowMasks(model, mask, layers, layers.convolutions)
     total = len(batches) if isinstance(batches, Sized) else None
     shown = progress(batches, "calibrating", total) if show_progress else batches
     with entering(model), noting_reads({name: layer.module for name, layer in layers.items()}) as read:
@@ -186,7 +190,14 @@ def collect(
 def _recording(model: nn.Module, layers: LayerTable, recorder: Recorder) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     handles = [
-        layer.module.register_forward_pre_hook(recorder.hook(name, layer.shape[1]), with_kwargs=True)
+        layer.module.register_forward_pre_hook(
+            recorder.hook(
+                name,
+                layer.shape[1],
+                Windows.of(layer.module) if isinstance(layer.module, nn.Conv2d) else None,
+            ),
+            with_kwargs=True,
+        )
         for name, layer in layers.items()
     ]
     try:

@@ -15,7 +15,8 @@ from torch import Tensor
 from sparsecomp.patterns.rounding import rounding_energy
 
 _COLUMNS = 256
-_ROWS = 2048
+# rows in one product
+ROWS = 2048
 
 
 class GramSum:
@@ -36,7 +37,7 @@ class GramSum:
     def add_rows(self, rows: Tensor) -> GramSum:
         """Add the product of rows [tokens, in]; autocast, if on, does not touch it."""
         with torch.autocast(rows.device.type, enabled=False):
-            for chunk in torch.split(rows, _ROWS):
+            for chunk in torch.split(rows, ROWS):
                 x = chunk.to(self.total.dtype)
                 self.rounding += rounding_energy(chunk)
                 for block, (start, end) in enumerate(self.blocks):

@@ -64,6 +64,11 @@ class LinearRef:
         return int(self.parameter.shape[1]) if self.kind == "conv2d" else self.shape[1]
 
     @property
+    def runs_dense(self) -> bool:
+        """Whether it is a convolution that no sparse product runs, so that zeros make it no faster."""
+        return isinstance(self.module, nn.Conv2d) and why_runs_dense(self.module) is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Element type of the weight."""
         return self.parameter.dtype
@@ -147,6 +152,11 @@ class LayerTable(Mapping[str, LinearRef]):
 
     found: Mapping[str, LinearRef]
     skipped: Mapping[str, str]
+
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        """The names of those that are convolutions."""
+        return tuple(name for name, layer in self.found.items() if layer.kind == "conv2d")
 
     def __getitem__(self, name: str) -> LinearRef:
         """The layer of that name."""

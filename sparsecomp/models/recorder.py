@@ -6,7 +6,7 @@ Takes layer inputs as hooks report them, with a mask over their rows. Knows noth
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsecomp.errors import CalibrationError
-from sparsecomp.models.gram import GramSum
+from sparsecomp.models.convolutions import Windows
+from sparsecomp.models.gram import ROWS, GramSum
 from sparsecomp.modules.snapshot import version
 
 
@@ -25,12 +26,14 @@ class _Input:
     tensor: weakref.ref[Tensor]
     version: int | None
     mask: Tensor | None
+    windows: Windows | None
     product: GramSum
 
-    def is_(self, x: Tensor, mask: Tensor | None) -> bool:
+    def is_(self, x: Tensor, mask: Tensor | None, windows: Windows | None) -> bool:
         # in inference mode nobody counts writes, so that the same tensor may hold other numbers
-        same = self.tensor() is x and self.version is not None and self.version == version(x)
-        return same and (self.mask is mask or (self.mask is not None and mask is not None and _alike(self.mask, mask)))
+        if self.tensor() is not x or self.version is None or self.version != version(x) or self.windows != windows:
+            return False
+        return self.mask is mask or (self.mask is not None and mask is not None and _alike(self.mask, mask))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -79,62 +82,72 @@ class Recorder:
         """``rows(name, x)`` gives the mask of the rows of ``x`` [..., in] that count, or None."""
         self.dtype, self.rows = dtype, rows
         self.shared: dict[str, _Shared] = {}
-        self.joinable: dict[int, _Shared] = {}
+        self.joinable: dict[tuple[int, Windows | None], _Shared] = {}
         self.batch = 0
         self.paused = False
 
-    def hook(self, name: str, size: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        """A forward pre-hook for the layer of that name with ``size`` input features."""
+    def hook(
+        self, name: str, size: int, windows: Windows | None = None
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """A forward pre-hook for the layer of that name: rows of ``size`` numbers, or the ``windows`` of images."""
 
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             # of an input that does not fit the layer itself says what is wrong
-            if self.paused or not isinstance(x, Tensor) or x.shape[-1:] != (size,):
+            if self.paused or not isinstance(x, Tensor):
+                return
+            if not (x.shape[-1:] == (size,) if windows is None else windows.fit(x)):
                 return
             # a forward of its own may be in inference mode, where no sum could be added to later
             with torch.inference_mode(False), torch.no_grad():
-                self.see(name, x)
+                self.see(name, x, windows)
 
         return record
 
-    def see(self, name: str, x: Tensor) -> None:
-        """Add the rows of ``x`` to what the layer has seen. Raises CalibrationError if they are not finite."""
+    def see(self, name: str, x: Tensor, windows: Windows | None = None) -> None:
+        """Add the rows of ``x``, or its ``windows``, to what the layer has seen.
+
+        Raises CalibrationError if they are not finite.
+        """
         mask = self.rows(name, x)
         shared = self.shared.get(name)
         if shared is None:
-            shared = self.joinable.get(id(x))
-            if shared is None or shared.inputs != 1 or not shared.queue or not shared.queue[0].is_(x, mask):
+            shared = self.joinable.get((id(x), windows))
+            if shared is None or shared.inputs != 1 or not shared.queue or not shared.queue[0].is_(x, mask, windows):
                 shared = _Shared({})
             shared.seen[name] = 0
             self.shared[name] = shared
         position = shared.seen[name]
         if position < len(shared.queue):
-            if shared.queue[position].is_(x, mask):
+            if shared.queue[position].is_(x, mask, windows):
                 shared.seen[name] += 1
                 shared.settle()
                 return
             shared = self.shared[name] = shared.split(name)
-        rows = self._rows(name, x, mask)
+        parts = self._rows(name, x, mask, windows)
         shared.inputs += 1
-        if shared.total is not None and not shared.queue and len(shared.seen) == 1:
-            shared.total.add_rows(rows)
+        alone = shared.total is not None and not shared.queue and len(shared.seen) == 1
+        size = x.shape[-1] if windows is None else windows.columns
+        product = shared.total if alone and shared.total is not None else GramSum(size, self.dtype, x.device)
+        for rows in parts:
+            product.add_rows(rows)
+        if alone:
             return
-        product = GramSum(x.shape[-1], self.dtype, x.device).add_rows(rows)
-        shared.queue.append(_Input(weakref.ref(x), version(x), mask, product))
+        shared.queue.append(_Input(weakref.ref(x), version(x), mask, windows, product))
         shared.seen[name] += 1
         if shared.inputs == 1:
-            self.joinable[id(x)] = shared
+            self.joinable[id(x), windows] = shared
         shared.settle()
 
-    def _rows(self, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _rows(self, name: str, x: Tensor, mask: Tensor | None, windows: Windows | None) -> Iterable[Tensor]:
+        """The rows that count, in parts; for windows ``mask`` [B] says which images do."""
         rows = x.detach() if mask is None else x.detach()[mask]
-        rows = rows.reshape(-1, x.shape[-1])
         if not bool(torch.isfinite(rows).all()):
             raise CalibrationError(
                 f"{name or 'the model'}: its input holds NaN or Inf in calibration batch {self.batch} "
                 f"(counted from 0); repair that batch, or mask its padding with mask=..."
             )
-        return rows
+        return [rows.reshape(-1, x.shape[-1])] if windows is None else windows.rows(rows, ROWS)
 
     def end_batch(self) -> None:
         """Close the sums of this batch."""

@@ -73,9 +73,14 @@ class RowMasks:
     mask an input has, or which of its axes the mask speaks of.
     """
 
-    def __init__(self, model: nn.Module, mask: RowMask | None, names: Collection[str]) -> None:
-        """``mask(batch)`` as in ``calibrate``; ``names`` are those that its globs may speak of."""
-        self._model, self._mask, self._names = model, mask, names
+    def __init__(
+        self, model: nn.Module, mask: RowMask | None, names: Collection[str], images: Collection[str] = ()
+    ) -> None:
+        """``mask(batch)`` as in ``calibrate``; ``names`` are those that its globs may speak of.
+
+        ``images`` are those of them whose inputs are images [B, C, H, W], of which a mask [B] alone can speak.
+        """
+        self._model, self._mask, self._names, self._images = model, mask, names, frozenset(images)
         self._decoder = _decoder_of(model)
         # Hugging Face models take [B, T]; in other models the order of the axes is theirs
         self._batch_first = hasattr(model, "config") and isinstance(getattr(model, "main_input_name", None), str)
@@ -121,6 +126,8 @@ class RowMasks:
 
     def of(self, name: str, x: Tensor) -> Tensor | None:
         """True on the real rows of ``x`` [..., features], a bool mask of its leading dimensions; None counts all."""
+        if name in self._images:
+            return self._of_images(name, x)
         if self._explicit is not None:
             mask = self._explicit.of(name)
             fitting = None if mask is None else _leading(mask, x)
@@ -133,6 +140,13 @@ class RowMasks:
             return None
         fitting = self._fit(name, chosen, x)
         return None if fitting is None else fitting.to(x.device)
+
+    def _of_images(self, name: str, x: Tensor) -> Tensor | None:
+        mask = None if self._explicit is None else self._explicit.of(name)
+        if mask is None or x.ndim != 4 or mask.shape != x.shape[:1]:
+            return None
+        self._fitted = True
+        return mask.to(x.device)
 
     def learn(self, batch: Any, run: Callable[[Any], object]) -> None:
         """Run the model on a part of a batch that has as many texts as tokens, to see which axis of what is which.
@@ -154,7 +168,7 @@ class RowMasks:
         handles = [
             modules[name].register_forward_hook(self._noting(name, mask[:-1]))
             for name in self._names
-            if name in modules
+            if name in modules and name not in self._images
         ]
         state = ModuleState(self._model)
         try:

@@ -33,7 +33,8 @@ def pad_positions(matrix: Tensor, channels: int, pattern: Pattern) -> Tensor:
     extra = missing(pattern, channels, matrix.shape[1])
     if not extra:
         return matrix
-    return functional.pad(matrix.unflatten(1, (-1, channels)), (0, extra)).flatten(1)
+    runs = matrix.reshape(matrix.shape[0], matrix.shape[1] // channels, channels)
+    return functional.pad(runs, (0, extra)).flatten(1)
 
 
 def cut_positions(matrix: Tensor, channels: int, pattern: Pattern, columns: int) -> Tensor:
@@ -41,7 +42,7 @@ def cut_positions(matrix: Tensor, channels: int, pattern: Pattern, columns: int)
     extra = missing(pattern, channels, columns)
     if not extra:
         return matrix
-    return matrix.unflatten(1, (-1, channels + extra))[..., :channels].flatten(1)
+    return matrix.reshape(matrix.shape[0], columns // channels, channels + extra)[..., :channels].flatten(1)
 
 
 def pad_gram(gram: Tensor, channels: int, pattern: Pattern) -> Tensor:

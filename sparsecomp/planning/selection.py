@@ -11,9 +11,10 @@ from fnmatch import fnmatchcase
 from sparsecomp.backends.choice import Choice
 from sparsecomp.errors import BackendError, ModelError, PatternError
 from sparsecomp.machine.device import detect
-from sparsecomp.models.layers import LayerTable, check_globs
+from sparsecomp.models.layers import LayerTable, LinearRef, check_globs
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.numbers import parse_weights
+from sparsecomp.patterns.positions import group_columns
 from sparsecomp.planning.plan import Plan
 
 _UNITS = {"cpu": "cores", "cuda": "SMs"}
@@ -39,9 +40,33 @@ def choose_weights(
 ) -> tuple[dict[str, Choice], dict[str, str]]:
     """Pattern and numbers of each layer to be packed, and the reason for each that is not.
 
+    Convolutions with fewer input channels than a group has columns are none of them.
     ``quantize`` and ``activations`` are for all of them, as ``parse_weights`` takes them. Raises ModelError for a glob
     that matches no layer or decides none, and a plan of another model, PatternError for names that are none.
     """
+    chosen, skipped = _chosen(found, pattern, quantize, activations)
+    for name, choice in list(chosen.items()):
+        if (reason := too_narrow(found[name], choice.pattern)) is not None:
+            del chosen[name]
+            skipped[name] = reason
+    return chosen, skipped
+
+
+def too_narrow(layer: LinearRef, pattern: Pattern) -> str | None:
+    """Why a convolution has too few input channels for a pattern; None for one that has enough, and other layers."""
+    columns = group_columns(pattern)
+    if layer.kind != "conv2d" or layer.channels >= columns:
+        return None
+    count = f"{layer.channels} input channel{'s' if layer.channels > 1 else ''}"
+    return f"the convolution has {count}, fewer than the {columns} columns that {pattern} judges side by side"
+
+
+def _chosen(
+    found: LayerTable,
+    pattern: str | Pattern | Mapping[str, str | Pattern] | Plan,
+    quantize: str | None,
+    activations: str | None,
+) -> tuple[dict[str, Choice], dict[str, str]]:
     skipped = dict(found.skipped)
     if isinstance(pattern, str | Pattern):
         return dict.fromkeys(found, Choice(*parse_weights(pattern, quantize, activations))), skipped

@@ -21,7 +21,7 @@ from sparsecomp.models.blocks import Blocks, find_chains
 from sparsecomp.models.calibration import Calibration, collect
 from sparsecomp.models.calls import BlockRows, Blockwise, Chain, capture
 from sparsecomp.models.graph import Hidden
-from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
+from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_layers, require_layers
 from sparsecomp.models.rows import RowMask, RowMasks
 from sparsecomp.modules.snapshot import put, tensors_of
 from sparsecomp.patterns import Pattern
@@ -78,7 +78,7 @@ def prune_blocks(
     model = eager(model)
     get_method(method)
     with entering(model):
-        found = require_layers(find_linears(model, only, skip))
+        found = require_layers(find_layers(model, only, skip))
         patterns, skipped = choose_patterns(found, pattern)
         chains = find_chains(model, patterns)
         _leave(patterns, skipped, chains, "it is in none of the blocks")
@@ -93,7 +93,9 @@ def prune_blocks(
         done: list[_Done] = []
         try:
             with evaluating(model):
-                rows = RowMasks(model, mask, [*found, *(name for each in chains for name in each.modules)])
+                rows = RowMasks(
+                    model, mask, [*found, *(name for each in chains for name in each.modules)], found.convolutions
+                )
                 layers = {name: found[name] for name in patterns}
                 captured = _usable(capture(model, chains, every, forward, rows, layers), skipped, patterns)
                 check_masks(masks, patterns, found)

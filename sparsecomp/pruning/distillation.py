@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsecomp.errors import CalibrationError, ModelError
 from sparsecomp.models.batches import Forward, eager, entering, evaluating, first_tensor, fresh, run_batch, split
 from sparsecomp.models.blocks import find_chains
-from sparsecomp.models.layers import LayerTable, find_linears, require_layers
+from sparsecomp.models.layers import LayerTable, find_layers, require_layers
 from sparsecomp.models.rows import RowMask, RowMasks
 from sparsecomp.modules.snapshot import ModuleState
 from sparsecomp.pruning.learning import Call, tunable
@@ -59,7 +59,7 @@ def distill(
     model, teacher = eager(model), eager(teacher)
     with entering(model), entering(teacher), evaluating(teacher):
         every, train, kept_out = split(batches, held_out, tuning.held_out)
-        layers = require_layers(find_linears(model))
+        layers = require_layers(find_layers(model))
         _check(model, teacher, masks, layers)
         candidates = _candidates(model, masks, output)
         rows = RowMasks(teacher, mask, [*layers, *candidates, "output"])
@@ -94,7 +94,9 @@ _NO_STATES = (
 def _check(model: nn.Module, teacher: nn.Module, masks: Mapping[str, Tensor], layers: LayerTable) -> None:
     for name, each in masks.items():
         if name not in layers:
-            raise ModelError(f'a mask is given for "{name}", which is no linear layer of the model; pass report.masks')
+            raise ModelError(
+                f'a mask is given for "{name}", which is no linear layer or convolution of the model; pass report.masks'
+            )
         if each.shape != layers[name].shape:
             raise ModelError(
                 f'the mask of "{name}" has shape {tuple(each.shape)}, its weight {layers[name].shape}; '

@@ -1,4 +1,4 @@
-"""Prune the linear layers of a model in place, each on its own: all of them or, if one fails, none."""
+"""Prune the linear layers and convolutions of a model in place, each on its own: all of them or, if one fails, none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsecomp.methods.registry import Method, get_method
 from sparsecomp.models.batches import eager
 from sparsecomp.models.calibration import LayerStatistics, require_statistics
 from sparsecomp.models.graph import Hidden, find_hidden
-from sparsecomp.models.layers import Globs, LayerTable, find_linears, require_layers
+from sparsecomp.models.layers import Globs, LayerTable, find_layers, require_layers
 from sparsecomp.modules.snapshot import outside_inference_mode
 from sparsecomp.patterns import Pattern, rows_together
 from sparsecomp.planning.plan import Plan
@@ -45,17 +45,21 @@ def prune(
     checkpoint: str | Path | None = None,
     seed: int = 0,
 ) -> PruneReport:
-    """Prune every linear layer of ``model`` to ``pattern``, in place; print the report to see what happened.
+    """Prune the linear layers and convolutions of ``model`` to ``pattern``, in place; print the report to see how.
+
+    Of nn.Conv2d those of one group are pruned, as matrices [out, kh*kw*in] with the input channels of each kernel
+    position side by side: groups run along input channels, none crosses from one position to the next, and masks are in
+    this order. A convolution with fewer input channels than a group has columns stays dense.
 
     ``pattern`` is one pattern, a mapping from names and globs on names to patterns (a layer's own name wins over any
     glob, and the first glob that matches over later ones; layers that none matches stay dense and are named in the
     report), or a Plan, whose decisions are followed. Numbers in a name, as in "8:16+int8@a8", are for ``compile``: the
-    weights that are written here are floats. ``only`` and ``skip`` are
-    globs as in ``find_linears``. ``masks`` (bool [out, in], True = kept) by exact layer name replace the method's
-    choice; the masks of all layers are in the report. ``held_out`` is the calibration on other batches: errors on it
-    are reported, and "best" chooses by it. With ``method="best"`` and an ``example`` batch, hidden channels that the
-    graph of the model lets move are permuted where the solved layer gets better; the model's function before pruning
-    does not change by it.
+    weights that are written here are floats. ``only`` and ``skip`` are globs on layer names. ``masks`` (bool [out, in],
+    of a convolution also [out, in, kh, kw], True = kept) by exact layer name replace the method's choice; the masks of
+    all layers are in the report. ``held_out`` is the calibration on other batches: errors on it are reported, and
+    "best" chooses by it. With ``method="best"`` and an ``example`` batch, hidden channels that the graph of the model
+    lets move are permuted where the solved layer gets better; the model's function before pruning does not change by
+    it.
 
     ``checkpoint`` is a folder in which finished layers are kept; a second call with equal input goes on from there.
     ``seed`` is that of torch's generator while methods run; the caller's generator is left as it was.
@@ -69,7 +73,7 @@ def prune(
     # what is made in inference mode could not be trained on later
     with outside_inference_mode():
         chosen = get_method(method)
-        found = require_layers(find_linears(model, only, skip))
+        found = require_layers(find_layers(model, only, skip))
         patterns, skipped = choose_patterns(found, pattern)
         check_calibration(chosen, list(patterns), calibration, held_out)
         given = check_masks(masks, patterns, found)
@@ -95,12 +99,15 @@ def write(
 def check_masks(
     masks: Mapping[str, Tensor] | None, patterns: Mapping[str, object], found: LayerTable
 ) -> dict[str, Tensor]:
-    """The user's masks; ModelError for one whose layer is not pruned."""
+    """The user's masks as matrices; ModelError for one whose layer is not pruned."""
     for name in masks or {}:
         if name not in patterns:
             why = found.skipped.get(name, "the model has no such layer" if name not in found else "it has no pattern")
             raise ModelError(f'a mask is given for "{name}", which is not pruned ({why}); take it out of masks')
-    return dict(masks or {})
+    return {
+        name: found[name].to_matrix(mask) if isinstance(mask, Tensor) and mask.ndim == 4 else mask
+        for name, mask in (masks or {}).items()
+    }
 
 
 def permutable(

@@ -31,6 +31,7 @@ class LayerReport:
     weight alone ("weight"), see ``PrunedWeight``; ``held_out_error`` is the same on data the method has not seen.
     ``permuted`` tells that its input channels were put into another order, with those of the layers before it;
     ``notes`` say what the method had to do unasked or did not reach. ``rows`` are the input rows in the Gram.
+    ``runs_dense`` tells of a convolution that no sparse product runs; the ``shape`` of one is [out, kh*kw*in].
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerReport:
     permuted: bool = False
     notes: tuple[str, ...] = ()
     rows: int | None = None
+    runs_dense: bool = False
 
     @property
     def rows_per_input(self) -> float | None:
@@ -87,7 +89,8 @@ class Stage:
 class PruneReport:
     """All pruned layers by name, and the reason for each layer that was left dense.
 
-    ``masks`` (bool [out, in], True = kept) are by layer name; ``unpermuted`` says for layers whose input channels a
+    ``masks`` (bool [out, in], True = kept) are by layer name, those of convolutions [out, kh*kw*in] with the input
+    channels of each kernel position side by side; ``unpermuted`` says for layers whose input channels a
     method wanted to reorder why that was not possible. ``tunings`` tell of blocks or the whole model, ``stages`` of
     what was measured after each step, ``provenance`` of where all this comes from.
     """

@@ -23,6 +23,7 @@ from sparsecomp.models.graph import Hidden
 from sparsecomp.models.layers import LinearRef
 from sparsecomp.modules.snapshot import put
 from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.positions import cut_positions, missing, pad_gram, pad_positions
 from sparsecomp.pruning.checkpoint import Checkpoint, digest
 from sparsecomp.pruning.report import LayerReport
 from sparsecomp.reporting.terminal import progress
@@ -32,7 +33,7 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One layer to solve: ``gram`` and ``held_out`` [in, in] or None, ``mask`` the user's or None.
+    """One layer to solve: ``gram`` and ``held_out`` [in, in] or None, ``mask`` [out, in] the user's or None.
 
     ``rows`` are the input rows that ``gram`` is the sum of.
     """
@@ -181,7 +182,17 @@ def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoin
     weight = job.layer.get_weight()
     key = ""
     if checkpoint.folder is not None:
-        key = digest(weight, str(job.pattern), job.method, job.gram, job.held_out, job.mask, segments, job.rows)
+        key = digest(
+            weight,
+            str(job.pattern),
+            job.method,
+            job.gram,
+            job.held_out,
+            job.mask,
+            segments,
+            job.rows,
+            job.layer.channels,
+        )
         found = checkpoint.load(name, key)
         if found is not None:
             tensors, facts = found
@@ -204,6 +215,7 @@ def _solve_one(name: str, job: Job, hidden: Hidden | None, checkpoint: Checkpoin
         order is not None,
         pruned.notes,
         job.rows,
+        job.layer.runs_dense,
     )
     tensors = {"weight": pruned.weight, "mask": pruned.mask}
     checkpoint.save(name, key, tensors if order is None else tensors | {"order": order}, report.to_dict())
@@ -214,6 +226,8 @@ def _best_order(
     weight: Tensor, job: Job, segments: Sequence[int] | None
 ) -> tuple[PrunedWeight, float | None, Tensor | None]:
     """The solved weight, its held-out error, and the order of columns if a permuted layer was solved better."""
+    if job.layer.kind == "conv2d":
+        return *_prune_positions(weight, job), None
     plain, error = _prune(weight, job, None)
     if segments is None or job.gram is None:
         return plain, error, None
@@ -237,3 +251,27 @@ def _prune(weight: Tensor, job: Job, order: Tensor | None) -> tuple[PrunedWeight
         gram, held_out = (None if each is None else each[order][:, order] for each in (gram, held_out))
     pruned = prune_weight(weight, job.pattern, job.method, gram, job.mask, held_out)
     return pruned, None if held_out is None else relative_error(weight, pruned.weight, held_out)
+
+
+def _prune_positions(weight: Tensor, job: Job) -> tuple[PrunedWeight, float | None]:
+    """A convolution, solved with columns of zeros where groups would cross from one kernel position to the next."""
+    channels, pattern, columns = job.layer.channels, job.pattern, weight.shape[1]
+    if not missing(pattern, channels, columns) or not _fitting(weight, job):
+        return _prune(weight, job, None)  # also says what is wrong, in the columns that the layer has
+    wide = pad_positions(weight, channels, pattern)
+    gram, held_out = (None if each is None else pad_gram(each, channels, pattern) for each in (job.gram, job.held_out))
+    mask = None if job.mask is None else pad_positions(job.mask, channels, pattern)
+    pruned = prune_weight(wide, pattern, job.method, gram, mask, held_out)
+    values, kept = (cut_positions(each, channels, pattern, columns) for each in (pruned.weight, pruned.mask))
+    error = None if job.held_out is None else relative_error(weight, values, job.held_out)
+    return replace(pruned, weight=values, mask=kept), error
+
+
+def _fitting(weight: Tensor, job: Job) -> bool:
+    """Whether what is given has the shapes of the layer, and its weight is finite."""
+    columns = weight.shape[1]
+    if any(each is not None and tuple(each.shape) != (columns, columns) for each in (job.gram, job.held_out)):
+        return False
+    mask = job.mask
+    fits = mask is None or (isinstance(mask, Tensor) and mask.shape == weight.shape and mask.dtype == torch.bool)
+    return fits and bool(torch.isfinite(weight).all())

@@ -53,6 +53,13 @@ def render(report: PruneReport) -> str:
         lines += [wrap(said), wrap(_LEGEND["mixed" if mixed else measures.pop()])]
     lines.extend(map(wrap, _few_rows(layers)))
     lines.extend(map(wrap, _notes(layers)))
+    if dense := sum(layer.runs_dense for layer in layers):
+        lines.append(
+            wrap(
+                f"{dense} of {len(layers)} {'stays' if dense == 1 else 'stay'} dense in execution: convolutions larger "
+                "than 1x1, or padded, have zeros that no kernel here skips"
+            )
+        )
     if report.skipped:
         lines.append(_by_reason("Left dense", report.skipped))
     if report.unpermuted:

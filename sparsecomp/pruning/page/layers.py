@@ -109,6 +109,8 @@ def _columns(layers: Sequence[LayerReport]) -> list[_Column]:
     found.append(_Column("seconds", lambda layer: f"<td class=n>{layer.seconds:.2f}</td>"))
     if any(layer.permuted for layer in layers):
         found.append(_Column("permuted", lambda layer: f"<td>{'yes' if layer.permuted else ''}</td>", number=False))
+    if any(layer.runs_dense for layer in layers):
+        found.append(_Column("runs dense", lambda layer: f"<td>{'yes' if layer.runs_dense else ''}</td>", number=False))
     return found
 
 

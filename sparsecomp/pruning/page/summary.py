@@ -300,6 +300,13 @@ def definitions(report: PruneReport) -> str:
                 "the same.",
             )
         )
+    if any(layer.runs_dense for layer in layers):
+        items.append(
+            (
+                "runs dense",
+                "A convolution larger than 1x1, or padded: it stays dense in execution: no kernel skips its zeros.",
+            )
+        )
     return section("What the figures mean", pairs(items, "terms"), "definitions")
 
 
