@@ -23,6 +23,7 @@ from bench.finetune.judging import accuracy, macro_f1, packed
 from bench.finetune.results import CHOOSING_SEED, Results, Row, file_name
 from bench.finetune.runs import Run, Sparse
 from bench.finetune.task import Classifier, Recipe, logits_of, optimizer_of, train
+from sparsecomp.errors import SparsecompError
 from sparsecomp.patterns.numbers import FLOAT, parse_weights
 from sparsecomp.reporting.writing import whole_file
 from sparsecomp.training import Schedule, SparseTraining
@@ -73,7 +74,7 @@ class Runner:
             for run in runs:
                 for rate in run.rates if seed == CHOOSING_SEED else [self._results.rate(run)]:
                     done = self._results.read(run, seed, rate) is not None
-                    if not done or (run.base is None and not self._checkpoint(run, seed, rate).exists()):
+                    if not done or (run.keep and not self._checkpoint(run, seed, rate).exists()):
                         self._make(run, seed, rate)
 
     def parts(self, name: str) -> Parts:
@@ -84,12 +85,20 @@ class Runner:
             self._parts[name] = Parts(task, *encoded)
         return self._parts[name]
 
-    def dense(self, task: str, seed: int) -> Classifier:
-        """The dense model that the runs of a task start from."""
-        model = Classifier(self._bench.encoder(), self._bench.width, len(self.parts(task).task.labels))
-        base = next(run for run in self._runs.values() if run.task == task and run.base is None)
-        model.load_state_dict(_read(self._checkpoint(base, seed, self._results.rate(base)))["model"])
+    def trained(self, run: Run, seed: int) -> Classifier:
+        """The model that a run left, as it was before it was compiled; SparsecompError if it was not kept."""
+        path = self._checkpoint(run, seed, self._results.rate(run))
+        if not path.exists():
+            raise SparsecompError(
+                f"there is no model of {run.name} with seed {seed} in {path.parent}; run it with --only '{run.name}' "
+                f"--seeds {CHOOSING_SEED},{seed}"
+            )
+        model = self._classifier(run.task)
+        model.load_state_dict(_read(path)["model"])
         return model.eval()
+
+    def _classifier(self, task: str) -> Classifier:
+        return Classifier(self._bench.encoder(), self._bench.width, len(self.parts(task).task.labels))
 
     def _checkpoint(self, run: Run, seed: int, rate: float) -> Path:
         return self._bench.checkpoints / f"{file_name(run.name, seed, rate)}.pt"
@@ -99,23 +108,30 @@ class Runner:
         parts = self.parts(run.task)
         recipe = Recipe(run.epochs, rate, seed, self._bench.autocast)
         torch.manual_seed(seed)
-        model = Classifier(self._bench.encoder(), self._bench.width, len(parts.task.labels))
-        if run.base is None:
-            row = self._trained(run, model, parts, recipe, None)
-            self._keep(self._checkpoint(run, seed, rate), model, logits_of(model, parts.train))
-        else:
-            base = self._runs[run.base]
-            path = self._checkpoint(base, seed, self._results.rate(base))
-            kept = _read(path)
+        model = self._classifier(run.task)
+        teacher = None
+        if run.base is not None:
+            kept = _read(self._base(run, seed))
             model.load_state_dict(kept["model"])
-            row = self._trained(run, model, parts, recipe, kept["logits"], path)
+            teacher = kept["logits"]
+        row = self._trained(run, model, parts, recipe, teacher)
         self._results.write(run, seed, rate, row)
         print(f"  validation {row['validation']:.4f}, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
 
-    def _keep(self, path: Path, model: nn.Module, logits: Tensor) -> None:
+    def _base(self, run: Run, seed: int) -> Path:
+        """The checkpoint that a run starts from."""
+        assert run.base is not None
+        base = self._runs[run.base]
+        return self._checkpoint(base, seed, self._results.rate(base))
+
+    def _keep(self, path: Path, model: nn.Module, learned: Encoded | None) -> None:
+        """Keep the model and, if it is to teach others, its logits on the texts it learned."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept: dict[str, Any] = {"model": model.state_dict()}
+        if learned is not None:
+            kept["logits"] = logits_of(model, learned)
         with whole_file(path) as unfinished:
-            torch.save({"model": model.state_dict(), "logits": logits}, unfinished)
+            torch.save(kept, unfinished)
 
     def _trained(
         self,
@@ -124,14 +140,12 @@ class Runner:
         parts: Parts,
         recipe: Recipe,
         teacher: Tensor | None,
-        checkpoint: Path | None = None,
     ) -> Row:
         """Train the model in place, and judge it."""
         optimizer, steps = optimizer_of(model, recipe), recipe.steps(parts.train)
         handle = None
         if run.sparse is not None:
-            assert checkpoint is not None
-            handle = self._sparsified(model, run.sparse, optimizer, steps, parts, checkpoint)
+            handle = self._sparsified(model, run.sparse, optimizer, steps, parts, self._base(run, recipe.seed))
         curve = [] if teacher is None else [(0, self._look(model, parts))]
         every = parts.train.steps(recipe.batch) // run.checks if run.checks else 0
 
@@ -141,10 +155,13 @@ class Runner:
 
         done = train(model, optimizer, parts.train, recipe, teacher=teacher, after_step=look)
         facts: Row = {}
-        if handle is not None and run.sparse is not None:
+        if handle is not None:
             facts = _baked(handle)
-            if parse_weights(run.sparse.pattern)[1] != FLOAT:
-                facts["note"] = self._compiled(model, run.sparse.pattern)
+        if run.keep:
+            path = self._checkpoint(run, recipe.seed, recipe.rate)
+            self._keep(path, model, parts.train if run.base is None else None)
+        if run.sparse is not None and parse_weights(run.sparse.pattern)[1] != FLOAT:
+            facts["note"] = self._compiled(model, run.sparse.pattern)
         return {
             "run": run.name,
             "task": run.task,

@@ -37,6 +37,7 @@ class Run:
 
     From a checkpoint all learn with it as their teacher. ``sparse`` is None for a dense run. ``beside`` is the dense
     run at equal budget that this one is compared with. ``checks`` is how often in an epoch validation is looked at.
+    With ``keep`` the trained model is kept.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Run:
     sparse: Sparse | None = None
     beside: str | None = None
     checks: int = 0
+    keep: bool = False
 
 
 def base_name(task: str) -> str:
@@ -63,7 +65,7 @@ def registry() -> dict[str, Run]:
     """All runs by name, those first that others need."""
     runs: list[Run] = []
     for task in _TASKS:
-        runs.append(Run(base_name(task), task, 2, RATES))
+        runs.append(Run(base_name(task), task, 2, RATES, keep=True))
         runs += [_again(task, epochs) for epochs in (1, 2)]
         runs += [
             _sparse(task, f"{pattern}-fast", epochs, Sparse(pattern, start="fast"), checks=8 * (pattern == "2:4"))
@@ -77,12 +79,23 @@ def registry() -> dict[str, Run]:
 
 
 def _again(task: str, epochs: int) -> Run:
-    return Run(again_name(task, epochs), task, epochs, AGAIN_RATES, base_name(task))
+    return Run(again_name(task, epochs), task, epochs, AGAIN_RATES, base_name(task), keep=epochs == 2)
 
 
 def _sparse(task: str, what: str, epochs: int, sparse: Sparse, checks: int = 0) -> Run:
-    name = f"{task}/{what}/{epochs}"
-    return Run(name, task, epochs, AGAIN_RATES, base_name(task), sparse, again_name(task, epochs), checks)
+    # what is compiled and timed end to end, beside the dense run of equal budget
+    keep = epochs == 2 and "int8" in sparse.pattern
+    return Run(
+        f"{task}/{what}/{epochs}",
+        task,
+        epochs,
+        AGAIN_RATES,
+        base_name(task),
+        sparse,
+        again_name(task, epochs),
+        checks,
+        keep,
+    )
 
 
 def chosen(runs: Mapping[str, Run], globs: Iterable[str]) -> list[Run]:

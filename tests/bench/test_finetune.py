@@ -253,7 +253,7 @@ def test_macro_f1_is_its_definition() -> None:
 RUNS = {
     run.name: run
     for run in [
-        Run("toy/dense", "toy", 2, (1e-2, 3e-2)),
+        Run("toy/dense", "toy", 2, (1e-2, 3e-2), keep=True),
         Run("toy/dense-again/1", "toy", 1, (1e-2,), "toy/dense"),
         Run(
             "toy/2:4-fast/1", "toy", 1, (1e-2,), "toy/dense", Sparse("2:4", start="fast"), "toy/dense-again/1", checks=2
