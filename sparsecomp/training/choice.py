@@ -58,7 +58,8 @@ def choose(
 ) -> dict[str, Tensor]:
     """The masks, as stored, that keep the largest scores (>= 0, finite, as stored) at these densities by layer name."""
     if scope == "global":
-        return _choose_together(layers, scores, next(iter(density.values())))
+        together = {layer.name: units(layer, scores[layer.name]) for layer in layers}
+        return largest_units(layers, together, next(iter(density.values())))
     masks = {}
     for layer in layers:
         pattern = pattern_at(layer.pattern, density[layer.name])
@@ -69,16 +70,47 @@ def choose(
     return masks
 
 
+def choose_signed(
+    layers: Sequence[TrainedLayer], saliency: Mapping[str, Tensor], density: Mapping[str, float], scope: Scope
+) -> dict[str, Tensor]:
+    """As ``choose`` for saliencies of any sign, finite: one for each weight as stored, or for each block [grid].
+
+    Where a pattern keeps or drops weights together that have a saliency each, these are summed.
+    """
+    shaped = {
+        each.name: saliency[each.name] if isinstance(each.pattern, Block) else each.grouped(saliency[each.name])
+        for each in layers
+        if scope == "global" or isinstance(each.pattern, Block)
+    }
+    if scope == "global":
+        return largest_units(layers, shaped, next(iter(density.values())))
+    masks: dict[str, Tensor] = {}
+    for layer in layers:
+        here = density[layer.name]
+        if layer.name in shaped:
+            masks |= largest_units([layer], shaped, here)
+        elif here >= 1.0:
+            masks[layer.name] = torch.ones_like(layer.mask)
+        else:
+            masks |= choose([layer], {layer.name: from_saliency(saliency[layer.name])}, density, scope)
+    return masks
+
+
 def units(layer: TrainedLayer, stored: Tensor) -> Tensor:
     """Squares of a layer's scores, as stored, summed over what is kept or dropped together: float64, any shape."""
-    squares = layer.grouped(stored).double().square()
+    return unit_sums(layer, stored.double().square())
+
+
+def unit_sums(layer: TrainedLayer, stored: Tensor) -> Tensor:
+    """Numbers of a layer, as stored, summed over each block [grid]; the matrix of them for other patterns."""
+    matrix = layer.grouped(stored)
     pattern = layer.pattern
     if not isinstance(pattern, Block):
-        return squares
-    out, columns = squares.shape
+        return matrix
+    out, columns = matrix.shape
     down, across = pattern.grid(out, columns)
     missing = (0, across * pattern.cols - columns, 0, down * pattern.rows - out)
-    return functional.pad(squares, missing).view(down, pattern.rows, across, pattern.cols).sum(dim=(1, 3))
+    return functional.pad(matrix, missing).view(down, pattern.rows, across, pattern.cols).sum(dim=(1, 3))
 
 
 def from_units(layer: TrainedLayer, kept: Tensor) -> Tensor:
@@ -90,22 +122,33 @@ def from_units(layer: TrainedLayer, kept: Tensor) -> Tensor:
     return layer.ungrouped(kept)
 
 
-def _choose_together(layers: Sequence[TrainedLayer], scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-    """The ceil(density * units) largest units of all layers; each layer first gets its least share."""
-    each = {layer.name: units(layer, scores[layer.name]) for layer in layers}
+def largest_units(layers: Sequence[TrainedLayer], saliency: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """The masks of the ceil(density * units) units of largest saliency in all layers together.
+
+    ``saliency`` is by layer name, in the shape of ``unit_sums``, finite and of any sign. Each layer first gets the
+    least share of its units.
+    """
     if density >= 1.0:
         return {layer.name: torch.ones_like(layer.mask) for layer in layers}
-    flat = {name: values.flatten() for name, values in each.items()}
-    for name, values in flat.items():
-        least = min(len(values), math.ceil(LEAST_DENSITY * len(values)))
-        if least:
-            flat[name] = values.index_fill(0, values.topk(least).indices, torch.inf)
+    flat = {layer.name: saliency[layer.name].flatten() for layer in layers}
     together = torch.cat(list(flat.values()))
-    count = min(len(together), math.ceil(density * len(together) - 1e-9))
-    kept = torch.zeros(len(together), dtype=torch.bool, device=together.device)
-    kept[together.topk(count).indices] = True
-    parts = torch.split(kept, [len(values) for values in flat.values()])
+    lengths = [len(values) for values in flat.values()]
+    kept = _largest_of(together, math.ceil(density * len(together) - 1e-9))
+    least = [math.ceil(min(LEAST_DENSITY, density) * length - 1e-9) for length in lengths]
+    parts = torch.split(kept, lengths)
+    if any(int(part.count_nonzero()) < share for part, share in zip(parts, least, strict=True)):
+        count = int(kept.count_nonzero())
+        shares = zip(flat.values(), least, strict=True)
+        kept = torch.cat([_largest_of(values, share) for values, share in shares])
+        kept |= _largest_of(together.masked_fill(kept, -torch.inf), max(count - int(kept.count_nonzero()), 0))
+        parts = torch.split(kept, lengths)
     return {
-        layer.name: from_units(layer, part.view(each[layer.name].shape))
+        layer.name: from_units(layer, part.view(saliency[layer.name].shape))
         for layer, part in zip(layers, parts, strict=True)
     }
+
+
+def _largest_of(values: Tensor, count: int) -> Tensor:
+    kept = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    kept[values.topk(count, sorted=False).indices] = True
+    return kept

@@ -36,6 +36,8 @@ class TrainedLayer:
     dense: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     changed: int = 0
+    # dropped weights keep their value, whatever momentum and weight decay would make of them
+    holds_dropped: bool = False
     # what a kept weight is deployed as, where that is not its own number
     rounding: Callable[[Tensor], Tensor] | None = None
 
@@ -79,7 +81,8 @@ class TrainedLayer:
     def deploy(self) -> None:
         """Put what the model computes with into the parameter; what the optimizer made of it is kept first."""
         if self.dense is not None:
-            self.dense.copy_(self.parameter)
+            learned = torch.where(self.mask, self.parameter, self.dense) if self.holds_dropped else self.parameter
+            self.dense.copy_(learned)
         self.show()
 
     def show(self) -> None:

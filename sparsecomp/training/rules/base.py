@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsecomp.errors import MethodError
 from sparsecomp.patterns import Pattern
-from sparsecomp.training.choice import Scope, choose
+from sparsecomp.training.choice import Scope, choose, choose_signed
 from sparsecomp.training.layers import TrainedLayer
 from sparsecomp.training.schedule import Schedule
 
@@ -55,8 +55,16 @@ class Progress:
 
         ``scores`` are by layer name, as stored, finite and >= 0 (``choice.from_saliency`` makes them of any number).
         """
-        for name, mask in choose(self.layers, scores, self.densities(), self.scope).items():
-            next(each for each in self.layers if each.name == name).set_mask(mask)
+        self.set_masks(choose(self.layers, scores, self.densities(), self.scope))
+
+    def choose_signed(self, saliency: Mapping[str, Tensor]) -> None:
+        """As ``choose`` for saliencies of any sign; for a block pattern there is one for each block [grid]."""
+        self.set_masks(choose_signed(self.layers, saliency, self.densities(), self.scope))
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Give every layer its mask, as stored, by layer name."""
+        for each in self.layers:
+            each.set_mask(masks[each.name])
 
     def group(self, layer: TrainedLayer) -> dict[str, Any]:
         """The optimizer's parameter group that holds the layer's weight."""
