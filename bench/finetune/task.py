@@ -60,7 +60,7 @@ class Recipe:
 
 @dataclass
 class Trained:
-    """How a training went: steps, seconds of processor time of training alone, and (step, accuracy on validation) on the way."""
+    """How a training went: steps, processor seconds of training alone, (step, accuracy on validation) on the way."""
 
     steps: int = 0
     seconds: float = 0.0
