@@ -5,12 +5,18 @@ Knows nothing of how scores are made.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.patterns import NM, VNM, VNM_KEPT_COLUMNS, Block, Pattern, Unstructured
-from sparsecomp.patterns.subsets import subsets_of
+from sparsecomp.patterns.largest import largest, top
+from sparsecomp.patterns.subsets import Subsets, subsets_of
+
+# tiles of a transposable pattern that are judged at once: their sums stay in the cache
+_TILES_AT_ONCE = 8192
 
 
 def project(scores: Tensor, pattern: Pattern) -> Tensor:
@@ -36,7 +42,7 @@ def project(scores: Tensor, pattern: Pattern) -> Tensor:
         case Block():
             return _block(scores, pattern)
         case Unstructured():
-            return _largest(scores, pattern.kept_per_row(scores.shape[1]))
+            return largest(scores, pattern.kept_per_row(scores.shape[1]))
 
 
 def _nm(scores: Tensor, pattern: NM) -> Tensor:
@@ -44,57 +50,66 @@ def _nm(scores: Tensor, pattern: NM) -> Tensor:
     if pattern.transposable:
         return _transposable(scores, pattern)
     if pattern.mask_rows == 1:
-        return _ungroup(_top(_group(scores, pattern.m), pattern.n), columns)
+        return _ungroup(top(_group(scores, pattern.m), pattern.n), columns)
     shared = _tile_sums(scores, pattern.mask_rows)
-    mask = _ungroup(_top(_group(shared, pattern.m), pattern.n), columns)
+    mask = _ungroup(top(_group(shared, pattern.m), pattern.n), columns)
     return mask.repeat_interleave(pattern.mask_rows, dim=0)[:out]
 
 
 def _transposable(scores: Tensor, pattern: NM) -> Tensor:
+    if pattern.n == pattern.m:
+        return torch.ones_like(scores, dtype=torch.bool)
     subsets = subsets_of(pattern)
-    assert subsets is not None  # groups are small
-    out, columns = scores.shape
-    squares = functional.pad(scores.double().square(), (0, -columns % pattern.m)).view(out, -1, pattern.m)
-    lost = squares @ (~subsets.kept).to(scores.device, torch.float64).T
-    # one row of tiles after the other, so that the rows of a tile lie together
-    ragged = functional.pad(lost, (0, 0, 0, 0, 0, -out % pattern.m)).transpose(0, 1).flatten(0, 1)
-    kept = subsets.kept.to(scores.device)[subsets.choose(ragged)].view(lost.shape[1], -1, pattern.m)
-    return _ungroup(kept.transpose(0, 1)[:out], columns)
+    assert subsets is not None and subsets.table is not None  # groups are small
+    (out, columns), m = scores.shape, pattern.m
+    padded = functional.pad(scores, (0, -columns % m, 0, -out % m))
+    down, across = padded.shape[0] // m, padded.shape[1] // m
+    # [row of a tile, column of a tile, tiles], so that every sum runs along contiguous memory
+    planes = padded.view(-1, across, m).movedim(-1, 0).contiguous().double().square()
+    squares = planes.view(m, down, m, across).transpose(0, 2).transpose(1, 2).reshape(m, m, -1)
+    chosen = torch.cat([_least_lost(part, subsets) for part in squares.split(_TILES_AT_ONCE, dim=2)])
+    kept = subsets.kept[subsets.table].to(scores.device)[chosen.long()]  # [tiles, m, m]
+    whole = kept.view(down, across, m, m).transpose(1, 2).reshape(down * m, across * m)
+    return whole[:out, :columns].contiguous()
+
+
+def _least_lost(squares: Tensor, subsets: Subsets) -> Tensor:
+    """Which row of the table drops least of squares [row, column, tiles], the first of equals: uint8 [tiles].
+
+    Sums run from the first row of a tile to the last; the table is in order: those that begin alike are made once.
+    """
+    assert subsets.table is not None
+    rows = len(squares)
+    ways = subsets.dropped.tolist()
+    lost = [[reduce(torch.add, (row[each] for each in dropped)) for dropped in ways] for row in squares]
+    sums = squares.new_zeros(rows + 1, squares.shape[2])
+    best = squares.new_full(squares.shape[2:], torch.inf)
+    chosen = torch.zeros(squares.shape[2], dtype=torch.uint8, device=squares.device)
+    before: list[int] = [-1] * rows
+    for index, subset in enumerate(subsets.table.tolist()):
+        first = next(row for row in range(rows) if subset[row] != before[row])
+        for row in range(first, rows):
+            torch.add(sums[row], lost[row][subset[row]], out=sums[row + 1])
+        chosen.masked_fill_(sums[rows] < best, index)
+        torch.minimum(best, sums[rows], out=best)
+        before = subset
+    return chosen
 
 
 def _vnm(scores: Tensor, pattern: VNM) -> Tensor:
     out, columns = scores.shape
-    kept = _top(_group(_tile_sums(scores, pattern.v), pattern.m), VNM_KEPT_COLUMNS)
+    kept = top(_group(_tile_sums(scores, pattern.v), pattern.m), VNM_KEPT_COLUMNS)
     kept = kept.repeat_interleave(pattern.v, dim=0)[:out]
     candidates = _group(scores, pattern.m).masked_fill(~kept, -torch.inf)
-    return _ungroup(_top(candidates, pattern.n), columns)
+    return _ungroup(top(candidates, pattern.n), columns)
 
 
 def _block(scores: Tensor, pattern: Block) -> Tensor:
     out, columns = scores.shape
     sums = _block_sums(scores.double().square(), pattern)
-    kept = _largest(sums.view(1, -1), pattern.kept_blocks(out, columns)).view(sums.shape)
+    kept = largest(sums.view(1, -1), pattern.kept_blocks(out, columns)).view(sums.shape)
     mask = kept.repeat_interleave(pattern.rows, dim=0).repeat_interleave(pattern.cols, dim=1)
     return mask[:out, :columns].contiguous()
-
-
-def _top(groups: Tensor, count: int) -> Tensor:
-    """True for the ``count`` largest of the last dimension, ties to the lower index; fast for small groups."""
-    # position by position, so that every comparison runs along contiguous memory
-    planes = groups.movedim(-1, 0).contiguous()
-    rank = torch.zeros(planes.shape, dtype=torch.uint8, device=groups.device)
-    for low in range(len(planes)):
-        for high in range(low + 1, len(planes)):
-            beaten = planes[high] > planes[low]
-            rank[low] += beaten
-            rank[high] += ~beaten
-    return (rank < count).movedim(0, -1)
-
-
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """True for the ``count`` largest of every row, ties to the lower column."""
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
 
 
 def _group(scores: Tensor, size: int) -> Tensor:
