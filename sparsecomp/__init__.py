@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sparsecomp.planning.plan import Plan
     from sparsecomp.planning.planner import plan
     from sparsecomp.pruning import Tuning, distill, prune, prune_blocks
-    from sparsecomp.training import Schedule, SparseTraining, sparsify
+    from sparsecomp.training import Schedule, SparseTraining, masks, sparsify
 
 __all__ = [
     "Calibration",
@@ -42,6 +42,7 @@ __all__ = [
     "export_onnx",
     "linear",
     "load",
+    "masks",
     "onnx_session",
     "pack",
     "parse_pattern",
@@ -76,6 +77,7 @@ _HOME = {
     "export_onnx": "onnx",
     "linear": "nn.arrays",
     "load": "files.storage",
+    "masks": "training",
     "onnx_session": "onnx",
     "pack": "packing",
     "parse_pattern": "patterns",

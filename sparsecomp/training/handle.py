@@ -351,13 +351,12 @@ _TRAINED = WeakIdKeyDictionary()
 
 
 def live_mask(parameter: nn.Parameter) -> Tensor | None:
-    """The mask [out, in] under which this parameter is being trained, or None."""
+    """The mask, as stored, under which this parameter is being trained, or None; a copy."""
     entry: tuple[weakref.ref[SparseTraining], str] | None = _TRAINED.get(parameter)  # type: ignore[no-untyped-call]
     handle = None if entry is None else entry[0]()
     if handle is None or entry is None:
         return None
-    layer = handle._layers[entry[1]]
-    return layer.matrix(layer.mask).clone()
+    return handle._layers[entry[1]].mask.clone()
 
 
 def _all(parameter: Tensor) -> Tensor:
