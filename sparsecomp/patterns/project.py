@@ -67,7 +67,7 @@ def _transposable(scores: Tensor, pattern: NM) -> Tensor:
     # [row of a tile, column of a tile, tiles], so that every sum runs along contiguous memory
     planes = padded.view(-1, across, m).movedim(-1, 0).contiguous().double().square()
     squares = planes.view(m, down, m, across).transpose(0, 2).transpose(1, 2).reshape(m, m, -1)
-    chosen = torch.cat([_least_lost(part, subsets) for part in squares.split(_TILES_AT_ONCE, dim=2)])
+    chosen = torch.cat([_least_lost(part, subsets) for part in torch.split(squares, _TILES_AT_ONCE, dim=2)])
     kept = subsets.kept[subsets.table].to(scores.device)[chosen.long()]  # [tiles, m, m]
     whole = kept.view(down, across, m, m).transpose(1, 2).reshape(down * m, across * m)
     return whole[:out, :columns].contiguous()

@@ -93,7 +93,9 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     for name in ("weight", "weight_orig"):
         if (parameter := module._parameters.get(name)) is not None:
             return tuple(parameter.shape)
-    return tuple(module.weight.shape)  # type: ignore[union-attr]  # of a parametrization
+    computed = module.weight
+    assert isinstance(computed, Tensor)  # of a parametrization
+    return tuple(computed.shape)
 
 
 def _checked(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
