@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sparsecomp.files.storage import load, save
     from sparsecomp.methods.weight import prune_weight
     from sparsecomp.models.calibration import Calibration, calibrate
-    from sparsecomp.nn import SparseLinear
+    from sparsecomp.nn import SparseConv2d, SparseLinear
     from sparsecomp.nn.arrays import linear, prepare
     from sparsecomp.onnx import export_onnx, onnx_session, verify_onnx
     from sparsecomp.packing import PackedWeight, pack, quantize
@@ -32,6 +32,7 @@ __all__ = [
     "PackedWeight",
     "Plan",
     "Schedule",
+    "SparseConv2d",
     "SparseLinear",
     "SparseTraining",
     "Tuning",
@@ -68,6 +69,7 @@ _HOME = {
     "PackedWeight": "packing",
     "Plan": "planning.plan",
     "Schedule": "training",
+    "SparseConv2d": "nn",
     "SparseLinear": "nn",
     "SparseTraining": "training",
     "Tuning": "pruning",

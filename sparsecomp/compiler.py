@@ -18,9 +18,10 @@ from sparsecomp.errors import ModelError, naming
 from sparsecomp.methods.registry import get_method
 from sparsecomp.models.batches import eager
 from sparsecomp.models.calibration import Calibration, LayerStatistics
+from sparsecomp.models.convolutions import RUNS_DENSE
 from sparsecomp.models.layers import Globs, LayerTable, LinearRef, find_linears, require_layers
 from sparsecomp.modules.snapshot import outside_inference_mode
-from sparsecomp.nn import SparseLinear
+from sparsecomp.nn import SparseConv2d, SparseLinear
 from sparsecomp.nn.linear import check_linear
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.check import check_weight
@@ -54,6 +55,9 @@ def compile(
     max_rounding: float = MOST_ROUNDING,
 ) -> nn.Module:
     """Replace linear layers of ``model`` by packed SparseLinears, in place, and return the model.
+
+    Convolutions of 1x1 without padding become SparseConv2d, with B*Hout*Wout rows; others stay as they are, pruned or
+    not, and ``report(model)`` names them.
 
     With a Plan its decisions are followed; a UserWarning tells of one that another machine made. With a pattern a plan
     is made first (``batch`` and ``max_error`` as in ``plan``), and layers in which dense torch is faster stay dense,
@@ -184,7 +188,10 @@ def summary(model: nn.Module, batch: Sequence[int] = (1, 32)) -> Summary:
     """
     model = eager(model)
     followed = report(model)
-    return summarise(model, batch, {} if followed is None else {**followed.stayed_dense, **followed.skipped})
+    if followed is not None:
+        return summarise(model, batch, {**followed.stayed_dense, **followed.skipped})
+    every = find_linears(model).skipped
+    return summarise(model, batch, {name: reason for name, reason in every.items() if reason == RUNS_DENSE})
 
 
 def _choices(
@@ -235,6 +242,11 @@ def _packed(ref: LinearRef, weight: Tensor | None, asked: Choice, rounding: _Rou
         choice = rounding.bears(ref.name, linear.weight.detach(), asked)
         if choice is None:
             return None
-        layer = SparseLinear.following(linear, choice)
+        if isinstance(ref.module, nn.Conv2d):
+            layer: SparseLinear = SparseConv2d.following(linear, choice)
+            assert isinstance(layer, SparseConv2d)
+            layer.read_as(ref.module)
+        else:
+            layer = SparseLinear.following(linear, choice)
     share_bias(linear, layer)
     return layer

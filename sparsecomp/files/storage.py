@@ -20,7 +20,7 @@ from sparsecomp.files.live import copy_into, has_own_way, live_entries, place, r
 from sparsecomp.models.batches import eager
 from sparsecomp.models.layers import find_linears, require_module
 from sparsecomp.modules.carry import COMPILED_CALL
-from sparsecomp.nn import Choice, SparseLinear
+from sparsecomp.nn import Choice, SparseConv2d, SparseLinear
 from sparsecomp.packing import PackedWeight
 from sparsecomp.patterns.numbers import PART_NAMES
 from sparsecomp.reporting.terminal import label, listed, numbered, table, wrap
@@ -276,7 +276,12 @@ def _new_layer(
     else:
         dense = old.weight
         assert isinstance(dense, Tensor)
-        layer = SparseLinear.of_choice(packed.to(dense.device), choice, bias, activation)
+        if isinstance(old, nn.Conv2d):
+            layer = SparseConv2d.of_choice(packed.to(dense.device), choice, bias, activation)
+            assert isinstance(layer, SparseConv2d)
+            layer.read_as(old)
+        else:
+            layer = SparseLinear.of_choice(packed.to(dense.device), choice, bias, activation)
     if layer.bias is not None and old_bias is not None:
         layer.bias.requires_grad_(old_bias.requires_grad)
         if name:

@@ -231,7 +231,7 @@ def _find(model: nn.Module, only: Globs, skip: Globs, *, runnable: bool) -> Laye
         elif (kind := kind_of(module)) is not None:
             refusal = why_not(name, module, owners, elsewhere)
             if refusal is None and runnable and isinstance(module, nn.Conv2d):
-                refusal = why_runs_dense(module) or "a 1x1 convolution stays dense in execution"
+                refusal = why_runs_dense(module)
             candidates[name] = (LinearRef(name, module, kind, aliases), "") if refusal is None else (None, refusal)
             for alias in aliases:
                 candidates[alias] = (None, f'the same layer as "{name}"')

@@ -32,6 +32,7 @@ from sparsecomp.patterns.numbers import FLOAT_DTYPES, parse_weights
 from sparsecomp.planning import measure as measuring
 from sparsecomp.planning.plan import LayerPlan, Plan
 from sparsecomp.planning.rounding import MOST_ROUNDING, Borne, borne, require_most
+from sparsecomp.planning.selection import choose_weights, too_narrow
 from sparsecomp.planning.summary import taken_seconds
 from sparsecomp.reporting.terminal import progress
 
@@ -95,7 +96,8 @@ def plan(
     fastest whose error stays within ``max_error`` is taken. A mapping from names and globs on names to patterns is read
     as ``prune`` reads it: a layer's own name wins, then the first glob that matches, and layers that none matches stay
     dense and are named in ``skipped``. The error is that of plain pruning, whatever method prunes later: Wanda's on the
-    Gram matrices of ``calibration`` if given, else magnitude's on the weight. ``batch`` counts rows (tokens) of x.
+    Gram matrices of ``calibration`` if given, else magnitude's on the weight. ``batch`` counts rows (tokens) of x, of
+    a 1x1 convolution B*Hout*Wout; it is measured as a linear layer, without what a copy of its input takes.
     ``device`` is "auto" (where the model is), "cpu" or "cuda". Layers whose weight the model read during calibration,
     beside calling the layer, stay dense: packed they would keep a dense copy, and those reads would gain nothing.
 
@@ -193,8 +195,15 @@ def _by_layer(
 ) -> tuple[dict[str, list[Choice]], dict[str, str]]:
     """The candidates of each layer, and the reason for each layer that has none."""
     if not isinstance(pattern, Mapping):
-        return dict.fromkeys(found, _candidates(pattern, device, stored)), dict(found.skipped)
-    from sparsecomp.planning.selection import choose_weights
+        every, skipped = _candidates(pattern, device, stored), dict(found.skipped)
+        named: dict[str, list[Choice]] = {}
+        for name, ref in found.items():
+            why = [too_narrow(ref, each.pattern) for each in every]
+            named[name] = [each for each, reason in zip(every, why, strict=True) if reason is None]
+            if not named[name]:
+                del named[name]
+                skipped[name] = str(why[0])
+        return named, skipped
 
     known = {glob: device.natural_pattern() if each == "auto" else each for glob, each in pattern.items()}
     for each in known.values():
