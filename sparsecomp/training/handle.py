@@ -259,8 +259,11 @@ class SparseTraining:
     def _begin(self, start: Start, calibration: Mapping[str, LayerStatistics] | None) -> None:
         with torch.no_grad():
             if self.rule.starts_sparse:
-                args = (self.model, self._layers, start, calibration, self._progress.scope, self._progress.generator)
-                for name, mask in start_masks(*args).items():
+                scope, generator = self._progress.scope, self._progress.generator
+                shares = self.rule.shares(self._progress.layers, scope)
+                for name, mask in start_masks(
+                    self.model, self._layers, start, calibration, scope, generator, shares
+                ).items():
                     self._layers[name].mask = mask
             elif start is not None:
                 raise MethodError(f'method "{self.rule.name}" begins dense and chooses its own masks; leave start out')

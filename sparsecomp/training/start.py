@@ -31,8 +31,11 @@ def start_masks(
     calibration: Mapping[str, LayerStatistics] | None,
     scope: Scope,
     generator: torch.Generator,
+    shares: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """The mask of each layer, as stored. A solver's repaired weights are written into the model.
+
+    ``shares`` has the density of each layer, by name, where the rule shares out what the global scope asks for.
 
     Raises MethodError for a start that is none, ModelError and PatternError for masks that do not fit.
     """
@@ -51,6 +54,8 @@ def start_masks(
         if start not in (RANDOM, "magnitude"):
             raise MethodError(f'start="{start}" chooses within each layer; with scope="global" use "magnitude"')
         scores = {name: _scores(each, start, generator) for name, each in layers.items()}
+        if scope == "global" and shares is not None:
+            return {n: choose([e], scores, {n: shares[n]}, scope)[n] for n, e in layers.items()}
         return choose(list(layers.values()), scores, {n: e.pattern.density for n, e in layers.items()}, scope)
     patterns: dict[str, str | Pattern] = {name: each.pattern for name, each in layers.items()}
     report = prune(model, patterns, start, calibration, only=list(layers), show_progress=False)

@@ -97,6 +97,10 @@ class Rule(ABC):
     def require(self, patterns: Mapping[str, Pattern], scope: Scope) -> None:  # noqa: B027  (a rule may have nothing to do then)
         """Raises PatternError or MethodError for patterns the rule cannot follow."""
 
+    def shares(self, layers: Sequence[TrainedLayer], scope: Scope) -> Mapping[str, float] | None:
+        """The densities by layer name with which each layer starts, where the rule shares one out; else None."""
+        return None
+
     def begin(self, progress: Progress) -> None:  # noqa: B027  (a rule may have nothing to do then)
         """Prepare the state of each layer; masks may be chosen here too."""
 
