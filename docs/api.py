@@ -23,7 +23,7 @@ SECTIONS = (
         ),
     ),
     ("Plan and compile", ("plan", "Plan", "compile")),
-    ("Layers and weights", ("SparseLinear", "parse_pattern", "pack", "PackedWeight", "quantize")),
+    ("Layers and weights", ("SparseLinear", "SparseConv2d", "parse_pattern", "pack", "PackedWeight", "quantize")),
     ("Files", ("save", "load")),
     ("ONNX", ("export_onnx", "onnx_session", "verify_onnx")),
     ("Arrays without torch modules", ("prepare", "linear")),

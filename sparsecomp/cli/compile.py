@@ -63,6 +63,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     import sparsecomp as sc
+    from sparsecomp.models.convolutions import RUNS_DENSE
     from sparsecomp.models.layers import find_linears, require_layers
     from sparsecomp.planning.selection import choices_of
 
@@ -140,6 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
     sc.save(model, arguments.output)
     if plan is None and (left := [name for name in found if name not in packed]):
         print(f"left dense{' by prune' if noted is not None else ''}: {listed(left)}")
+    if plan is None and (larger := [name for name, reason in every.skipped.items() if reason == RUNS_DENSE]):
+        print(wrap(f"{listed(larger)}: {RUNS_DENSE}"))
     size = Path(arguments.output).stat().st_size
     print(f"packed {len(packed)} of {len(every)} layers{'' if packed else ': the model runs dense, as before'}")
     print(f"wrote {arguments.output}: {size / 1e6:.1f} MB; the dense weights take {dense / 1e6:.1f} MB")

@@ -91,7 +91,12 @@ def find_hidden(
             reasons[name] = str(reason)
     for name in layers:
         if name not in reasons and all(name != each.consumer for each in found):
-            reasons[name] = "the exported graph does not call it as a linear layer"
+            convolution = layers[name].kind == "conv2d"
+            reasons[name] = (
+                "input channels of convolutions are not permuted"
+                if convolution
+                else "the exported graph does not call it as a linear layer"
+            )
     return _apart(found, reasons), reasons
 
 

@@ -13,6 +13,16 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16))
 
 
+def convolutional() -> nn.Module:
+    torch.manual_seed(0)
+    wide = [nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.ReLU()]
+    return nn.Sequential(*wide, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 8))
+
+
+def images() -> list[Tensor]:
+    return [torch.randn(20, 8, 5, 5, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
 def headed() -> nn.Module:
     torch.manual_seed(0)
     body = [(f"block{i}", nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))) for i in range(2)]

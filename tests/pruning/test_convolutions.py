@@ -233,3 +233,24 @@ def test_blocks_of_convolutions_are_pruned_and_tuned_one_after_the_other():
     for block in model:
         assert not breaks(block.conv.weight.detach(), NM(2, 4))
     assert len(report.tunings) == 3
+
+
+def test_the_whole_network_is_tuned_with_the_masks_of_its_convolutions():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block3() for _ in range(2))).eval()
+    dense = copy.deepcopy(model)
+    report = prune(model, "2:4")
+    before = model[0].conv.weight.detach().clone()
+    batches = [torch.randn(2, 8, 8, 8) for _ in range(6)]
+    sc.distill(model, dense, batches, masks=report.masks, tuning=sc.Tuning(steps=4), show_progress=False)
+    assert not torch.equal(model[0].conv.weight, before)
+    assert not any(breaks(block.conv.weight.detach(), NM(2, 4)) for block in model)
+
+
+def test_best_does_not_permute_convolutions_and_says_so():
+    torch.manual_seed(0)
+    model, batch = Small().eval(), images(1)
+    calibration = sc.calibrate(model, [batch], show_progress=False)
+    report = prune(model, "2:4", "best", calibration, example=batch, only=["point", "head"])
+    assert report.unpermuted["point"] == "input channels of convolutions are not permuted"
+    assert not breaks(model.point.weight.detach(), NM(2, 4))
