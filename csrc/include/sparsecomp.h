@@ -115,6 +115,12 @@ SPARSECOMP_API int sparsecomp_block_linear(const sparsecomp_block* weight, const
                                            int64_t batch, const sparsecomp_epilogue* epilogue, void* y, int64_t ldy,
                                            int threads);
 
+/* values[i] = source[index[i]] for `count` elements of 2 or 4 bytes; 0 where an index is not one of the `size` elements
+ * of the source, as a negative one. With where every value of a kernel layout lies in the dense weight, it puts new
+ * values into the layout of a weight whose positions stayed as they were. threads <= 0 means all cores. */
+SPARSECOMP_API int sparsecomp_gather(int32_t bytes, const void* source, int64_t size, const int32_t* index,
+                                     int64_t count, void* values, int threads);
+
 /* Measured peaks of this machine, for the roofline bound. */
 /* Multiply-adds in registers, each counted as 2, per second: the best of three rounds of so many seconds. Those of
  * I8_A8 are of bytes. */

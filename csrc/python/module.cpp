@@ -125,6 +125,11 @@ int linear(const Integers<18>& v) {
                         v[11], &epilogue, Address{v[15]}, v[16], thread_count(v[17]));
 }
 
+int gather(const Integers<7>& v) {
+  return sparsecomp_gather(narrow(v[0], -1), Address{v[1]}, v[2], Address{v[3]}, v[4], Address{v[5]},
+                           thread_count(v[6]));
+}
+
 double flops(const Integers<3>& v) {
   return sparsecomp_measure_flops(static_cast<int32_t>(v[0]), thread_count(v[1]), 1e-6 * static_cast<double>(v[2]));
 }
@@ -193,6 +198,9 @@ PyMethodDef methods[] = {
         "block_linear(" BLOCK_WEIGHT
         ", values, metadata, x dtype, x, ldx, batch, scales or 0, bias or 0, activation, y, ldy, threads):"
         " as nm_linear."),
+    of_integers<gather>("gather",
+                        "gather(bytes of an element, source, its elements, index, count, values, threads): "
+                        "values[i] = source[index[i]], 0 where there is no such element."),
     of_integers<flops>(
         "measure_flops",
         "measure_flops(dtype, threads, microseconds of a round) -> float: FLOP/s of multiply-adds, the best of three "

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "common/numbers.hpp"
@@ -84,9 +85,40 @@ void check_tasks() {
   }
 }
 
+// Every value is where its index says, or zero where there is no such element; nothing beside them is touched.
+void check_gather() {
+  CHECK(sparsecomp_gather(8, nullptr, 0, nullptr, 0, nullptr, 1) == SPARSECOMP_INVALID, "elements of 8 bytes");
+  CHECK(sparsecomp_gather(4, nullptr, 1, nullptr, 1, nullptr, 1) == SPARSECOMP_INVALID, "no memory");
+  CHECK(sparsecomp_gather(4, nullptr, 0, nullptr, 0, nullptr, 1) == SPARSECOMP_OK, "nothing to gather");
+  for (int i = 0; i < 60; ++i) {
+    const int bytes = i % 2 == 0 ? 4 : 2, threads = static_cast<int>(uniform(0, 3));
+    const int64_t elements = uniform(0, 3000), count = i < 4 ? (1 << 16) + uniform(0, 5) : uniform(0, 3000);
+    Buffer source(elements * bytes), index(count * 4), values(count * bytes);
+    for (int64_t k = 0; k < source.size; ++k) source.data[k] = static_cast<uint8_t>(generator());
+    for (int64_t k = 0; k < count; ++k) {
+      const auto place = static_cast<int32_t>(uniform(-2, elements + 1));
+      std::memcpy(index.data + 4 * k, &place, 4);
+    }
+    const int code = sparsecomp_gather(bytes, source.data, elements, reinterpret_cast<const int32_t*>(index.data),
+                                       count, values.data, threads);
+    CHECK(code == SPARSECOMP_OK, "code %d", code);
+    int64_t wrong = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      int32_t place;
+      std::memcpy(&place, index.data + 4 * k, 4);
+      const uint8_t zeros[4] = {};
+      const bool known = place >= 0 && place < elements;
+      wrong += std::memcmp(values.data + bytes * k, known ? source.data + int64_t{bytes} * place : zeros,
+                           static_cast<size_t>(bytes)) != 0;
+    }
+    CHECK(wrong == 0, "%lld of %lld values", static_cast<long long>(wrong), static_cast<long long>(count));
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_gather();
   check_partition();
   check_tasks();
   check_numbers();
