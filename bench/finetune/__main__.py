@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.finetune", description=__doc__)
     parser.add_argument("--only", action="append", metavar="GLOB", help="runs by name (may be repeated; default all)")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default 0,1,2)")
+    parser.add_argument("--rates", help="comma-separated: of the rates of seed 0, only these in this sitting")
     parser.add_argument("--work", type=Path, default=Path("finetune-out"), help="folder of results")
     parser.add_argument("--list", action="store_true", help="print the names of the runs and stop")
     parser.add_argument("--report", action="store_true", help="make no run; print tables of the results there are")
@@ -51,11 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         torch.set_num_threads(1)
         seeds = [int(each) for each in arguments.seeds.split(",")]
+        rates = None if arguments.rates is None else [float(each) for each in arguments.rates.split(",")]
         results = Results(arguments.work)
         if arguments.report:
             asked = {run.name: run for run in picked}
             return ended(lambda: collect(results, asked, seeds), summary, arguments.output)
-        Runner(of_minilm(), results, runs).complete(picked, seeds)
+        Runner(of_minilm(), results, runs).complete(picked, seeds, rates)
     except SparsecompError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

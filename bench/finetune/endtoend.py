@@ -49,13 +49,13 @@ _SAME_LOGITS = 0.01
 
 def run(work: Path, name: str, seed: int, threads: int) -> dict[str, Any]:
     """Compile, save, export, judge and time."""
-    torch.set_num_threads(threads)
     bench, runs = of_minilm(), registry()
     if name not in runs or runs[name].sparse is None or not runs[name].keep:
         kept = ", ".join(each.name for each in runs.values() if each.keep and each.sparse is not None)
         raise SparsecompError(f'"{name}" is no sparse run whose model is kept; those are {kept}')
     sparse_run = runs[name]
     assert sparse_run.sparse is not None and sparse_run.beside is not None
+    torch.set_num_threads(threads)
     runner = Runner(bench, Results(work), runs)
     test = runner.parts(sparse_run.task).test
     labels = len(runner.parts(sparse_run.task).task.labels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,15 @@ class Runner:
         self._parts: dict[str, Parts] = {}
         self._statistics: dict[Path, sc.Calibration] = {}
 
-    def complete(self, runs: Sequence[Run], seeds: Sequence[int]) -> None:
-        """Make what is missing: all rates on the choosing seed, and on the others the rate that did best there."""
+    def complete(self, runs: Sequence[Run], seeds: Sequence[int], rates: Collection[float] | None = None) -> None:
+        """Make what is missing: all rates on the choosing seed, and on the others the rate that did best there.
+
+        With ``rates`` the choosing seed tries no others in this sitting, but for the models that runs start from.
+        """
         for seed in seeds:
             for run in runs:
-                for rate in run.rates if seed == CHOOSING_SEED else [self._results.rate(run)]:
+                wanted = [rate for rate in run.rates if rates is None or run.base is None or rate in rates]
+                for rate in wanted if seed == CHOOSING_SEED else [self._results.rate(run)]:
                     done = self._results.read(run, seed, rate) is not None
                     if not done or (run.keep and not self._checkpoint(run, seed, rate).exists()):
                         self._make(run, seed, rate)

@@ -11,8 +11,11 @@ from sparsecomp.errors import SparsecompError
 
 # rates of the first seed, of which validation chooses one for all seeds
 RATES = (2e-5, 3e-5, 5e-5)
-AGAIN_RATES = (3e-5, 1e-4)
+AGAIN_RATES = (3e-5, 1e-4, 3e-4)
 _TASKS = ("movies", "r8")
+# far from dense: one density over all layers, by percent of weights kept and method, in so many epochs
+_FAR = ((3, "movement"),)
+_LONG = 4
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,13 @@ def registry() -> dict[str, Run]:
         ]
     runs += [
         _sparse("movies", "2:4-magnitude", epochs, Sparse("2:4", start="magnitude"), checks=8) for epochs in (1, 2)
+    ]
+    runs.append(_again("movies", _LONG))
+    runs += [
+        _sparse(
+            "movies", f"{100 - kept}%-{method}", _LONG, Sparse(f"unstructured:{kept / 100}", method, scope="global")
+        )
+        for kept, method in _FAR
     ]
     return {run.name: run for run in runs}
 

@@ -29,6 +29,9 @@ from bench.finetune.runner import Bench, Runner
 from bench.finetune.runs import Run, Sparse, chosen, registry
 from bench.finetune.task import TEMPERATURE, Classifier, Recipe, logits_of, loss_of, optimizer_of, train
 from sparsecomp.errors import SparsecompError
+from sparsecomp.patterns.numbers import parse_weights
+from sparsecomp.training.choice import check_scope
+from sparsecomp.training.rules import get_rule
 
 WORDS, WIDTH = 50, 16
 
@@ -283,6 +286,15 @@ def test_runs_are_made_once_and_the_rest_is_made_later(tmp_path: Path) -> None:
     Runner(bench(tmp_path, untouched), results, RUNS).complete(list(RUNS.values()), [0, 1])
 
 
+def test_a_sitting_may_try_some_rates_only(tmp_path: Path) -> None:
+    run = Run("toy/dense-again/1", "toy", 1, (1e-2, 3e-2), "toy/dense")
+    runs, results = {"toy/dense": RUNS["toy/dense"], run.name: run}, Results(tmp_path / "work")
+    Runner(bench(tmp_path), results, runs).complete(list(runs.values()), [0], [3e-2])
+    assert len(results.chosen(RUNS["toy/dense"], [0])) == 1
+    assert results.read(run, 0, 3e-2) is not None
+    assert results.read(run, 0, 1e-2) is None and results.chosen(run, [0]) == []
+
+
 def test_a_result_says_what_was_done_and_is_the_same_in_one_sitting_or_two(tmp_path: Path) -> None:
     rows = []
     for name, sittings in (("one", [list(RUNS.values())]), ("two", [[run] for run in RUNS.values()])):
@@ -353,3 +365,11 @@ def test_the_program_lists_its_runs_and_refuses_unknown_ones(capsys: pytest.Capt
 def test_settings_of_runs_are_plain_values() -> None:
     for run in registry().values():
         assert json.loads(json.dumps(dataclasses.asdict(run)))["name"] == run.name
+
+
+def test_methods_and_patterns_of_runs_are_known_ones() -> None:
+    for run in registry().values():
+        if run.sparse is not None:
+            pattern, _ = parse_weights(run.sparse.pattern)
+            assert dataclasses.replace(get_rule(run.sparse.method), **run.sparse.rule)  # type: ignore[type-var]
+            check_scope(run.sparse.scope, {"layer": pattern})
