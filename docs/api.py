@@ -18,6 +18,7 @@ SECTIONS = (
         "Train",
         (
             "sparsify",
+            "masks",
             "SparseTraining",
             "Schedule",
         ),

@@ -29,7 +29,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def test_the_first_gradient_that_fills_zeros_is_told_once() -> None:
     model, _ = pruned()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=r"weights that pruning removed.*report\.masks.*distill"):
+    with pytest.warns(UserWarning, match=r"weights that pruning removed.*sparsify.*distill"):
         step(model, optimizer)
     assert float((model[0].weight == 0).float().mean()) < 0.5  # what was told happened
     with warnings.catch_warnings():
@@ -72,3 +72,12 @@ def test_blocks_that_were_pruned_are_watched() -> None:
     sc.prune_blocks(blocks, batches, "2:4", "wanda", tuning=sc.Tuning(steps=2), show_progress=False)
     with pytest.warns(UserWarning, match="weights that pruning removed"):
         step(blocks, torch.optim.SGD(blocks.parameters(), lr=0.1))
+
+
+def test_nothing_is_told_where_sparse_training_keeps_the_zeros(recwarn: pytest.WarningsRecorder) -> None:
+    model, _ = pruned()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    sparse = sc.sparsify(model, "2:4", optimizer, start="zeros", steps=1)
+    step(model, optimizer)
+    sparse.bake()
+    assert [each for each in recwarn if "pruning removed" in str(each.message)] == []
