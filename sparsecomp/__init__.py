@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sparsecomp.planning.planner import plan
     from sparsecomp.pruning import Tuning, distill, prune, prune_blocks
     from sparsecomp.training import Schedule, SparseTraining, masks, sparsify
+    from sparsecomp.training.ntk import ntk
+    from sparsecomp.training.rewind import rewind
 
 __all__ = [
     "Calibration",
@@ -44,6 +46,7 @@ __all__ = [
     "linear",
     "load",
     "masks",
+    "ntk",
     "onnx_session",
     "pack",
     "parse_pattern",
@@ -53,6 +56,7 @@ __all__ = [
     "prune_blocks",
     "prune_weight",
     "quantize",
+    "rewind",
     "save",
     "sparsify",
     "verify_onnx",
@@ -80,6 +84,7 @@ _HOME = {
     "linear": "nn.arrays",
     "load": "files.storage",
     "masks": "training",
+    "ntk": "training.ntk",
     "onnx_session": "onnx",
     "pack": "packing",
     "parse_pattern": "patterns",
@@ -89,6 +94,7 @@ _HOME = {
     "prune_blocks": "pruning",
     "prune_weight": "methods.weight",
     "quantize": "packing",
+    "rewind": "training.rewind",
     "save": "files.storage",
     "sparsify": "training",
     "verify_onnx": "onnx",

@@ -150,6 +150,11 @@ class SparseTraining:
         return kept / max(sum(each.mask.numel() for each in self._layers.values()), 1)
 
     @property
+    def baked(self) -> bool:
+        """Whether ``bake`` has ended it."""
+        return self._baked
+
+    @property
     def flip_rate(self) -> float:
         """The share of mask entries that the last choice of masks changed."""
         return self.history[-1].flip_rate if self.history else 0.0

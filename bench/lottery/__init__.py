@@ -1,0 +1,1 @@
+"""Sparse training from scratch on Fashion-MNIST: rules of masks, lottery tickets, and the tangent kernel of both."""
