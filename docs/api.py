@@ -21,6 +21,8 @@ SECTIONS = (
             "masks",
             "SparseTraining",
             "Schedule",
+            "rewind",
+            "ntk",
         ),
     ),
     ("Plan and compile", ("plan", "Plan", "compile")),
@@ -128,12 +130,16 @@ def _prose(value: Any) -> str:
 
 
 def _returned(public: set[str]) -> set[type]:
-    """Classes of this package that public functions and methods return, and that are no public names themselves."""
+    """Classes of this package that public functions and methods return, and those that these give back in turn.
+
+    Public names are left out.
+    """
     bases = {base for name in public if inspect.isclass(value := getattr(sc, name)) for base in value.__mro__}
     ours = [module for name, module in list(sys.modules.items()) if name.startswith("sparsecomp.")]
     found: set[type] = set()
-    for name in public:
-        value = getattr(sc, name)
+    waiting = [getattr(sc, name) for name in sorted(public)]
+    while waiting:
+        value = waiting.pop()
         functions = [getattr(each, "__func__", each) for _, each in _members(value)] if inspect.isclass(value) else []
         for function in [value, *functions]:
             function = function.fget if isinstance(function, property) else function
@@ -141,8 +147,9 @@ def _returned(public: set[str]) -> set[type]:
             for word in re.findall(r"\w+", str(annotation)):
                 for module in ours:
                     result = vars(module).get(word)
-                    if inspect.isclass(result) and result.__module__ == module.__name__ and result not in bases:
+                    if inspect.isclass(result) and result.__module__ == module.__name__ and result not in bases | found:
                         found.add(result)
+                        waiting.append(result)
     return {each for each in found if each.__name__ not in public}
 
 

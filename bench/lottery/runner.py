@@ -6,7 +6,7 @@ A run whose result is there is not made again, so that the whole list can be bui
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 import sparsecomp as sc
 from bench.lottery.data import Data
 from bench.lottery.results import CHOOSING_SEED, Results, Row
-from bench.lottery.runs import EARLY, EPOCHS, LEFT, ROUNDS, SKIP, Run
+from bench.lottery.runs import EARLY, LEFT, ROUNDS, SKIP, Run
 from bench.lottery.task import Recipe, Trained, made, train
 from sparsecomp.training.rewind import CONTROLS, Round
 
@@ -30,23 +30,23 @@ class Runner:
         *,
         rounds: int = ROUNDS,
         early: int = EARLY,
-        epochs: Callable[[str], int] = EPOCHS.__getitem__,
+        epochs: int | None = None,
     ) -> None:
-        """``rounds``, ``early`` and ``epochs`` of a net are smaller in tests."""
+        """``rounds``, ``early`` and ``epochs`` (None: those of the run) are smaller in tests."""
         self._data, self._results = data, results
         self._rounds, self._early, self._epochs = rounds, early, epochs
 
     def complete(self, runs: Sequence[Run], seeds: Sequence[int]) -> None:
-        """Make what is missing."""
-        for run in runs:
-            for seed in [CHOOSING_SEED] if run.kind == "rate" else seeds:
-                if self._results.read(run.name, seed) is None:
-                    print(f"{run.name}, seed {seed}", file=sys.stderr, flush=True)
-                    self._make(run, seed)
+        """Make what is missing: the rates first, then all runs seed by seed."""
+        rates = [(run, CHOOSING_SEED) for run in runs if run.kind == "rate"]
+        for run, seed in [*rates, *((run, seed) for seed in seeds for run in runs if run.kind != "rate")]:
+            if self._results.read(run.name, seed) is None:
+                print(f"{run.name}, seed {seed}", file=sys.stderr, flush=True)
+                self._make(run, seed)
 
     def _make(self, run: Run, seed: int) -> None:
         rate = self._results.rate(run.net, run.optimizer) if run.rate is None else run.rate
-        recipe = Recipe(run.net, run.optimizer, rate, self._epochs(run.net))
+        recipe = Recipe(run.net, run.optimizer, rate, self._epochs or run.epochs)
         facts = {"run": run.name, "seed": seed, "rate": rate, "epochs": recipe.epochs}
         ticket = None
         match run.kind:

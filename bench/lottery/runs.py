@@ -14,6 +14,8 @@ from sparsecomp.errors import SparsecompError
 from sparsecomp.training.rewind import GoBack
 
 EPOCHS: Mapping[str, int] = {"mlp": 10, "conv": 8}
+# of each round of a ticket, of its controls, and of what they are compared with
+ROUND_EPOCHS: Mapping[str, int] = {"mlp": 6, "conv": 5}
 # the classifier stays dense, and so does a convolution of one channel, which has no groups
 SKIP: Mapping[str, tuple[str, ...]] = {"mlp": ("5",), "conv": ("0", "7")}
 # peaks of the learning rate, of which the dense net's validation on one seed chooses for all runs of the net
@@ -39,6 +41,12 @@ class Run:
     method: str = "fixed"
     start: str | None = None
     to: GoBack = "weights"
+    short: bool = False
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of a training."""
+        return (ROUND_EPOCHS if self.short else EPOCHS)[self.net]
 
 
 def rate_name(net: str, optimizer: str, rate: float) -> str:
@@ -62,9 +70,9 @@ def registry() -> dict[str, Run]:
             Run(f"{net}/sgd/4:8-sr-ste", "plain", net, pattern="4:8", method="sr-ste"),
             Run(f"{net}/adam/dense", "plain", net, "adam"),
             Run(f"{net}/adam/2:4-sr-ste", "plain", net, "adam", pattern="2:4", method="sr-ste"),
-            Run(f"{net}/ticket/weights", "ticket", net),
-            Run(f"{net}/ticket/learning-rate", "ticket", net, to="learning-rate"),
-            Run(f"{net}/ticket/kernel", "kernel", net),
+            Run(f"{net}/ticket/weights", "ticket", net, short=True),
+            Run(f"{net}/ticket/learning-rate", "ticket", net, to="learning-rate", short=True),
+            Run(f"{net}/ticket/kernel", "kernel", net, short=True),
         ]
         runs += [
             Run(
@@ -73,6 +81,7 @@ def registry() -> dict[str, Run]:
                 net,
                 pattern=f"unstructured:{percent / 100}",
                 start="random",
+                short=True,
             )
             for percent in (10, 5)
         ]

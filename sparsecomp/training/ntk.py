@@ -21,8 +21,8 @@ from sparsecomp.models.layers import find_layers
 from sparsecomp.modules.snapshot import ModuleState
 
 Output = Callable[[Any, Any], Tensor]
-# numbers of the Jacobian that are in memory at once, by default: 256 MiB in float32
-_NUMBERS = 2**26
+# entries of the Jacobian that are in memory at once, by default: 256 MiB in float32
+_CHUNK = 2**26
 # how far the outputs of an example alone may lie from those in the batch: of the largest one, times sqrt(epsilon)
 _TOLERANCE = 4.0
 
@@ -87,7 +87,7 @@ def ntk(
     output: Output | None = None,
     forward: Forward | None = None,
     full: bool = False,
-    numbers: int = _NUMBERS,
+    chunk_size: int = _CHUNK,
 ) -> NTK:
     """The empirical neural tangent kernel of ``model`` on ``batch`` (Jacot et al. 2018, arXiv:1806.07572).
 
@@ -97,7 +97,7 @@ def ntk(
     what the model returns, where that is no tensor; what follows B is the C outputs. ``forward`` is as in
     ``calibrate``. Examples are the slices of the tensors in the batch whose first dimension is B.
 
-    The model runs in eval mode, once for each example and each part of the weights; at most ``numbers`` entries of the
+    The model runs in eval mode, once for each example and each part of the weights; at most ``chunk_size`` entries of the
     Jacobian, or those of one weight, are in memory at once. Nothing of the model is changed.
 
     Raises ModelError where the output is no tensor of real numbers, where an example's output depends on the others,
@@ -120,7 +120,7 @@ def ntk(
                 (rows, outputs, rows, outputs) if full else (rows, rows), dtype=torch.float64, device=runner.device
             )
             if rows and outputs:
-                for part in _parts(learning, kept, max(1, numbers // (rows * outputs))):
+                for part in _parts(learning, kept, max(1, chunk_size // (rows * outputs))):
                     _add(kernel, torch.stack([runner.gradients(index, part) for index in range(rows)]))
     finally:
         state.restore()

@@ -45,12 +45,12 @@ def conv() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
 
 
-@pytest.mark.parametrize(("rows", "numbers"), [(1, 1), (2, 100), (6, 400), (6, 2**20)])
-def test_it_is_the_product_of_gradients_however_it_is_cut(rows, numbers):
+@pytest.mark.parametrize(("rows", "chunk_size"), [(1, 1), (2, 100), (6, 400), (6, 2**20)])
+def test_it_is_the_product_of_gradients_however_it_is_cut(rows, chunk_size):
     model, x = mlp(), torch.randn(rows, 5)
     want = twin(model, model(x))
-    full = sc.ntk(model, x, full=True, numbers=numbers)
-    trace = sc.ntk(model, x, numbers=numbers)
+    full = sc.ntk(model, x, full=True, chunk_size=numbers)
+    trace = sc.ntk(model, x, chunk_size=numbers)
     assert full.kernel.dtype == trace.kernel.dtype == torch.float64
     torch.testing.assert_close(full.kernel, want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(trace.kernel, torch.einsum("ijcc->ij", want), rtol=1e-5, atol=1e-6)
@@ -86,7 +86,7 @@ def copy_of_eval(model):
 def test_dropped_weights_count_as_zero_and_do_not_learn(make, shape):
     model, x = make().eval(), torch.randn(3, *shape)
     masks = {name: torch.rand(ref.shape) < 0.4 for name, ref in find_layers(model).items()}
-    got = sc.ntk(model, x, masks=masks, full=True, numbers=300)
+    got = sc.ntk(model, x, masks=masks, full=True, chunk_size=300)
     pruned = copy.deepcopy(model)
     for name, ref in find_layers(pruned).items():
         ref.set_weight(ref.get_weight() * masks[name])
@@ -130,7 +130,7 @@ def test_a_batch_by_name_and_an_output_that_is_named():
     torch.manual_seed(0)
     model = Tokens().eval()
     batch = {"ids": torch.randint(0, 11, (3, 4)), "scale": torch.tensor(0.5)}
-    got = sc.ntk(model, batch, output=lambda result, batch: result["logits"], full=True, numbers=1000)
+    got = sc.ntk(model, batch, output=lambda result, batch: result["logits"], full=True, chunk_size=1000)
     torch.testing.assert_close(got.kernel, twin(model, model(**batch)["logits"]), rtol=1e-5, atol=1e-6)
     with pytest.raises(ModelError, match=r"output is a dict; .* output=lambda"):
         sc.ntk(model, batch)
