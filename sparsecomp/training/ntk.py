@@ -97,8 +97,8 @@ def ntk(
     what the model returns, where that is no tensor; what follows B is the C outputs. ``forward`` is as in
     ``calibrate``. Examples are the slices of the tensors in the batch whose first dimension is B.
 
-    The model runs in eval mode, once for each example and each part of the weights; at most ``chunk_size`` entries of the
-    Jacobian, or those of one weight, are in memory at once. Nothing of the model is changed.
+    The model runs in eval mode, once for each example and each part of the weights. At most ``chunk_size`` entries of
+    the Jacobian are in memory at once, B times C times the weights of a part. Nothing of the model is changed.
 
     Raises ModelError where the output is no tensor of real numbers, where an example's output depends on the others,
     where no parameter requires a gradient, and for masks that do not fit; CalibrationError for a batch that the model

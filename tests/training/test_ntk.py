@@ -49,8 +49,8 @@ def conv() -> nn.Sequential:
 def test_it_is_the_product_of_gradients_however_it_is_cut(rows, chunk_size):
     model, x = mlp(), torch.randn(rows, 5)
     want = twin(model, model(x))
-    full = sc.ntk(model, x, full=True, chunk_size=numbers)
-    trace = sc.ntk(model, x, chunk_size=numbers)
+    full = sc.ntk(model, x, full=True, chunk_size=chunk_size)
+    trace = sc.ntk(model, x, chunk_size=chunk_size)
     assert full.kernel.dtype == trace.kernel.dtype == torch.float64
     torch.testing.assert_close(full.kernel, want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(trace.kernel, torch.einsum("ijcc->ij", want), rtol=1e-5, atol=1e-6)
