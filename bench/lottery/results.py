@@ -18,6 +18,8 @@ from sparsecomp.reporting.writing import whole_file
 # the seed on which rates are tried
 CHOOSING_SEED = 0
 Row = dict[str, Any]
+# "dense", "found" and the controls -> the state in which training begins, and the masks by layer
+Ticket = dict[str, dict[str, Any]]
 
 
 class Results:
@@ -35,7 +37,7 @@ class Results:
         row: Row = json.loads(path.read_text())
         return row
 
-    def write(self, run: str, seed: int, row: Row, ticket: dict[str, Any] | None = None) -> None:
+    def write(self, run: str, seed: int, row: Row, ticket: Ticket | None = None) -> None:
         """Keep a result, and the ticket it found; a file is whole or not there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if ticket is not None:
@@ -44,12 +46,12 @@ class Results:
         with whole_file(self._path(run, seed, "json")) as unfinished:
             unfinished.write_text(json.dumps(row) + "\n")
 
-    def ticket(self, run: str, seed: int) -> dict[str, Any]:
+    def ticket(self, run: str, seed: int) -> Ticket:
         """What a run found; SparsecompError if it was not made."""
         path = self._path(run, seed, "pt")
         if not path.exists():
             raise SparsecompError(f"{run} has no result on seed {seed} yet, which another run needs; make it first")
-        found: dict[str, Any] = torch.load(path, weights_only=True)
+        found: Ticket = torch.load(path, weights_only=True)
         return found
 
     def rate(self, net: str, optimizer: str) -> float:

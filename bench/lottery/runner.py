@@ -5,6 +5,7 @@ A run whose result is there is not made again, so that the whole list can be bui
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,8 @@ from torch import nn
 
 import sparsecomp as sc
 from bench.lottery.data import Data
-from bench.lottery.results import CHOOSING_SEED, Results, Row
-from bench.lottery.runs import EARLY, LEFT, ROUNDS, SKIP, Run
+from bench.lottery.results import CHOOSING_SEED, Results, Row, Ticket
+from bench.lottery.runs import EARLY, KERNEL_IMAGES, LEFT, ROUNDS, SKIP, Run
 from bench.lottery.task import Recipe, Trained, made, train
 from sparsecomp.training.rewind import CONTROLS, Round
 
@@ -31,10 +32,11 @@ class Runner:
         rounds: int = ROUNDS,
         early: int = EARLY,
         epochs: int | None = None,
+        images: int = KERNEL_IMAGES,
     ) -> None:
-        """``rounds``, ``early`` and ``epochs`` (None: those of the run) are smaller in tests."""
+        """All but the first two are smaller in tests; ``epochs`` None are those of the run."""
         self._data, self._results = data, results
-        self._rounds, self._early, self._epochs = rounds, early, epochs
+        self._rounds, self._early, self._epochs, self._images = rounds, early, epochs, images
 
     def complete(self, runs: Sequence[Run], seeds: Sequence[int]) -> None:
         """Make what is missing: the rates first, then all runs seed by seed."""
@@ -48,12 +50,14 @@ class Runner:
         rate = self._results.rate(run.net, run.optimizer) if run.rate is None else run.rate
         recipe = Recipe(run.net, run.optimizer, rate, self._epochs or run.epochs)
         facts = {"run": run.name, "seed": seed, "rate": rate, "epochs": recipe.epochs}
-        ticket = None
+        ticket: Ticket | None = None
         match run.kind:
             case "rate" | "plain":
                 found = self._plain(run, recipe, seed)
             case "ticket":
                 found, ticket = self._ticket(run, recipe, seed)
+            case "kernel":
+                found = self._kernel(run, seed)
         self._results.write(run.name, seed, {**facts, **found}, ticket)
         told = {name: value for name, value in found.items() if isinstance(value, float)}
         print(f"  {told}", file=sys.stderr, flush=True)
@@ -85,7 +89,7 @@ class Runner:
             handle.bake()
         return row
 
-    def _ticket(self, run: Run, recipe: Recipe, seed: int) -> tuple[Row, dict[str, Any]]:
+    def _ticket(self, run: Run, recipe: Recipe, seed: int) -> tuple[Row, Ticket]:
         model = self._net(run, seed)
 
         def loop(model: nn.Module, now: Round) -> Trained:
@@ -97,18 +101,44 @@ class Runner:
         report = sc.rewind(
             model, loop, rounds=self._rounds, drop=drop, to=run.to, early=self._early, skip=SKIP[run.net]
         )
-        last = report.rounds[-1]
         row: Row = {
-            **_row(last.result),
+            **_row(report.rounds[-1].result),
             "early": self._early,
             "rounds": [{"density": each.density, **_row(each.result)} for each in report.rounds],
         }
-        if run.to == "weights":
-            row["controls"] = {
-                control: _row(report.train(model, loop, control, seed=1000 + seed).result) for control in CONTROLS
+        if run.to == "learning-rate":
+            return row, {}
+        ticket: Ticket = {
+            "dense": _start(report.begin(model, number=0), model),
+            "found": _start(report.begin(model), model),
+        }
+        row["controls"] = {}
+        for control in CONTROLS:
+            ticket[control] = _start(report.begin(model, control, seed=1000 + seed), model)
+            row["controls"][control] = _row(report.train(model, loop, control, seed=1000 + seed).result)
+        return row, ticket
+
+    def _kernel(self, run: Run, seed: int) -> Row:
+        """What the kernel of a ticket and of its controls is like where training begins, on images of validation."""
+        assert run.needs is not None
+        images, kernels, row = self._data.validation.images[: self._images], {}, {}
+        for kind, start in self._results.ticket(run.needs, seed).items():
+            model = self._net(run, seed)
+            model.load_state_dict(start["state"])
+            kernels[kind] = sc.ntk(model, images, masks=start["masks"])
+            row[kind] = {
+                "effective_rank": kernels[kind].effective_rank,
+                "alignment": kernels["dense"].alignment(kernels[kind]),
+                "centred_alignment": kernels["dense"].alignment(kernels[kind], centred=True),
+                "trace": float(kernels[kind].kernel.trace()),
             }
-        return row, {"state": dict(report.state), "masks": last.masks}
+        return {"images": len(images), "kernels": row}
 
 
 def _row(done: Trained) -> Row:
     return {"validation": done.validation, "test": done.test, "seconds": done.seconds}
+
+
+def _start(now: Round, model: nn.Module) -> dict[str, Any]:
+    """The state in which a round begins, and its masks."""
+    return {"state": copy.deepcopy(model.state_dict()), "masks": dict(now.masks)}

@@ -22,6 +22,7 @@ SKIP: Mapping[str, tuple[str, ...]] = {"mlp": ("5",), "conv": ("0", "7")}
 RATES: Mapping[str, tuple[float, ...]] = {"sgd": (0.05, 0.1, 0.2), "adam": (1e-3, 2e-3, 4e-3)}
 # a tenth of the weights is left after the last round; a round drops about a fifth of what is left
 ROUNDS, LEFT, EARLY = 10, 0.1, 100
+KERNEL_IMAGES = 200
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Run:
     """One training, or the rounds of one ticket.
 
     ``kind`` is "rate" (dense, at ``rate``, on one seed), "plain" (``pattern`` by ``method`` from ``start``; dense
-    without a pattern), "ticket" (rounds that rewind ``to``) or "kernel" (that of the ticket and its controls).
+    without a pattern), "ticket" (rounds that rewind ``to``) or "kernel" (of the ticket that the run ``needs`` found and
+    of its controls, before they are trained). ``short`` has the epochs of a round.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Run:
     start: str | None = None
     to: GoBack = "weights"
     short: bool = False
+    needs: str | None = None
 
     @property
     def epochs(self) -> int:
@@ -72,18 +75,20 @@ def registry() -> dict[str, Run]:
             Run(f"{net}/adam/2:4-sr-ste", "plain", net, "adam", pattern="2:4", method="sr-ste"),
             Run(f"{net}/ticket/weights", "ticket", net, short=True),
             Run(f"{net}/ticket/learning-rate", "ticket", net, to="learning-rate", short=True),
-            Run(f"{net}/ticket/kernel", "kernel", net, short=True),
+            Run(f"{net}/ticket/kernel", "kernel", net, needs=f"{net}/ticket/weights"),
         ]
         runs += [
             Run(
-                f"{net}/grown/{100 - percent}%-random",
+                f"{net}/grown/{kind}-{left}",
                 "plain",
                 net,
-                pattern=f"unstructured:{percent / 100}",
+                pattern=f"unstructured:{left}",
+                method=method,
                 start="random",
                 short=True,
             )
-            for percent in (10, 5)
+            for left in (0.1, 0.05)
+            for kind, method in (("static", "fixed"), ("rigl", "rigl"))
         ]
     return {run.name: run for run in runs}
 
