@@ -133,14 +133,14 @@ def largest_units(layers: Sequence[TrainedLayer], saliency: Mapping[str, Tensor]
     flat = {layer.name: saliency[layer.name].flatten() for layer in layers}
     together = torch.cat(list(flat.values()))
     lengths = [len(values) for values in flat.values()]
-    kept = _largest_of(together, math.ceil(density * len(together) - 1e-9))
+    kept = largest_of(together, math.ceil(density * len(together) - 1e-9))
     least = [math.ceil(min(LEAST_DENSITY, density) * length - 1e-9) for length in lengths]
     parts = torch.split(kept, lengths)
     if any(int(part.count_nonzero()) < share for part, share in zip(parts, least, strict=True)):
         count = int(kept.count_nonzero())
         shares = zip(flat.values(), least, strict=True)
-        kept = torch.cat([_largest_of(values, share) for values, share in shares])
-        kept |= _largest_of(together.masked_fill(kept, -torch.inf), max(count - int(kept.count_nonzero()), 0))
+        kept = torch.cat([largest_of(values, share) for values, share in shares])
+        kept |= largest_of(together.masked_fill(kept, -torch.inf), max(count - int(kept.count_nonzero()), 0))
         parts = torch.split(kept, lengths)
     return {
         layer.name: from_units(layer, part.view(saliency[layer.name].shape))
@@ -148,7 +148,8 @@ def largest_units(layers: Sequence[TrainedLayer], saliency: Mapping[str, Tensor]
     }
 
 
-def _largest_of(values: Tensor, count: int) -> Tensor:
+def largest_of(values: Tensor, count: int) -> Tensor:
+    """True for the ``count`` largest of these numbers [n]; which of equal ones is left open."""
     kept = torch.zeros(len(values), dtype=torch.bool, device=values.device)
     kept[values.topk(count, sorted=False).indices] = True
     return kept

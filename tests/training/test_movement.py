@@ -127,7 +127,7 @@ def _kept(handle, name):
 
 
 def test_scores_learn_as_adam_written_out_and_rest_in_the_cool_down():
-    rule = Movement(lr=0.02, betas=(0.8, 0.95))
+    rule = Movement(lr=0.02, betas=(0.8, 0.95), damping=0.5)
     model, optimizer, handle = started("unstructured:0.2", rule, 30, schedule=Schedule("linear", 3, 10))
     layer = handle._layers["0"]
     score = first = second = torch.zeros(40, 24, dtype=torch.float64)
@@ -138,7 +138,8 @@ def test_scores_learn_as_adam_written_out_and_rest_in_the_cool_down():
             first = 0.8 * first + 0.2 * moved
             second = 0.95 * second + 0.05 * moved**2
             steps = step + 1
-            score = score - 0.02 * (first / (1 - 0.8**steps)) / ((second / (1 - 0.95**steps)).sqrt() + 1e-12)
+            eps = 0.5 * moved.square().mean().sqrt()
+            score = score - 0.02 * (first / (1 - 0.8**steps)) / ((second / (1 - 0.95**steps)).sqrt() + eps)
         optimizer.step()
         optimizer.zero_grad()
         torch.testing.assert_close(scores(handle).double(), score, rtol=1e-4, atol=1e-5)
@@ -149,7 +150,7 @@ def test_the_learning_rate_of_scores_follows_that_of_the_weights():
         model = toy()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         make(optimizer)
-        handle = sparsify(model, "2:4", optimizer, "movement", steps=10)
+        handle = sparsify(model, "2:4", optimizer, Movement(damping=0.0), steps=10)
         train(model, optimizer, 0, 1)
         return float(scores(handle).abs().max())
 
@@ -162,7 +163,7 @@ def test_the_learning_rate_of_scores_follows_that_of_the_weights():
 
 
 def test_without_a_scheduler_the_peak_is_the_largest_rate_there_was():
-    model, optimizer, handle = started("2:4", "movement", 20)
+    model, optimizer, handle = started("2:4", Movement(damping=0.0), 20)
     group = optimizer.param_groups[0]
     moves = []
     for step, rate in enumerate((0.001, 0.004, 0.002, 0.0)):
@@ -211,6 +212,8 @@ def test_settings_that_learn_nothing_are_refused():
         Movement(lr=0.0)
     with pytest.raises(MethodError, match="no shares"):
         Movement(betas=(1.0, 0.9))
+    with pytest.raises(MethodError, match="below 0"):
+        Movement(damping=-1.0)
 
 
 def test_scores_of_a_half_precision_model_are_single():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,8 +19,6 @@ from sparsecomp.training.schedule import Schedule
 
 SCORE = "score"
 _FIRST, _SECOND, _COUNT = "score_exp_avg", "score_exp_avg_sq", "score_step"
-# products of gradients and weights are small: Adam's own 1e-8 would hold back those below it
-_EPS = 1e-12
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,17 @@ class LearnedScores(Rule):
 
     The model computes with W' = M * W, so that dL/dM = dL/dW' * W for all weights, dropped ones too; a block gets the
     sum over its weights. Adam (``lr``, ``betas``, no weight decay) steps on S at every step of the optimizer, with the
-    gradient that the optimizer has: averaged, unscaled and clipped. ``lr`` follows the learning rate of the weight: it
-    is multiplied by the share of its peak that the optimizer has now. W gets dL/dW' * M: a dropped weight keeps its
-    value. S stays as it is from the schedule's last choice on.
+    gradient that the optimizer has: averaged, unscaled and clipped. The epsilon of Adam is ``damping`` times the root
+    mean square of the layer's gradient. With an epsilon of almost 0 a weight whose gradients are tiny and of one sign
+    would score as high as one that matters. ``lr`` follows the learning rate of the weight: it is multiplied by the
+    share of its peak that the optimizer has now. W gets dL/dW' * M: a dropped weight keeps its value. S stays as it is
+    from the schedule's last choice on.
     """
 
     keeps_dense: ClassVar[bool] = True
     lr: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.999)
+    damping: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse settings with which nothing is learned."""
@@ -43,6 +45,8 @@ class LearnedScores(Rule):
             raise MethodError(f"lr={self.lr} of scores learns nothing; give a number above 0, such as 0.01")
         if not all(0.0 <= each < 1.0 for each in self.betas):
             raise MethodError(f"betas={self.betas} of scores are no shares; give two numbers from 0 to below 1")
+        if not self.damping >= 0.0:
+            raise MethodError(f"damping={self.damping} of scores is below 0; give a number from 0, such as 1.0")
 
     def default(self, steps: int) -> Schedule:
         """Cubic, with 7% of the steps as warm-up, 25% as cool-down, and about 70 choices of masks between them."""
@@ -77,7 +81,10 @@ class LearnedScores(Rule):
         if score.numel() == 0:
             return
         fused = score.device.type in ("cpu", "cuda")
-        adam = torch.optim.Adam([score], lr=lr, betas=self.betas, eps=_EPS, fused=fused or None)
+        size = float(torch.linalg.vector_norm(gradient)) / math.sqrt(gradient.numel())
+        adam = torch.optim.Adam(
+            [score], lr=lr, betas=self.betas, eps=max(self.damping * size, 1e-30), fused=fused or None
+        )
         adam.state[score] = {"step": state[_COUNT], "exp_avg": state[_FIRST], "exp_avg_sq": state[_SECOND]}
         score.grad = gradient
         adam.step()
