@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sparsecomp.planning.plan import Plan
     from sparsecomp.planning.planner import plan
     from sparsecomp.pruning import Tuning, distill, prune, prune_blocks
-    from sparsecomp.training import Schedule, SparseTraining, masks, sparsify
+    from sparsecomp.training import Schedule, SparseTraining, distillation_loss, masks, sparsify
     from sparsecomp.training.ntk import ntk
     from sparsecomp.training.rewind import rewind
 
@@ -41,6 +41,7 @@ __all__ = [
     "calibrate",
     "compile",
     "distill",
+    "distillation_loss",
     "errors",
     "export_onnx",
     "linear",
@@ -80,6 +81,7 @@ _HOME = {
     "calibrate": "models.calibration",
     "compile": "compiler",
     "distill": "pruning",
+    "distillation_loss": "training",
     "export_onnx": "onnx",
     "linear": "nn.arrays",
     "load": "files.storage",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -57,10 +59,8 @@ def quantize(packed: PackedWeight, activations: str | None = None) -> PackedWeig
     nm = row_nm(packed.pattern)
     assert nm is not None  # integers_why_not refused the others
     values = packed.values.to(torch.float32)
-    scales = _scales(values)
-    if numbers.activation_bits is not None and nm.n < nm.m:
-        scales = _without_saturation(values, scales, nm)
-    integers = _rounded(values, scales)
+    scales = row_scales(values, nm, numbers)
+    integers = row_integers(values, scales)
     stored = PackedWeight(integers, packed.metadata, packed.pattern, packed.shape)
     if bool(((integers == 0) & (values != 0)).any()):
         stored = pack(stored.unpack(), packed.pattern)  # free slots have a place of their own
@@ -79,6 +79,35 @@ def in_numbers(packed: PackedWeight, numbers: Numbers) -> PackedWeight:
     return quantize(packed, None if numbers.activation_bits is None else "int8")
 
 
+def row_scales(values: Tensor, nm: NM, numbers: Numbers) -> Tensor:
+    """The scale of each row, fp32 [out], of kept weights fp32 [out, slots]: N for each group, groups in order.
+
+    The order within a group does not matter, nor which slots of a group that keeps fewer hold its zeros.
+    """
+    scales = largest_scales(values)
+    if pairs_matter(nm, numbers):
+        scales = _without_saturation(values, scales, nm)
+    return scales
+
+
+def pairs_matter(nm: NM, numbers: Numbers) -> bool:
+    """Whether scales depend on which weights are multiplied together, and not on the largest of a row alone."""
+    return numbers.activation_bits is not None and nm.n < nm.m
+
+
+def largest_scales(values: Tensor) -> Tensor:
+    """max |w| / 127 of each row, fp32 [out], of weights fp32 [out, any]; 1 for a row of zeros."""
+    largest = values.abs().amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
+    # a scale below the smallest normal number would lose the digits it is meant to keep
+    scales = (largest / LARGEST_INT8).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(largest > 0, scales, torch.ones_like(scales))
+
+
+def row_integers(values: Tensor, scales: Tensor) -> Tensor:
+    """Weights fp32 [out, any] in integers of their row's scale, int8."""
+    return (values / scales[:, None]).round_().clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8)
+
+
 def saturating_pairs(values: Tensor, nm: NM) -> Tensor:
     """The largest sum of one sign within a pair of each row: ``values`` [out, slots] in canonical order -> [out].
 
@@ -87,32 +116,54 @@ def saturating_pairs(values: Tensor, nm: NM) -> Tensor:
     out, slots = values.shape
     each = _STEP // nm.m * nm.n
     steps = -(-slots // each)
+    if not steps:
+        return values.new_zeros(out)
     filled = functional.pad(values, (0, steps * each - slots)).view(out, steps, each)
-    ordered = functional.pad(filled, (0, -each % _REGISTER_SLOTS)).sort(dim=2).values
-    half = ordered.shape[2] // 2
-    small, large = ordered[..., :half], ordered.flip(2)[..., :half]
-    # of a pair of both signs only one is of either
-    positive, negative = small.clamp_min(0) + large.clamp_min(0), small.clamp_max(0) + large.clamp_max(0)
-    return torch.maximum(positive, -negative).flatten(1).amax(dim=1) if steps else values.new_zeros(out)
+    # one long vector for each slot of a step: a network sorts them many times faster than torch sorts short rows
+    slices = list(filled.permute(2, 0, 1).contiguous().unbind(0))
+    slices += [torch.zeros_like(slices[0])] * (-each % _REGISTER_SLOTS)
+    for low, high in _sorting_network(len(slices)):
+        slices[low], slices[high] = torch.minimum(slices[low], slices[high]), torch.maximum(slices[low], slices[high])
+    most = values.new_zeros(out, steps)
+    for small, large in zip(slices[: len(slices) // 2], reversed(slices), strict=False):
+        # of a pair of both signs only one is of either
+        positive, negative = small.clamp_min(0) + large.clamp_min(0), small.clamp_max(0) + large.clamp_max(0)
+        most = torch.maximum(most, torch.maximum(positive, -negative))
+    return most.amax(dim=1)
 
 
-def _scales(values: Tensor) -> Tensor:
-    largest = values.abs().amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
-    # a scale below the smallest normal number would lose the digits it is meant to keep
-    scales = (largest / LARGEST_INT8).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.where(largest > 0, scales, torch.ones_like(scales))
+@cache
+def _sorting_network(count: int) -> tuple[tuple[int, int], ...]:
+    """Places to compare, in order, that sort ``count`` values: merge exchange (Batcher 1968; Knuth, TAOCP 5.2.2)."""
+    found = []
+    first = 1 << max(0, (count - 1).bit_length() - 1)
+    span = first
+    while span:
+        reach, remainder, distance = first, 0, span
+        while True:
+            found += [(i, i + distance) for i in range(count - distance) if i & span == remainder]
+            if reach == span:
+                break
+            distance, reach, remainder = reach - span, reach // 2, span
+        span //= 2
+    return tuple(found)
 
 
 def _without_saturation(values: Tensor, scales: Tensor, nm: NM) -> Tensor:
     """The scales, raised in rows where integers of a pair would exceed what 16 bits hold, and just enough there."""
-    pairs = saturating_pairs(values, nm)
+    (rows,) = _saturated(values, scales, nm).nonzero(as_tuple=True)
+    if not len(rows):
+        return scales
+    values, raised = values[rows], scales[rows]
+    pairs, broken = saturating_pairs(values, nm), torch.ones_like(rows, dtype=torch.bool)
     for divisor in _PAIR_DIVISORS:
-        (broken,) = (saturating_pairs(_rounded(values, scales).float(), nm) > MOST_OF_A_PAIR).nonzero(as_tuple=True)
-        if not len(broken):
+        raised = torch.where(broken, torch.maximum(raised, pairs / divisor), raised)
+        broken = _saturated(values, raised, nm)
+        if not bool(broken.any()):
             break
-        scales = scales.index_put((broken,), torch.maximum(scales, pairs / divisor)[broken])
-    return scales
+    return scales.index_put((rows,), raised)
 
 
-def _rounded(values: Tensor, scales: Tensor) -> Tensor:
-    return (values / scales[:, None]).round_().clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8)
+def _saturated(values: Tensor, scales: Tensor, nm: NM) -> Tensor:
+    """Bool [out]: rows whose integers make a pair that is too large."""
+    return saturating_pairs(row_integers(values, scales).float(), nm) > MOST_OF_A_PAIR

@@ -2,6 +2,7 @@
 
 from sparsecomp.training.foreign import masks
 from sparsecomp.training.handle import SparseTraining, sparsify
+from sparsecomp.training.loss import distillation_loss
 from sparsecomp.training.schedule import Schedule
 
-__all__ = ["Schedule", "SparseTraining", "masks", "sparsify"]
+__all__ = ["Schedule", "SparseTraining", "distillation_loss", "masks", "sparsify"]
