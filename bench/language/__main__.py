@@ -47,7 +47,7 @@ class Language:
     load: Callable[[], nn.Module]
     encode: sources.Encode
     separator: Callable[[], int]
-    sources: Callable[[], Sequence[sources.Source]]
+    texts: Callable[[], Sequence[sources.Source]]
     length: int = sources.CONTEXT
 
 
@@ -68,7 +68,7 @@ class Bench:
 
     @cached_property
     def _sources(self) -> Sequence[sources.Source]:
-        return self._language.sources()
+        return self._language.texts()
 
     def _blocks(self, documents: Sequence[str]) -> Tensor:
         language = self._language

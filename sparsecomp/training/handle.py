@@ -24,12 +24,14 @@ from sparsecomp.models.layers import Globs, find_layers, require_layers
 from sparsecomp.modules.snapshot import outside_inference_mode
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.check import check_weight
+from sparsecomp.patterns.numbers import weights_name
 from sparsecomp.planning.plan import Plan
-from sparsecomp.planning.selection import choose_patterns
+from sparsecomp.planning.selection import choose_weights
 from sparsecomp.pruning.refilled import zeros_are_kept
 from sparsecomp.training.choice import Scope, check_scope
 from sparsecomp.training.hooks import StepHooks, gradients, innermost, parameters
 from sparsecomp.training.layers import TrainedLayer
+from sparsecomp.training.rounding import RoundedWeight, leave_inputs, require_linear, round_inputs
 from sparsecomp.training.rules import Progress, Rule, get_rule
 from sparsecomp.training.schedule import CURVES, Schedule
 from sparsecomp.training.start import Start, start_masks
@@ -60,6 +62,8 @@ def sparsify(
     and "blockRxC:D". Without an ``optimizer`` give it to ``attach`` later, before the first step.
 
     After every step the weights in the model fit the pattern that the schedule asks for then. ``bake`` ends it.
+    Numbers in a name, as in "8:16+int8@a8", are trained with: the model computes, in training and evaluation, with the
+    rounded weights and inputs that ``compile`` would give it, and gradients go past the rounding (straight through).
 
     Raises ModelError for an optimizer that does not hold the weights, and masks that do not fit; MethodError for an
     unknown method, no steps or a schedule that leaves none; what ``prune`` raises for patterns, globs and start.
@@ -72,7 +76,8 @@ def sparsify(
     rule = get_rule(method)
     with outside_inference_mode():
         found = require_layers(find_layers(model, only, skip))
-        patterns, skipped = choose_patterns(found, pattern)
+        chosen, skipped = choose_weights(found, pattern)
+        patterns = {name: each.pattern for name, each in chosen.items()}
         check_scope(scope, patterns)
         rule.require(patterns, scope)
         plan = _schedule(schedule, rule, steps)
@@ -81,6 +86,9 @@ def sparsify(
             name: TrainedLayer(name, found[name], each, _all(found[name].parameter), found[name].parameter)
             for name, each in patterns.items()
         }
+        for name, each in layers.items():
+            each.numbers = chosen[name].numbers
+        require_linear(layers)
         handle = SparseTraining(model, rule, layers, skipped, plan, steps, scope, seed)
         inner = None if optimizer is None else handle._accepted(optimizer)
         handle._begin(start, calibration)
@@ -185,13 +193,16 @@ class SparseTraining:
     def bake(self) -> nn.Module:
         """End it: take the hooks off, leave plain layers whose weights fit their patterns, and give the model.
 
+        Where the pattern names integers, as in "8:16+int8@a8", the weights that are left are the floats behind them:
+        ``compile`` with the same name rounds them to what was trained, and rounds inputs as they were in training.
+
         Raises PatternError if a weight does not fit, as after it was written to outside the optimizer.
         """
         self._require_live()
         with torch.no_grad():
             self.rule.finish(self._progress)
             for each in self._layers.values():
-                each.show()
+                each.unround()
         self._check_layers()
         progress = self._progress
         if progress.step < progress.schedule.last(progress.steps) and progress.schedule.curve != "constant":
@@ -216,7 +227,7 @@ class SparseTraining:
             "steps": progress.steps,
             "layers": {
                 name: {
-                    "pattern": str(each.pattern),
+                    "pattern": weights_name(each.pattern, each.numbers),
                     "mask": each.mask.clone(),
                     "dense": None if each.dense is None else each.dense.clone(),
                     "state": {key: value.clone() for key, value in each.state.items()},
@@ -244,9 +255,10 @@ class SparseTraining:
             )
         layers = state["layers"]
         for name, each in self._layers.items():
-            if name not in layers or layers[name]["pattern"] != str(each.pattern):
+            asked = weights_name(each.pattern, each.numbers)
+            if name not in layers or layers[name]["pattern"] != asked:
                 there = f"has it in {layers[name]['pattern']}" if name in layers else "lacks it"
-                raise ModelError(f'the state {there}, where this training has "{name}" in {each.pattern}')
+                raise ModelError(f'the state {there}, where this training has "{name}" in {asked}')
         with torch.no_grad():
             for name, each in self._layers.items():
                 held, device = layers[name], each.parameter.device
@@ -272,12 +284,16 @@ class SparseTraining:
                     self._layers[name].mask = mask
             elif start is not None:
                 raise MethodError(f'method "{self.rule.name}" begins dense and chooses its own masks; leave start out')
-            if self.rule.keeps_dense:
-                for each in self._layers.values():
+            for each in self._layers.values():
+                if each.numbers.has_scales:
+                    each.rounding, each.forgets_dropped = RoundedWeight(each.numbers), not self.rule.keeps_dense
+                if self.rule.keeps_dense or each.numbers.has_scales:
                     each.keep_dense()
             self.rule.begin(self._progress)
             for each in self._layers.values():
                 each.show()
+                if each.numbers.activation_bits is not None:
+                    round_inputs(each.ref.module)
 
     def _accepted(self, optimizer: Any) -> torch.optim.Optimizer:
         inner = innermost(optimizer)
@@ -351,6 +367,7 @@ class SparseTraining:
         if self._hooks is not None:
             self._hooks.remove()
         for each in self._layers.values():
+            leave_inputs(each.ref.module)
             _TRAINED.pop(each.parameter, None)  # type: ignore[no-untyped-call]
 
 

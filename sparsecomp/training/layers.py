@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsecomp.models.layers import LinearRef
 from sparsecomp.patterns import Pattern
+from sparsecomp.patterns.numbers import FLOAT, Numbers
 from sparsecomp.patterns.positions import cut_positions, pad_positions
 
 Deploy = Callable[["TrainedLayer", Tensor], Tensor]
@@ -23,9 +24,9 @@ class TrainedLayer:
     """One layer under training. All tensors have the shape in which the module stores its weight.
 
     ``parameter`` is the module's own and always holds what the model would be deployed with: kept weights, zeros
-    elsewhere. ``dense``, where a rule lets dropped weights go on learning, holds all weights; the optimizer steps on
-    it, in the place of the parameter. ``state`` has the tensors of the rule, by name; they are saved and resumed.
-    ``changed`` counts the entries of the mask that the last choice changed.
+    elsewhere. ``dense``, where a rule lets dropped weights go on learning or weights are rounded, holds all that is
+    learned; the optimizer steps on it, in the place of the parameter. ``state`` has the tensors of the rule, by name;
+    they are saved and resumed. ``changed`` counts the entries of the mask that the last choice changed.
     """
 
     name: str
@@ -38,8 +39,11 @@ class TrainedLayer:
     changed: int = 0
     # dropped weights keep their value, whatever momentum and weight decay would make of them
     holds_dropped: bool = False
-    # what a kept weight is deployed as, where that is not its own number
-    rounding: Callable[[Tensor], Tensor] | None = None
+    # dropped weights become zero for good, also where the learned ones are held beside the parameter
+    forgets_dropped: bool = False
+    # in what numbers weights are deployed, and what makes those of the kept weights, where they are not their own
+    numbers: Numbers = FLOAT
+    rounding: Deploy | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -88,9 +92,14 @@ class TrainedLayer:
     def show(self) -> None:
         """Put what the model computes with into the parameter."""
         kept = torch.where(self.mask, self.weight, 0.0)
-        if self.rounding is not None:
-            kept = self.stored(self.rounding(self.matrix(kept)))
-        self.parameter.copy_(kept)
+        if self.dense is not None and self.forgets_dropped:
+            self.dense.copy_(kept)
+        self.parameter.copy_(kept if self.rounding is None else self.rounding(self, kept))
+
+    def unround(self) -> None:
+        """Put the learned numbers of kept weights into the parameter, and round them no more."""
+        self.rounding = None
+        self.show()
 
     @property
     def density(self) -> float:

@@ -107,9 +107,9 @@ def _cross_entropy(own: Tensor, labels: Tensor, real: Tensor | None, causal: boo
                 f"causal=True reads logits [batch, tokens, classes], got shape {tuple(own.shape)}; leave causal out"
             )
         own, labels = own[..., :-1, :], labels[..., 1:]
-    labels = labels.reshape(-1).to(torch.int64)
-    total = functional.cross_entropy(_selected(own, None), labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp_min(1)
+    counted = labels != IGNORED
+    rows, wanted = _selected(own, counted), labels[counted].to(torch.int64)
+    return functional.cross_entropy(rows, wanted, reduction="sum") / max(len(wanted), 1)
 
 
 def _hidden(student: Any, teacher: Any, states: States, mask: Tensor | None) -> Tensor:
