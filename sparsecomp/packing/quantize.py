@@ -122,7 +122,7 @@ def saturating_pairs(values: Tensor, nm: NM) -> Tensor:
     # one long vector for each slot of a step: a network sorts them many times faster than torch sorts short rows
     slices = list(filled.permute(2, 0, 1).contiguous().unbind(0))
     slices += [torch.zeros_like(slices[0])] * (-each % _REGISTER_SLOTS)
-    for low, high in _sorting_network(len(slices)):
+    for low, high in sorting_network(len(slices)):
         slices[low], slices[high] = torch.minimum(slices[low], slices[high]), torch.maximum(slices[low], slices[high])
     most = values.new_zeros(out, steps)
     for small, large in zip(slices[: len(slices) // 2], reversed(slices), strict=False):
@@ -133,7 +133,7 @@ def saturating_pairs(values: Tensor, nm: NM) -> Tensor:
 
 
 @cache
-def _sorting_network(count: int) -> tuple[tuple[int, int], ...]:
+def sorting_network(count: int) -> tuple[tuple[int, int], ...]:
     """Places to compare, in order, that sort ``count`` values: merge exchange (Batcher 1968; Knuth, TAOCP 5.2.2)."""
     found = []
     first = 1 << max(0, (count - 1).bit_length() - 1)

@@ -16,7 +16,7 @@ from sparsecomp.errors import FormatError, PatternError
 from sparsecomp.machine.bound import packed_nbytes
 from sparsecomp.methods.weight import prune_weight
 from sparsecomp.packing import PackedWeight
-from sparsecomp.packing.quantize import in_numbers
+from sparsecomp.packing.quantize import in_numbers, sorting_network
 from sparsecomp.patterns import row_nm
 from sparsecomp.patterns.numbers import FLOAT, INT8, INT8_A8
 
@@ -193,3 +193,20 @@ def test_a_weight_pickled_before_activations_were_rounded_is_read():
     older = sc.PackedWeight.__new__(sc.PackedWeight)
     older.__dict__.update(state)
     assert older.numbers == INT8 and older.validate() is older
+
+
+@pytest.mark.parametrize("count", range(17))
+def test_the_network_sorts(count):
+    # what sorts every row of zeros and ones sorts everything (Knuth, TAOCP 5.3.4)
+    rows = (torch.arange(2 ** min(count, 12))[:, None] >> torch.arange(min(count, 12))) & 1
+    if count > 12:
+        rows = torch.cat([rows, torch.randint(2, (len(rows), count - 12))], dim=1)
+    columns = list(rows.unbind(1))
+    for low, high in sorting_network(count):
+        assert low < high
+        columns[low], columns[high] = (
+            torch.minimum(columns[low], columns[high]),
+            torch.maximum(columns[low], columns[high]),
+        )
+    if count:
+        assert torch.equal(torch.stack(columns, dim=1), rows.sort(dim=1).values)
