@@ -14,7 +14,7 @@ RATES = (2e-5, 3e-5, 5e-5)
 AGAIN_RATES = (3e-5, 1e-4, 3e-4)
 _TASKS = ("movies", "r8")
 # far from dense: one density over all layers, by percent of weights kept and method, in so many epochs
-_FAR = ((3, "movement"),)
+_FAR = ((3, "movement"), (3, "soft-movement"))
 _LONG = 4
 
 

@@ -86,13 +86,12 @@ def train(
     recipe: Recipe,
     *,
     teacher: Tensor | None = None,
-    penalty: Callable[[], Tensor] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train in place; the model ends in eval mode.
 
     ``teacher`` holds logits [texts, labels] of a dense model for every text: the loss is then half cross-entropy, half
-    distillation. ``penalty()`` is added to the loss; ``after_step`` gets the number of steps done.
+    distillation. ``after_step`` gets the number of steps done.
     """
     steps = recipe.steps(data)
     warm = max(1, round(_WARM_UP * steps))
@@ -107,8 +106,6 @@ def train(
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
             logits = model(**batch.inputs)
         loss = loss_of(logits, batch, teacher)
-        if penalty is not None:
-            loss = loss + penalty()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
