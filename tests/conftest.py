@@ -15,7 +15,7 @@ from tests.other_defaults import PAST_MODES, TRACED, other_defaults
 
 TESTS = Path(__file__).parent
 # tensors are small there: on more than one thread the tests would only wait for their threads
-ONE_THREAD = ("methods", "models", "pruning")
+ONE_THREAD = ("methods", "models", "pruning", "training")
 # fixtures that compile: what asks for one is slow
 COMPILING = {"twins", "simulated", "own_cache"}
 
