@@ -122,10 +122,12 @@ class Runner:
         """What the kernel of a ticket and of its controls is like where training begins, on images of validation."""
         assert run.needs is not None
         images, kernels, row = self._data.validation.images[: self._images], {}, {}
-        for kind, start in self._results.ticket(run.needs, seed).items():
+        # beside them the dense net before its first step, which the re-initialised ticket is to be compared with
+        starts: Ticket = {**self._results.ticket(run.needs, seed), "untrained": {}}
+        for kind, start in starts.items():
             model = self._net(run, seed)
-            model.load_state_dict(start["state"])
-            kernels[kind] = sc.ntk(model, images, masks=start["masks"])
+            model.load_state_dict(start.get("state", model.state_dict()))
+            kernels[kind] = sc.ntk(model, images, masks=start.get("masks"))
             row[kind] = {
                 "effective_rank": kernels[kind].effective_rank,
                 "alignment": kernels["dense"].alignment(kernels[kind]),

@@ -203,10 +203,12 @@ def test_a_ticket_has_rounds_controls_and_a_kernel(finished, small):
         assert torch.equal(ticket["reinitialised"]["masks"][name], mask)
         assert int(ticket["random"]["masks"][name].sum()) == int(mask.sum())
     kernels = finished.read("mlp/ticket/kernel", 1)["kernels"]
-    assert kernels["dense"]["alignment"] == pytest.approx(1.0)
+    assert list(kernels) == [*ticket, "untrained"] and kernels["dense"]["alignment"] == pytest.approx(1.0)
+    images = small.validation.images[:6]
+    assert kernels["untrained"]["trace"] == pytest.approx(float(sc.ntk(made("mlp", 1, PIXELS), images).kernel.trace()))
     model = made("mlp", 1, PIXELS)
     model.load_state_dict(found["state"])
-    kernel = sc.ntk(model, small.validation.images[:6], masks=found["masks"])
+    kernel = sc.ntk(model, images, masks=found["masks"])
     assert kernels["found"]["effective_rank"] == pytest.approx(kernel.effective_rank)
     with pytest.raises(SparsecompError, match="make it first"):
         finished.ticket("mlp/ticket/weights", 5)
