@@ -31,7 +31,7 @@ from sparsecomp.pruning.refilled import zeros_are_kept
 from sparsecomp.training.choice import Scope, check_scope
 from sparsecomp.training.hooks import StepHooks, gradients, innermost, parameters
 from sparsecomp.training.layers import TrainedLayer
-from sparsecomp.training.rounding import RoundedWeight, leave_inputs, require_linear, round_inputs
+from sparsecomp.training.rounding import RoundedInputs, RoundedWeight, require_linear
 from sparsecomp.training.rules import Progress, Rule, get_rule
 from sparsecomp.training.schedule import CURVES, Schedule
 from sparsecomp.training.start import Start, start_masks
@@ -127,6 +127,7 @@ class SparseTraining:
         generator = torch.Generator(device="cpu").manual_seed(seed)
         self._progress = Progress(list(layers.values()), steps, schedule, scope, generator)
         self._hooks: StepHooks | None = None
+        self._inputs = RoundedInputs(model, [])
         self._warned = False
         self._baked = False
         self._names = {name for name, _ in model.named_modules()}
@@ -292,8 +293,8 @@ class SparseTraining:
             self.rule.begin(self._progress)
             for each in self._layers.values():
                 each.show()
-                if each.numbers.activation_bits is not None:
-                    round_inputs(each.ref.module)
+        rounded = [each for each in self._layers.values() if each.numbers.activation_bits is not None]
+        self._inputs = RoundedInputs(self.model, [each.ref.module for each in rounded])
 
     def _accepted(self, optimizer: Any) -> torch.optim.Optimizer:
         inner = innermost(optimizer)
@@ -364,10 +365,10 @@ class SparseTraining:
 
     def _release(self) -> None:
         self._baked = True
+        self._inputs.remove()
         if self._hooks is not None:
             self._hooks.remove()
         for each in self._layers.values():
-            leave_inputs(each.ref.module)
             _TRAINED.pop(each.parameter, None)  # type: ignore[no-untyped-call]
 
 

@@ -5,7 +5,7 @@ Takes layers and their numbers, gives rounded weights, and a hook that rounds in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -108,14 +108,37 @@ class RoundedInput:
         return rounded
 
 
-def round_inputs(module: nn.Module) -> None:
-    """Have the inputs of ``module`` rounded from now on, once however often this is called."""
-    leave_inputs(module)
-    module.register_forward_pre_hook(RoundedInput(), with_kwargs=True)
+class RoundedInputs:
+    """Layers of a model whose inputs are rounded until ``remove``, each once, also where a copied model has them so."""
+
+    def __init__(self, model: nn.Module, layers: Collection[nn.Module]) -> None:
+        """``layers`` are modules of ``model``."""
+        self._layers = list(layers)
+        for each in self._layers:
+            _leave(each)
+            each.register_forward_pre_hook(RoundedInput(), with_kwargs=True)
+        inside = set(self._layers)
+        # in evaluation these would hand nested tensors to their layers, which have no rows
+        self._padding = [
+            each
+            for each in model.modules()
+            if isinstance(each, nn.TransformerEncoder)
+            and each.use_nested_tensor
+            and not inside.isdisjoint(each.modules())
+        ]
+        for each in self._padding:
+            each.use_nested_tensor = False
+
+    def remove(self) -> None:
+        """Inputs are as they come again."""
+        for layer in self._layers:
+            _leave(layer)
+        for encoder in self._padding:
+            encoder.use_nested_tensor = True
+        self._layers, self._padding = [], []
 
 
-def leave_inputs(module: nn.Module) -> None:
-    """Take away what ``round_inputs`` did, also to a module that this one is a copy of."""
+def _leave(module: nn.Module) -> None:
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, RoundedInput)]:
         del hooks[key]

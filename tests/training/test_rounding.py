@@ -326,6 +326,28 @@ def test_training_goes_on_bit_for_bit():
         assert torch.equal(bits(one.dense), bits(two.dense))
 
 
+def test_an_encoder_of_torch_goes_through_its_layers_in_evaluation_too():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    optimizer = sgd(model)
+    sparse = sc.sparsify(model, A8, optimizer, steps=2)
+    x, padding = torch.randn(3, 7, 32), torch.zeros(3, 7, dtype=torch.bool)
+    padding[0, 4:] = True
+    for _ in range(2):
+        model(x, src_key_padding_mask=padding).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = model(x, src_key_padding_mask=padding).detach()[~padding]
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x, src_key_padding_mask=padding)[~padding], trained)
+        sparse.bake()
+        assert model.use_nested_tensor
+        sc.compile(model, A8, where="everywhere")
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], trained, rtol=1e-4, atol=1e-4)
+
+
 def test_a_state_of_other_numbers_is_refused():
     states = {}
     for name in ("8:16", A8):
