@@ -3,6 +3,29 @@
 from sparsecomp.training.foreign import masks
 from sparsecomp.training.handle import SparseTraining, sparsify
 from sparsecomp.training.loss import distillation_loss
+from sparsecomp.training.rules.fixed import Fixed
+from sparsecomp.training.rules.gradients import Gradient
+from sparsecomp.training.rules.gradual import Gradual
+from sparsecomp.training.rules.movement import Movement
+from sparsecomp.training.rules.rigl import RigL
+from sparsecomp.training.rules.second_order import Obd, Obs
+from sparsecomp.training.rules.soft_movement import SoftMovement
+from sparsecomp.training.rules.straight_through import SrSte
 from sparsecomp.training.schedule import Schedule
 
-__all__ = ["Schedule", "SparseTraining", "distillation_loss", "masks", "sparsify"]
+__all__ = [
+    "Fixed",
+    "Gradient",
+    "Gradual",
+    "Movement",
+    "Obd",
+    "Obs",
+    "RigL",
+    "Schedule",
+    "SoftMovement",
+    "SparseTraining",
+    "SrSte",
+    "distillation_loss",
+    "masks",
+    "sparsify",
+]

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import tests.training.toys as toys
+from sparsecomp import training
 from sparsecomp.errors import MethodError
 from sparsecomp.patterns import parse
 from sparsecomp.patterns.check import check_mask
 from sparsecomp.patterns.project import project
 from sparsecomp.training import Schedule, sparsify
-from sparsecomp.training.rules import get_rule
+from sparsecomp.training.rules import get_rule, rule_names
 from sparsecomp.training.rules.gradients import Gradient
 from sparsecomp.training.schedule import pattern_at
 
@@ -235,3 +236,8 @@ def test_bfloat16_weights_are_dropped_as_well(rule):
     toys.train(model, optimizer, 0, 6)
     assert handle.density == 0.5
     assert all(torch.isfinite(each).all() for each in handle.bake().parameters())
+
+
+def test_every_rule_can_be_had_by_its_class():
+    for name in rule_names():
+        assert getattr(training, type(get_rule(name)).__name__)().name == name
