@@ -78,6 +78,9 @@ def sparsify(
         found = require_layers(find_layers(model, only, skip))
         chosen, skipped = choose_weights(found, pattern)
         patterns = {name: each.pattern for name, each in chosen.items()}
+        if not patterns:
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+            raise ModelError(f"no layer would be trained sparse ({why}); choose a pattern that fits their shapes")
         check_scope(scope, patterns)
         rule.require(patterns, scope)
         plan = _schedule(schedule, rule, steps)
