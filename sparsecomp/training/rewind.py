@@ -27,6 +27,8 @@ Control = Literal["random", "reinitialised"]
 CONTROLS: tuple[Control, ...] = ("random", "reinitialised")
 # a kept weight of exactly zero still ranks above what was dropped; its square is a normal float64
 _LEAST_SCORE = 1e-150
+# added to the seed of new weights: a model that was made after manual_seed(0) would be drawn as it was
+_OTHER_WEIGHTS = 0x9E3779B9
 
 
 def rewind(
@@ -340,7 +342,7 @@ def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
 def _reinitialise(model: nn.Module, seed: int, initialise: Callable[[nn.Module], Any] | None) -> None:
     devices = sorted({each.device.index or 0 for each in model.parameters() if each.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(_OTHER_WEIGHTS + seed)
         if initialise is not None:
             initialise(model)
             return

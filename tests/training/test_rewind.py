@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sparsecomp as sc
 from sparsecomp.errors import MethodError, ModelError, PatternError
 from sparsecomp.models.layers import find_layers
-from sparsecomp.training.rewind import RewindReport, Round
+from sparsecomp.training.rewind import _OTHER_WEIGHTS, RewindReport, Round
 
 STEPS = 6
 
@@ -183,15 +183,15 @@ def test_a_reinitialised_ticket_differs_in_its_weights_alone():
     again = report.begin(model, "reinitialised", seed=4)
     assert again.step == 0 and all(torch.equal(again.masks[name], each) for name, each in masks.items())
     before = torch.random.get_rng_state()
-    fresh = toy(4)
-    for each in fresh:
-        if hasattr(each, "reset_parameters"):
-            each.reset_parameters()
-    torch.manual_seed(4)
+    fresh = toy()
+    torch.manual_seed(_OTHER_WEIGHTS + 4)
     for each in fresh:
         if hasattr(each, "reset_parameters"):
             each.reset_parameters()
     assert same(model.state_dict(), under(fresh.state_dict(), masks))
+    # whatever seed the model was made with
+    report.begin(model, "reinitialised")
+    assert not torch.equal(model[0].weight, toy(0)[0].weight * masks["0"])
     torch.random.set_rng_state(before)
     report.begin(model, "reinitialised", seed=5)
     assert torch.equal(torch.random.get_rng_state(), before), "the caller's random numbers stay"
