@@ -75,6 +75,8 @@ class Runner:
                     *(model, run.pattern, optimizer, run.method),
                     steps=steps,
                     start=run.start,
+                    schedule=_schedule(run.every, steps),
+                    scope=run.scope,
                     seed=seed,
                     skip=SKIP[run.net],
                 )
@@ -135,6 +137,13 @@ class Runner:
                 "trace": float(kernels[kind].kernel.trace()),
             }
         return {"images": len(images), "kernels": row}
+
+
+def _schedule(every: int | None, steps: int) -> sc.Schedule | None:
+    """Masks that change until three quarters of the steps are done, or not at all."""
+    if every is None:
+        return None
+    return sc.Schedule(cool_down=steps // 4, every=every) if every else sc.Schedule(cool_down=steps - 1)
 
 
 def _row(done: Trained) -> Row:

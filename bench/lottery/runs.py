@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsecomp.errors import SparsecompError
+from sparsecomp.training.choice import Scope
 from sparsecomp.training.rewind import GoBack
 
 EPOCHS: Mapping[str, int] = {"mlp": 10, "conv": 8}
@@ -31,7 +32,8 @@ class Run:
 
     ``kind`` is "rate" (dense, at ``rate``, on one seed), "plain" (``pattern`` by ``method`` from ``start``; dense
     without a pattern), "ticket" (rounds that rewind ``to``) or "kernel" (of the ticket that the run ``needs`` found and
-    of its controls, before they are trained). ``short`` has the epochs of a round.
+    of its controls, before they are trained). ``every`` is how many steps lie between changes of masks, 0: they never
+    change. ``short`` has the epochs of a round.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Run:
     method: str = "fixed"
     start: str | None = None
     to: GoBack = "weights"
+    scope: Scope = "layer"
+    every: int | None = None
     short: bool = False
     needs: str | None = None
 
@@ -77,18 +81,21 @@ def registry() -> dict[str, Run]:
             Run(f"{net}/ticket/learning-rate", "ticket", net, to="learning-rate", short=True),
             Run(f"{net}/ticket/kernel", "kernel", net, needs=f"{net}/ticket/weights"),
         ]
+        # both have the layers' densities of RigL's paper; the masks of one never change
         runs += [
             Run(
                 f"{net}/grown/{kind}-{left}",
                 "plain",
                 net,
                 pattern=f"unstructured:{left}",
-                method=method,
+                method="rigl",
                 start="random",
+                scope="global",
+                every=every,
                 short=True,
             )
             for left in (0.1, 0.05)
-            for kind, method in (("static", "fixed"), ("rigl", "rigl"))
+            for kind, every in (("static", 0), ("rigl", 20))
         ]
     return {run.name: run for run in runs}
 

@@ -258,3 +258,9 @@ def test_names_are_listed_and_a_glob_that_matches_none_is_refused(capsys):
     assert capsys.readouterr().out.split() == ["mlp/ticket/weights", "mlp/ticket/learning-rate", "mlp/ticket/kernel"]
     assert __main__.main(["--list", "--only", "nothing"]) == 1
     assert 'no run matches "nothing"' in capsys.readouterr().err
+
+
+def test_masks_that_never_change_and_masks_that_are_grown(small, finished):
+    for left in ("0.1", "0.05"):
+        static, grown = (finished.read(f"mlp/grown/{kind}-{left}", 0) for kind in ("static", "rigl"))
+        assert set(static["flip_rates"]) == {0.0} and static["density"] == pytest.approx(grown["density"], abs=0.01)
