@@ -100,15 +100,16 @@ def changes(schedule: Schedule, steps: int, goal: Pattern) -> tuple[int, ...]:
 
 
 def pattern_at(goal: Pattern, density: float) -> Pattern | None:
-    """The pattern on the way to ``goal`` that keeps at least ``density``; None while all weights are kept.
+    """The pattern on the way to ``goal`` nearest to ``density``; None while all weights are kept.
 
-    N:M goes from M:M to the goal one N at a time. V:N:M has no patterns on its way and starts at once.
+    N:M goes from M:M to the goal one N at a time, and reaches it before the density does, so that the goal itself is
+    trained as well. V:N:M has no patterns on its way and starts at once.
     """
     if density >= 1.0 and goal.density < 1.0:
         return None
     match goal:
         case NM():
-            n = min(goal.m, max(goal.n, math.ceil(density * goal.m - 1e-9)))
+            n = min(goal.m, max(goal.n, round(density * goal.m)))
             return None if n == goal.m and goal.n < goal.m else replace(goal, n=n)
         case VNM():
             return goal
