@@ -110,7 +110,7 @@ class Runner:
     def _make(self, run: Run, seed: int, rate: float) -> None:
         print(f"{run.name}, seed {seed}, rate {rate:g}", file=sys.stderr, flush=True)
         parts = self.parts(run.task)
-        recipe = Recipe(run.epochs, rate, seed, self._bench.autocast)
+        recipe = Recipe(run.epochs, rate, seed, self._bench.autocast, exactly=run.steps)
         torch.manual_seed(seed)
         model = self._classifier(run.task)
         teacher = None

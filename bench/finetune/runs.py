@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +15,11 @@ RATES = (2e-5, 3e-5, 5e-5)
 AGAIN_RATES = (3e-5, 1e-4, 3e-4)
 _TASKS = ("movies", "r8")
 # far from dense: one density over all layers, by percent of weights kept and method, in so many epochs
-_FAR = ((3, "movement"), (3, "soft-movement"))
+_FAR = ((3, "gradual"), (3, "movement"), (3, "soft-movement"), (10, "obs"), (3, "obs"))
 _LONG = 4
+_FAR_RATES = (1e-4, 3e-4)
+# one shot by second order: gradients before each change of masks, and how often these are computed anew
+_GRADIENTS, _RECOMPUTATIONS = 64, (1, 16)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Run:
 
     From a checkpoint all learn with it as their teacher. ``sparse`` is None for a dense run. ``beside`` is the dense
     run at equal budget that this one is compared with. ``checks`` is how often in an epoch validation is looked at.
-    With ``keep`` the trained model is kept.
+    With ``keep`` the trained model is kept. ``steps`` are there in the place of epochs where no epoch is meant.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Run:
     beside: str | None = None
     checks: int = 0
     keep: bool = False
+    steps: int | None = None
 
 
 def base_name(task: str) -> str:
@@ -79,12 +84,8 @@ def registry() -> dict[str, Run]:
         _sparse("movies", "2:4-magnitude", epochs, Sparse("2:4", start="magnitude"), checks=8) for epochs in (1, 2)
     ]
     runs.append(_again("movies", _LONG))
-    runs += [
-        _sparse(
-            "movies", f"{100 - kept}%-{method}", _LONG, Sparse(f"unstructured:{kept / 100}", method, scope="global")
-        )
-        for kept, method in _FAR
-    ]
+    runs += [_far(kept, method) for kept, method in _FAR]
+    runs += [_once(count) for count in _RECOMPUTATIONS]
     return {run.name: run for run in runs}
 
 
@@ -106,6 +107,20 @@ def _sparse(task: str, what: str, epochs: int, sparse: Sparse, checks: int = 0) 
         checks,
         keep,
     )
+
+
+def _far(kept: int, method: str) -> Run:
+    sparse = Sparse(f"unstructured:{kept / 100}", method, scope="global")
+    made = _sparse("movies", f"{100 - kept}%-{method}", _LONG, sparse)
+    return dataclasses.replace(made, rates=_FAR_RATES)
+
+
+def _once(recomputations: int) -> Run:
+    """80% dropped without training: a rate of 0 leaves what is kept to the method."""
+    schedule = {"curve": "exponential", "every": _GRADIENTS}
+    sparse = Sparse("unstructured:0.2", "obs", scope="global", rule={"gradients": _GRADIENTS}, schedule=schedule)
+    name, base = f"movies/80%-obs-once/{recomputations}", base_name("movies")
+    return Run(name, "movies", 0, (0.0,), base, sparse, base, steps=recomputations * _GRADIENTS)
 
 
 def chosen(runs: Mapping[str, Run], globs: Iterable[str]) -> list[Run]:

@@ -52,10 +52,11 @@ class Recipe:
     seed: int
     autocast: bool = True
     batch: int = SIZE
+    exactly: int | None = None
 
     def steps(self, data: Encoded) -> int:
-        """Steps of the whole training."""
-        return max(1, round(self.epochs * data.steps(self.batch)))
+        """Steps of the whole training: ``exactly`` so many, or those of the epochs."""
+        return self.exactly or max(1, round(self.epochs * data.steps(self.batch)))
 
 
 @dataclass

@@ -1,14 +1,11 @@
-"""The fine-tuning benchmark on made-up texts and a tiny encoder: splits, batches, judging, and runs that resume."""
+"""The fine-tuning benchmark on made-up texts and a tiny encoder: splits, batches, training and judging."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import itertools
-import json
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,24 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from bench.finetune import data
-from bench.finetune.__main__ import main
 from bench.finetune.batches import Encoded
-from bench.finetune.data import Archive, Part, Task
+from bench.finetune.data import Archive
 from bench.finetune.judging import accuracy, macro_f1, mcnemar, packed, unpacked
-from bench.finetune.report import collect, summary
-from bench.finetune.results import Results
-from bench.finetune.runner import Bench, Runner
-from bench.finetune.runs import Run, Sparse, chosen, registry
 from bench.finetune.task import TEMPERATURE, Classifier, Recipe, logits_of, loss_of, optimizer_of, train
 from sparsecomp.errors import SparsecompError
-from sparsecomp.patterns.numbers import parse_weights
-from sparsecomp.training.choice import check_scope
-from sparsecomp.training.rules import get_rule
-
-WORDS, WIDTH = 50, 16
+from tests.bench.toy_texts import WIDTH, Tiny, encode, made_up
 
 
 @pytest.fixture(autouse=True)
@@ -43,30 +30,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Tiny(nn.Module):
-    """An encoder with the names and outputs of a real one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(WORDS, WIDTH)
-        self.inner = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=self.inner(self.word_embeddings(input_ids)).relu())
-
-
-def made_up(count: int, seed: int) -> Part:
-    """Texts of words by number; label 1 where more of them lie in the upper half."""
-    chance = random.Random(seed)
-    texts = [[chance.randrange(1, WORDS) for _ in range(chance.randrange(1, 12))] for _ in range(count)]
-    labels = tuple(int(sum(word > WORDS // 2 for word in text) * 2 > len(text)) for text in texts)
-    return Part(tuple(" ".join(map(str, text)) for text in texts), labels)
-
-
-def encode(texts: Sequence[str], longest: int) -> list[list[int]]:
-    return [[int(word) for word in text.split()][:longest] for text in texts]
 
 
 def tiny(seed: int = 0) -> Classifier:
@@ -249,127 +212,3 @@ def test_macro_f1_is_its_definition() -> None:
         recall = hits / max(labels.tolist().count(label), 1)
         scores.append(2 * precision * recall / (precision + recall) if hits else 0.0)
     assert macro_f1(predicted, labels, 4) == pytest.approx(sum(scores) / 4)
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-RUNS = {
-    run.name: run
-    for run in [
-        Run("toy/dense", "toy", 2, (1e-2, 3e-2), keep=True),
-        Run("toy/dense-again/1", "toy", 1, (1e-2,), "toy/dense"),
-        Run(
-            "toy/2:4-fast/1", "toy", 1, (1e-2,), "toy/dense", Sparse("2:4", start="fast"), "toy/dense-again/1", checks=2
-        ),
-    ]
-}
-
-
-def bench(folder: Path, load: Any = None) -> Bench:
-    task = Task("toy", ("low", "high"), 8, made_up(200, 1), made_up(40, 2), made_up(60, 3))
-    return Bench(load or (lambda name: task), Tiny, WIDTH, encode, ("encoder.inner",), folder / "dense", False)
-
-
-def test_runs_are_made_once_and_the_rest_is_made_later(tmp_path: Path) -> None:
-    results = Results(tmp_path / "work")
-    some = [RUNS["toy/dense"], RUNS["toy/dense-again/1"]]
-    Runner(bench(tmp_path), results, RUNS).complete(some, [0])
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
-    assert len(files) == 3
-    Runner(bench(tmp_path), results, RUNS).complete(list(RUNS.values()), [0, 1])
-    assert all(path.stat().st_mtime_ns == time for path, time in files.items())
-    assert len(list((tmp_path / "work").iterdir())) == 7
-
-    def untouched(name: str) -> Task:
-        raise AssertionError(f"{name} was loaded, but nothing is left to do")
-
-    Runner(bench(tmp_path, untouched), results, RUNS).complete(list(RUNS.values()), [0, 1])
-
-
-def test_a_sitting_may_try_some_rates_only(tmp_path: Path) -> None:
-    run = Run("toy/dense-again/1", "toy", 1, (1e-2, 3e-2), "toy/dense")
-    runs, results = {"toy/dense": RUNS["toy/dense"], run.name: run}, Results(tmp_path / "work")
-    Runner(bench(tmp_path), results, runs).complete(list(runs.values()), [0], [3e-2])
-    assert len(results.chosen(RUNS["toy/dense"], [0])) == 1
-    assert results.read(run, 0, 3e-2) is not None
-    assert results.read(run, 0, 1e-2) is None and results.chosen(run, [0]) == []
-
-
-def test_a_result_says_what_was_done_and_is_the_same_in_one_sitting_or_two(tmp_path: Path) -> None:
-    rows = []
-    for name, sittings in (("one", [list(RUNS.values())]), ("two", [[run] for run in RUNS.values()])):
-        results = Results(tmp_path / name)
-        for runs in sittings:
-            Runner(bench(tmp_path / name), results, RUNS).complete(runs, [0])
-        row = results.chosen(RUNS["toy/2:4-fast/1"], [0])[0]
-        rows.append({key: value for key, value in row.items() if key != "seconds"})
-    assert rows[0] == rows[1]
-    assert rows[0]["density"] == 0.5 and rows[0]["steps"] == 7
-    assert [step for step, _ in rows[0]["curve"]] == [0, 3, 6]
-    assert rows[0]["settings"]["distilled"] and rows[0]["settings"]["sparse"]["start"] == "fast"
-    right = unpacked(rows[0]["right"], rows[0]["tests"])
-    assert float(right.double().mean()) == pytest.approx(rows[0]["test"])
-
-
-def test_validation_chooses_the_rate_and_a_missing_one_is_named(tmp_path: Path) -> None:
-    results, run = Results(tmp_path), RUNS["toy/dense"]
-    results.write(run, 0, 1e-2, {"validation": 0.7, "test": 0.9, "rate": 1e-2})
-    with pytest.raises(SparsecompError, match=r"no result on seed 0 at the rate 0\.03"):
-        results.rate(run)
-    results.write(run, 0, 3e-2, {"validation": 0.8, "test": 0.1, "rate": 3e-2})
-    assert results.rate(run) == 3e-2
-    results.write(run, 0, 3e-2, {"validation": 0.7, "test": 0.1, "rate": 3e-2})
-    assert results.rate(run) == 1e-2
-
-
-def test_the_report_fits_80_columns_and_compares_with_dense_at_equal_budget(tmp_path: Path) -> None:
-    results = Results(tmp_path / "work")
-    Runner(bench(tmp_path), results, RUNS).complete(list(RUNS.values()), [0, 1])
-    result = json.loads(json.dumps(collect(results, RUNS, [0, 1])))
-    text = summary(result)
-    assert max(map(len, text.splitlines())) <= 80
-    by_run = {row["run"]: row for row in result["rows"] if row["seed"] == 1}
-    sparse, dense = by_run["toy/2:4-fast/1"], by_run["toy/dense-again/1"]
-    both = [unpacked(row["right"], 60) for row in (sparse, dense)]
-    assert f"{mcnemar(*both)[2]:.2f}" in next(line for line in text.splitlines() if "2:4-fast/1" in line)
-    assert summary({**result, "rows": []}) == "no result yet"
-
-
-def test_runs_bring_what_they_start_from() -> None:
-    runs = registry()
-    names = [run.name for run in chosen(runs, ["movies/2:4-fast/1"])]
-    assert names == ["movies/dense", "movies/2:4-fast/1"]
-    with pytest.raises(SparsecompError, match="no run matches"):
-        chosen(runs, ["movies/3:4*"])
-
-
-def test_every_run_has_its_base_before_it_and_a_dense_one_of_equal_budget_beside_it() -> None:
-    seen: dict[str, Run] = {}
-    for run in registry().values():
-        assert run.base is None or seen[run.base].base is None
-        if run.sparse is not None:
-            assert run.beside is not None
-            beside = seen[run.beside]
-            assert (beside.sparse, beside.base) == (None, run.base)
-            assert (beside.task, beside.epochs, len(beside.rates)) == (run.task, run.epochs, len(run.rates))
-        seen[run.name] = run
-
-
-def test_the_program_lists_its_runs_and_refuses_unknown_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--list", "--only", "r8/8:16-fast/*"]) == 0
-    assert capsys.readouterr().out.split() == ["r8/dense", "r8/8:16-fast/1", "r8/8:16-fast/2"]
-    assert main(["--list", "--only", "nothing"]) == 1
-    assert "no run matches" in capsys.readouterr().err
-
-
-def test_settings_of_runs_are_plain_values() -> None:
-    for run in registry().values():
-        assert json.loads(json.dumps(dataclasses.asdict(run)))["name"] == run.name
-
-
-def test_methods_and_patterns_of_runs_are_known_ones() -> None:
-    for run in registry().values():
-        if run.sparse is not None:
-            pattern, _ = parse_weights(run.sparse.pattern)
-            assert dataclasses.replace(get_rule(run.sparse.method), **run.sparse.rule)  # type: ignore[type-var]
-            check_scope(run.sparse.scope, {"layer": pattern})
