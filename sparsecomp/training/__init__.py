@@ -10,6 +10,7 @@ from sparsecomp.training.rules.movement import Movement
 from sparsecomp.training.rules.rigl import RigL
 from sparsecomp.training.rules.second_order import Obd, Obs
 from sparsecomp.training.rules.soft_movement import SoftMovement
+from sparsecomp.training.rules.step import Step
 from sparsecomp.training.rules.straight_through import SrSte
 from sparsecomp.training.schedule import Schedule
 
@@ -25,6 +26,7 @@ __all__ = [
     "SoftMovement",
     "SparseTraining",
     "SrSte",
+    "Step",
     "distillation_loss",
     "masks",
     "sparsify",

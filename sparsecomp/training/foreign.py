@@ -17,7 +17,7 @@ from sparsecomp.models.batches import eager
 from sparsecomp.models.convolutions import matrix_of, why_no_matrix
 from sparsecomp.models.layers import require_module
 from sparsecomp.models.refusals import kind_of
-from sparsecomp.training.handle import live_mask
+from sparsecomp.training.live import live_mask
 
 # ASP registers the name as it is; where a class writes it as its own attribute, Python puts _Class before it
 _ASP, _MODEL_OPTIMIZER, _TORCH = "__weight_mma_mask", "_weight_mask", "weight_mask"

@@ -8,14 +8,13 @@ changes: its state_dict, its copies, its compiled form, what wraps it.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsecomp.errors import MethodError, ModelError, naming
 from sparsecomp.models.batches import eager
@@ -24,17 +23,21 @@ from sparsecomp.models.layers import Globs, find_layers, require_layers
 from sparsecomp.modules.snapshot import outside_inference_mode
 from sparsecomp.patterns import Pattern
 from sparsecomp.patterns.check import check_weight
-from sparsecomp.patterns.numbers import weights_name
 from sparsecomp.planning.plan import Plan
 from sparsecomp.planning.selection import choose_weights
 from sparsecomp.pruning.refilled import zeros_are_kept
 from sparsecomp.training.choice import Scope, check_scope
-from sparsecomp.training.hooks import StepHooks, gradients, innermost, parameters
+from sparsecomp.training.hooks import StepHooks, finite, gradients, innermost, parameters
 from sparsecomp.training.layers import TrainedLayer
+from sparsecomp.training.live import discharge, enlist, live_mask
 from sparsecomp.training.rounding import RoundedInputs, RoundedWeight, require_linear
 from sparsecomp.training.rules import Progress, Rule, get_rule
+from sparsecomp.training.saving import restore, saved
 from sparsecomp.training.schedule import CURVES, Schedule
 from sparsecomp.training.start import Start, start_masks
+
+if TYPE_CHECKING:
+    from sparsecomp.training.trainer import MaskCallback
 
 
 def sparsify(
@@ -65,8 +68,9 @@ def sparsify(
     Numbers in a name, as in "8:16+int8@a8", are trained with: the model computes, in training and evaluation, with the
     rounded weights and inputs that ``compile`` would give it, and gradients go past the rounding (straight through).
 
-    Raises ModelError for an optimizer that does not hold the weights, and masks that do not fit; MethodError for an
-    unknown method, no steps or a schedule that leaves none; what ``prune`` raises for patterns, globs and start.
+    Raises ModelError for an optimizer that does not hold the weights, masks that do not fit, and weights that are in
+    a live training; MethodError for an unknown method, one that cannot use the optimizer, no steps or a schedule that
+    leaves none; what ``prune`` raises for patterns, globs and start.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise MethodError(
@@ -83,6 +87,9 @@ def sparsify(
             raise ModelError(f"no layer would be trained sparse ({why}); choose a pattern that fits their shapes")
         check_scope(scope, patterns)
         rule.require(patterns, scope)
+        for name in patterns:
+            if live_mask(found[name].parameter) is not None:
+                raise ModelError(f"{name}: its weight is in a training that is still live; bake that one first")
         plan = _schedule(schedule, rule, steps)
         plan.check(steps)
         layers = {
@@ -135,8 +142,7 @@ class SparseTraining:
         self._baked = False
         self._names = {name for name, _ in model.named_modules()}
         zeros_are_kept(each.parameter for each in self._layers.values())
-        for each in self._layers.values():
-            _TRAINED[each.parameter] = (weakref.ref(self), each.name)
+        enlist(self._layers.values())
 
     # --- what it tells ------------------------------------------------------------------------------------------------
 
@@ -181,7 +187,18 @@ class SparseTraining:
             if self.history
             else "masks have not changed yet",
         ]
+        if (more := self.rule.describe(rule)) is not None:
+            lines.append(more)
+        if self._baked:
+            lines.append("baked: its hooks are gone")
+        elif self._hooks is None:
+            lines.append("no optimizer yet: give it to attach before the first step")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """One line."""
+        state = "baked" if self._baked else "live"
+        return f"<SparseTraining {self.rule.name}, {state}, step {self.step} of {self._progress.steps}>"
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -204,6 +221,9 @@ class SparseTraining:
         """
         self._require_live()
         with torch.no_grad():
+            for each in self._layers.values():
+                each.follow()
+                each.absorb()
             self.rule.finish(self._progress)
             for each in self._layers.values():
                 each.unround()
@@ -224,26 +244,12 @@ class SparseTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the model and the optimizer do not hold, in tensors and plain values: save the three together."""
-        progress = self._progress
-        return {
-            "method": self.rule.name,
-            "step": progress.step,
-            "steps": progress.steps,
-            "layers": {
-                name: {
-                    "pattern": weights_name(each.pattern, each.numbers),
-                    "mask": each.mask.clone(),
-                    "dense": None if each.dense is None else each.dense.clone(),
-                    "state": {key: value.clone() for key, value in each.state.items()},
-                }
-                for name, each in self._layers.items()
-            },
-            "extra": {
-                key: value.clone() if isinstance(value, Tensor) else value for key, value in progress.extra.items()
-            },
-            "history": [(each.step, each.density, each.flip_rate) for each in self.history],
-            "generator": progress.generator.get_state(),
-        }
+        with torch.no_grad():
+            for each in self._layers.values():
+                each.follow()
+                each.absorb()
+        history = [(change.step, change.density, change.flip_rate) for change in self.history]
+        return saved(self.rule, self._progress) | {"history": history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken, bit for bit, after model and optimizer have been loaded.
@@ -251,29 +257,24 @@ class SparseTraining:
         Raises ModelError for the state of another training.
         """
         self._require_live()
-        progress = self._progress
-        if state["method"] != self.rule.name or state["steps"] != progress.steps:
-            raise ModelError(
-                f'the state is of "{state["method"]}" over {state["steps"]} steps; this is "{self.rule.name}" over '
-                f"{progress.steps}, so call sparsify with the same method and steps"
-            )
-        layers = state["layers"]
-        for name, each in self._layers.items():
-            asked = weights_name(each.pattern, each.numbers)
-            if name not in layers or layers[name]["pattern"] != asked:
-                there = f"has it in {layers[name]['pattern']}" if name in layers else "lacks it"
-                raise ModelError(f'the state {there}, where this training has "{name}" in {asked}')
-        with torch.no_grad():
-            for name, each in self._layers.items():
-                held, device = layers[name], each.parameter.device
-                each.mask = held["mask"].to(device, copy=True)
-                each.dense = None if held["dense"] is None else held["dense"].to(device, copy=True)
-                each.state = {key: value.to(device, copy=True) for key, value in held["state"].items()}
-                each.show()
-        progress.step = int(state["step"])
-        progress.extra = dict(state["extra"])
-        progress.generator.set_state(state["generator"])
-        self.history = [Change(*each) for each in state["history"]]
+        restore(state, self.rule, self._progress)
+        self.history = [Change(*each) for each in state.get("history", ())]
+
+    def callback(self, *, bake: bool = True, resume_from: str | Path | None = None) -> MaskCallback:
+        """A callback for transformers' Trainer, which attaches the Trainer's optimizer, logs, saves and resumes.
+
+        It logs ``sparse_density`` and ``sparse_flip_rate``, and writes the state into every checkpoint folder, from
+        where ``trainer.train(resume_from_checkpoint=...)`` reads it; ``resume_from`` is that folder where it does not
+        lie in the Trainer's output folder. With ``bake`` the end of training bakes. MethodError without transformers.
+        """
+        try:
+            from sparsecomp.training.trainer import MaskCallback
+        except ModuleNotFoundError as error:
+            raise MethodError(
+                f"callback is for the Trainer of transformers, and {error.name} is not installed; pip install "
+                "'transformers[torch]', or train in a loop of your own"
+            ) from error
+        return MaskCallback(self, bake=bake, resume_from=resume_from)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -309,11 +310,18 @@ class SparseTraining:
                 f"the optimizer does not hold the weights of {len(lacking)} of {len(self._layers)} layers ({some}); "
                 "make it of this model's parameters, or leave the layers out with skip="
             )
+        self.rule.require_optimizer(inner)
         return inner
 
     def _before(self) -> bool:
         progress = self._progress
-        if not all(bool(torch.isfinite(each).all()) for each in gradients(progress.optimizer)):
+        for each in progress.layers:
+            if each.ref.module._parameters.get("weight") is not each.parameter:
+                raise ModelError(
+                    f"{each.name}: its weight was replaced after sparsify; bake before you change the model, or write "
+                    "into the weight in place"
+                )
+        if not finite(gradients(progress.optimizer)):
             if not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -323,11 +331,7 @@ class SparseTraining:
                 )
             return False
         for each in progress.layers:
-            if each.ref.parameter is not each.parameter:
-                raise ModelError(
-                    f"{each.name}: its weight was replaced after sparsify; bake before you change the model, or write "
-                    "into the weight in place"
-                )
+            each.follow()
             if each.parameter.grad is not None:
                 each.parameter.grad = self.rule.gradient(progress, each, each.parameter.grad)
             each.expose()
@@ -371,21 +375,7 @@ class SparseTraining:
         self._inputs.remove()
         if self._hooks is not None:
             self._hooks.remove()
-        for each in self._layers.values():
-            _TRAINED.pop(each.parameter, None)  # type: ignore[no-untyped-call]
-
-
-# which training a parameter is in, and under which name
-_TRAINED = WeakIdKeyDictionary()
-
-
-def live_mask(parameter: nn.Parameter) -> Tensor | None:
-    """The mask, as stored, under which this parameter is being trained, or None; a copy."""
-    entry: tuple[weakref.ref[SparseTraining], str] | None = _TRAINED.get(parameter)  # type: ignore[no-untyped-call]
-    handle = None if entry is None else entry[0]()
-    if handle is None or entry is None:
-        return None
-    return handle._layers[entry[1]].mask.clone()
+        discharge(self._layers.values())
 
 
 def _all(parameter: Tensor) -> Tensor:

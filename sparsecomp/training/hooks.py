@@ -100,3 +100,12 @@ def parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
 def gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """The gradients that there are."""
     return [each.grad for each in parameters(optimizer) if each.grad is not None]
+
+
+def finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no number of them is NaN or infinite; of a sparse tensor the values it holds."""
+    for each in tensors:
+        values = each._values() if each.is_sparse else each
+        if not bool(torch.isfinite(values).all()):
+            return False
+    return True

@@ -77,9 +77,28 @@ class TrainedLayer:
         if self.dense is None:
             self.dense = self.parameter.detach().clone()
 
+    def follow(self) -> None:
+        """Take mask, dense weight and state to where the parameter has gone."""
+        device = self.parameter.device
+        if self.mask.device == device:
+            return
+        self.mask = self.mask.to(device)
+        self.dense = None if self.dense is None else self.dense.to(device)
+        self.state = {key: value.to(device) for key, value in self.state.items()}
+
+    def absorb(self) -> None:
+        """Learn what others than the optimizer wrote into kept weights, as load_state_dict does, or into zeros.
+
+        It is not seen where the model computes with rounded numbers.
+        """
+        if self.dense is not None and self.rounding is None:
+            written = self.mask | (self.parameter != 0)
+            self.dense.copy_(torch.where(written, self.parameter, self.dense))
+
     def expose(self) -> None:
         """Put the learned weight into the parameter, for the optimizer to step on."""
         if self.dense is not None:
+            self.absorb()
             self.parameter.copy_(self.dense)
 
     def deploy(self) -> None:

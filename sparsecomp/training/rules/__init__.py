@@ -8,6 +8,7 @@ from sparsecomp.training.rules import (  # noqa: F401  (they register)
     rigl,
     second_order,
     soft_movement,
+    step,
     straight_through,
 )
 from sparsecomp.training.rules.base import Progress, Rule, get_rule, rule_names

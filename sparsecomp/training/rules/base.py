@@ -57,6 +57,10 @@ class Progress:
         """
         self.set_masks(choose(self.layers, scores, self.densities(), self.scope))
 
+    def keep_largest(self) -> None:
+        """Give every layer the mask of its largest weights at the density of now."""
+        self.choose({each.name: each.weight.abs() for each in self.layers})
+
     def choose_signed(self, saliency: Mapping[str, Tensor]) -> None:
         """As ``choose`` for saliencies of any sign; for a block pattern there is one for each block [grid]."""
         self.set_masks(choose_signed(self.layers, saliency, self.densities(), self.scope))
@@ -99,6 +103,13 @@ class Rule(ABC):
 
     def shares(self, layers: Sequence[TrainedLayer], scope: Scope) -> Mapping[str, float] | None:
         """The densities by layer name with which each layer starts, where the rule shares one out; else None."""
+        return None
+
+    def require_optimizer(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027  (a rule may take any)
+        """Raises MethodError for an optimizer that the rule cannot work with."""
+
+    def describe(self, progress: Progress) -> str | None:
+        """A line for those who print the training, or None."""
         return None
 
     def begin(self, progress: Progress) -> None:  # noqa: B027  (a rule may have nothing to do then)

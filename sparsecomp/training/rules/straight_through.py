@@ -26,7 +26,7 @@ class SrSte(Rule):
 
     def begin(self, progress: Progress) -> None:
         """Masks of the largest weights from the start, where the schedule asks for any."""
-        _largest(progress)
+        progress.keep_largest()
 
     def gradient(self, progress: Progress, layer: TrainedLayer, gradient: Tensor) -> Tensor:
         """g + decay (1 - M) W."""
@@ -37,8 +37,4 @@ class SrSte(Rule):
     def update(self, progress: Progress) -> None:
         """The largest weights of now."""
         if progress.schedule.acts(progress.step, progress.steps):
-            _largest(progress)
-
-
-def _largest(progress: Progress) -> None:
-    progress.choose({each.name: each.weight.abs() for each in progress.layers})
+            progress.keep_largest()
