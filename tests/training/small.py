@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,3 +43,27 @@ def obeys(handle: sc.SparseTraining) -> None:
 def equal(a: nn.Module, b: nn.Module) -> bool:
     mine, its = a.state_dict(), b.state_dict()
     return mine.keys() == its.keys() and all(torch.equal(mine[key], its[key]) for key in mine)
+
+
+def made(
+    method: str = "fixed", steps: int = 8, **options: Any
+) -> tuple[nn.Sequential, torch.optim.Optimizer, sc.SparseTraining]:
+    """The model in training to 2:4, under AdamW."""
+    network = model()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+    return network, optimizer, sc.sparsify(network, "2:4", optimizer, method, steps=steps, **options)
+
+
+def train(network: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: int = 1) -> None:
+    for batch in batches(count, seed):
+        optimizer.zero_grad()
+        loss_of(network, batch).backward()
+        optimizer.step()
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in a state, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [tensor for part in parts for tensor in tensors(part)]

@@ -244,7 +244,7 @@ def test_closures(method: str, by_name: bool) -> None:
                 optimizer.step()
             else:
                 loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
-                assert loss is not None and float(loss) > 0
+                assert loss is not None and loss.item() > 0
             small.obeys(handle)
         assert handle.step == 4
         results.append(model)
