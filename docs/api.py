@@ -18,6 +18,7 @@ SECTIONS = (
         "Train",
         (
             "sparsify",
+            "distillation_loss",
             "masks",
             "SparseTraining",
             "Schedule",
