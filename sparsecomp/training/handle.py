@@ -183,10 +183,11 @@ class SparseTraining:
         lines = [
             f"{self.rule.name}: step {rule.step} of {rule.steps}, {len(self._layers)} layers keep {self.density:.1%} "
             f"of their weights, schedule {plan.curve}",
-            f"the last change of masks flipped {self.flip_rate:.2%} of their entries"
-            if self.history
-            else "masks have not changed yet",
         ]
+        if self.history:
+            lines.append(f"the last change of masks flipped {self.flip_rate:.2%} of their entries")
+        elif self.rule.changes_masks:
+            lines.append("masks have not changed yet")
         if (more := self.rule.describe(rule)) is not None:
             lines.append(more)
         if self._baked:
@@ -348,7 +349,7 @@ class SparseTraining:
             return
         self.rule.update(progress)
         changed = sum(each.changed for each in progress.layers)
-        if changed or progress.schedule.acts(progress.step, progress.steps):
+        if changed or (self.rule.changes_masks and progress.schedule.acts(progress.step, progress.steps)):
             total = max(sum(each.mask.numel() for each in progress.layers), 1)
             self.history.append(Change(progress.step, self.density, changed / total))
         for each in progress.layers:

@@ -73,6 +73,21 @@ def encoded(said: str) -> None:
     assert 0.3 < magnitude <= fast <= 1 and packed == pytest.approx(fast, abs=2e-3)
 
 
+def trained_sparse(said: str) -> None:
+    dense, shot = right(said, "dense, trained on"), right(said, "4:16+int8@a8, one shot")
+    trained = right(said, "4:16+int8@a8, trained")
+    assert shot < trained > dense - 1
+    # what was trained is what runs
+    assert right(said, "packed 6 layers") == pytest.approx(trained, abs=0.2)
+
+
+def trained_by_the_trainer(said: str) -> None:
+    told = re.search(r"^told right: ([\d.]+)%$", said, re.MULTILINE)
+    assert told is not None and float(told[1]) > 80
+    assert re.search(r"^density 50%, flip rate \d\.\d\d%$", said, re.MULTILINE)
+    assert "packed 12 layers" in said
+
+
 def right(said: str, name: str) -> float:
     found = re.search(rf"^{re.escape(name)}: ([\d.]+)% right$", said, re.MULTILINE)
     assert found is not None, said
@@ -87,6 +102,8 @@ PROMISES: dict[str, Callable[[str], None]] = {
     "05_save_and_load.py": saved,
     "06_onnx.py": exported,
     "07_hugging_face.py": encoded,
+    "08_train_sparse.py": trained_sparse,
+    "09_trainer.py": trained_by_the_trainer,
 }
 
 

@@ -93,6 +93,8 @@ class Rule(ABC):
     keeps_dense: ClassVar[bool] = False
     # whether masks are there from the first step on, so that a start method can choose them
     starts_sparse: ClassVar[bool] = False
+    # whether masks change at all once training has begun
+    changes_masks: ClassVar[bool] = True
 
     def default(self, steps: int) -> Schedule:
         """The schedule where the user gives none."""

@@ -15,6 +15,7 @@ class Fixed(Rule):
 
     name: ClassVar[str] = "fixed"
     starts_sparse: ClassVar[bool] = True
+    changes_masks: ClassVar[bool] = False
 
     def update(self, progress: Progress) -> None:
         """Nothing changes."""
