@@ -16,7 +16,7 @@ for package in ("transformers", "accelerate"):
     if find_spec(package) is None:
         sys.exit(f"skipped: {package} is not installed; pip install 'transformers[torch]'")
 
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments  # noqa: E402
 
 WORDS, LENGTH = 64, 12
 
