@@ -77,6 +77,7 @@ def registry() -> dict[str, Run]:
             Run(f"{net}/sgd/4:8-sr-ste", "plain", net, pattern="4:8", method="sr-ste"),
             Run(f"{net}/adam/dense", "plain", net, "adam"),
             Run(f"{net}/adam/2:4-sr-ste", "plain", net, "adam", pattern="2:4", method="sr-ste"),
+            Run(f"{net}/adam/2:4-step", "plain", net, "adam", pattern="2:4", method="step"),
             Run(f"{net}/ticket/weights", "ticket", net, short=True),
             Run(f"{net}/ticket/learning-rate", "ticket", net, to="learning-rate", short=True),
             Run(f"{net}/ticket/kernel", "kernel", net, needs=f"{net}/ticket/weights"),
