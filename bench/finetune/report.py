@@ -34,8 +34,14 @@ def collect(results: Results, runs: Mapping[str, Run], seeds: Sequence[int]) -> 
         "machine": describe(detect("cpu"), [torch.get_num_threads()]),
         "settings": {"seeds": list(seeds), "threads": torch.get_num_threads()},
         "beside": {run.name: run.beside for run in runs.values() if run.beside is not None},
+        "tried": [_tried(row) for run in runs.values() for row in results.tried(run)],
         "rows": rows,
     }
+
+
+def _tried(row: Row) -> Row:
+    """What validation said of one rate on the seed that chooses."""
+    return {key: row[key] for key in ("run", "task", "seed", "rate", "steps", "validation", "curve")}
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -52,10 +58,10 @@ def summary(result: Mapping[str, Any]) -> str:
         f1 = [] if task == "movies" else [">F1"]
         columns = ["run", ">rate", ">one-shot", ">valid.", ">test", *f1, ">to dense", "McNemar p"]
         parts.append(table(columns, [_fitting(line, bool(f1)) for line in lines], title=_title(task, result)))
-        near = [(name, *_near(by_run, name, task)) for name in names if len(by_run[name][0]["curve"]) > 1]
+        near = _near([row for row in result["tried"] if row["task"] == task], by_run.get(base_name(task), []))
         if near:
-            title = f"{task}: steps to the dense model's accuracy on validation less {_NEAR:.0%}, by seed"
-            parts.append(table(["run", "steps", ">of"], near, title=title))
+            title = f"{task}: first step with the dense model's accuracy on validation less {_NEAR:.0%}, by rate"
+            parts.append(table(["run", ">rate", ">one-shot", ">at the end", ">step", ">of"], near, title=title))
     return "\n\n".join(parts)
 
 
@@ -69,7 +75,7 @@ def _title(task: str, result: Mapping[str, Any]) -> str:
 
 def _line(by_run: Mapping[str, Sequence[Row]], name: str, beside: str | None) -> Row:
     rows = by_run[name]
-    starts = [row["curve"][0][1] for row in rows if row["curve"] and row["settings"]["sparse"] is not None]
+    starts = [row["curve"][0][1] for row in rows if _starts_sparse(row)]
     return {
         "run": name.partition("/")[2],
         "rate": f"{rows[0]['rate']:g}",
@@ -79,6 +85,11 @@ def _line(by_run: Mapping[str, Sequence[Row]], name: str, beside: str | None) ->
         "f1": _percent([row["test_f1"] for row in rows]),
         **_against(rows, by_run.get(beside or "", [])),
     }
+
+
+def _starts_sparse(row: Row) -> bool:
+    sparse = row["settings"]["sparse"]
+    return sparse is not None and sparse["start"] is not None
 
 
 def _fitting(line: Row, f1: bool) -> list[str]:
@@ -106,11 +117,13 @@ def p_value(row: Row, other: Row) -> float:
     return mcnemar(*(unpacked(each["right"], each["tests"]) for each in (row, other)))[2]
 
 
-def _near(by_run: Mapping[str, Sequence[Row]], name: str, task: str) -> tuple[str, str]:
-    """By seed the first step looked at with an accuracy on validation near the dense model's, and all steps."""
-    dense = {row["seed"]: row["validation"] for row in by_run.get(base_name(task), [])}
-    found = []
-    for row in by_run[name]:
-        goal = dense[row["seed"]] - _NEAR
-        found.append(next((str(step) for step, score in row["curve"] if score >= goal), "never"))
-    return " ".join(found), str(by_run[name][0]["steps"])
+def _near(tried: Sequence[Row], dense: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Of runs that were looked at on the way, by rate: where they first come near the dense model of their seed."""
+    goals = {row["seed"]: row["validation"] - _NEAR for row in dense}
+    lines = []
+    for row in tried:
+        if len(row["curve"]) > 1 and row["seed"] in goals:
+            first = next((str(step) for step, score in row["curve"] if score >= goals[row["seed"]]), "never")
+            ends = (f"{100 * score:.1f}" for score in (row["curve"][0][1], row["validation"]))
+            lines.append((row["run"].partition("/")[2], f"{row['rate']:g}", *ends, first, str(row["steps"])))
+    return lines

@@ -63,6 +63,11 @@ class Results:
             return []
         return [row for seed in seeds for row in [self.read(run, seed, rate)] if row is not None]
 
+    def tried(self, run: Run) -> list[Row]:
+        """What there is of a run on the first seed, by rate."""
+        rows = [self.read(run, CHOOSING_SEED, rate) for rate in run.rates]
+        return [row for row in rows if row is not None]
+
     def _path(self, run: Run, seed: int, rate: float) -> Path:
         return self.folder / f"{file_name(run.name, seed, rate)}.json"
 

@@ -144,6 +144,10 @@ def test_the_report_fits_80_columns_and_compares_with_dense_at_equal_budget(tmp_
     sparse, dense = by_run["toy/2:4-fast/1"], by_run["toy/dense-again/1"]
     both = [unpacked(row["right"], 60) for row in (sparse, dense)]
     assert f"{mcnemar(*both)[2]:.2f}" in next(line for line in text.splitlines() if "2:4-fast/1" in line)
+    tried = next(row for row in result["tried"] if row["run"] == "toy/2:4-fast/1")
+    goal = next(row for row in result["rows"] if (row["run"], row["seed"]) == ("toy/dense", 0))["validation"] - 0.01
+    first = next((str(step) for step, score in tried["curve"] if score >= goal), "never")
+    assert text.splitlines()[-1].split()[-2:] == [first, "7"]
     assert summary({**result, "rows": []}) == "no result yet"
 
 
