@@ -44,6 +44,8 @@ class TrainedLayer:
     # in what numbers weights are deployed, and what makes those of the kept weights, where they are not their own
     numbers: Numbers = FLOAT
     rounding: Deploy | None = None
+    # torch's count of writes to the parameter when it was last shown
+    shown: int = -1
 
     @property
     def weight(self) -> Tensor:
@@ -89,11 +91,19 @@ class TrainedLayer:
     def absorb(self) -> None:
         """Learn what others than the optimizer wrote into kept weights, as load_state_dict does, or into zeros.
 
-        It is not seen where the model computes with rounded numbers.
+        Where the model computes with rounded numbers, rows that are still what was shown stand for the learned ones.
         """
-        if self.dense is not None and self.rounding is None:
-            written = self.mask | (self.parameter != 0)
-            self.dense.copy_(torch.where(written, self.parameter, self.dense))
+        if self.dense is None:
+            return
+        written = self.mask | (self.parameter != 0)
+        if self.rounding is not None:
+            if self.parameter._version == self.shown:
+                return
+            other = self.parameter != self.rounding(self, torch.where(self.mask, self.dense, 0.0))
+            # a row has one scale, so that it is taken as a whole
+            rows = self.matrix(other).any(dim=1, keepdim=True).expand(self.ref.shape)
+            written &= self.stored(rows)
+        self.dense.copy_(torch.where(written, self.parameter, self.dense))
 
     def expose(self) -> None:
         """Put the learned weight into the parameter, for the optimizer to step on."""
@@ -114,6 +124,7 @@ class TrainedLayer:
         if self.dense is not None and self.forgets_dropped:
             self.dense.copy_(kept)
         self.parameter.copy_(kept if self.rounding is None else self.rounding(self, kept))
+        self.shown = self.parameter._version
 
     def unround(self) -> None:
         """Put the learned numbers of kept weights into the parameter, and round them no more."""

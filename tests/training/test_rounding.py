@@ -301,6 +301,33 @@ def test_the_compiled_model_does_what_the_trained_one_did(name, method):
     torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["fixed", "gradual", "movement", "sr-ste"])
+def test_an_earlier_model_that_is_loaded_is_what_is_baked(method):
+    model = net().eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparse = sc.sparsify(model, A8, optimizer, method, steps=8)
+    for number in range(6):
+        step(model, optimizer, number)
+    best = copy.deepcopy(model.state_dict())
+    for number in range(6, 8):
+        step(model, optimizer, number)
+    model.load_state_dict(best)
+    sparse.bake()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, best[key])
+
+
+def test_what_nobody_wrote_stays_learned_in_floats():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparse = sc.sparsify(model, A8, optimizer, "sr-ste", steps=4)
+    learned = [each.dense.clone() for each in sparse._layers.values()]
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    step(model, optimizer, 0)
+    for each, before in zip(sparse._layers.values(), learned, strict=True):
+        assert torch.equal(each.dense, before)
+
+
 def test_training_goes_on_bit_for_bit():
     def begun():
         model = net()
