@@ -40,7 +40,7 @@ def to_blocks(matrix: Tensor, width: int) -> Tensor:
 
 def from_blocks(blocks: Tensor, out: int, columns: int) -> Tensor:
     """The way back of ``to_blocks``."""
-    return blocks.view(out, -1)[:, :columns]
+    return blocks.view(out, columns + -columns % blocks.shape[1])[:, :columns]
 
 
 def fold(into: Tensor, gradients: Tensor) -> None:

@@ -37,6 +37,10 @@ class Schedule:
         """Refuse what is no schedule."""
         if self.curve not in CURVES:
             raise MethodError(f'a schedule "{self.curve}" is not known; choose one of {", ".join(CURVES)}')
+        for name in ("warm_up", "cool_down", "every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise MethodError(f"{name}={value!r} is not allowed; give a whole number of optimizer steps")
         for name in ("warm_up", "cool_down"):
             if getattr(self, name) < 0:
                 raise MethodError(f"{name}={getattr(self, name)} is below zero; give a number of optimizer steps")

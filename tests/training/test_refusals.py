@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsecomp as sc
+from sparsecomp import training
 from sparsecomp.errors import MethodError, ModelError, PatternError
 from tests.training import small
 from tests.training.small import made, tensors, train
@@ -247,3 +248,49 @@ def test_the_state_of_another_training_is_refused(change: Callable[[Any], Any], 
         handle.load_state_dict(state)
     now = [model.state_dict(), handle.state_dict()]
     assert all(torch.equal(*pair) for pair in zip(tensors(before), tensors(now), strict=True))
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("SrSte", {"decay": -1e-4}),
+    ("SrSte", {"decay": float("nan")}),
+    ("SrSte", {"decay": "2e-4"}),
+    ("Gradient", {"momentum": None}),
+    ("Gradient", {"momentum": 1.5}),
+    ("Movement", {"betas": 0.9}),
+    ("Movement", {"betas": (0.9,)}),
+    ("Movement", {"betas": (0.9, 1.0)}),
+    ("Movement", {"lr": float("inf")}),
+    ("Obd", {"gradients": 2.5}),
+    ("Obs", {"gradients": 0}),
+    ("Obs", {"block": float("nan")}),
+    ("Obs", {"damp": "small"}),
+    ("RigL", {"alpha": True}),
+    ("SoftMovement", {"quadratic": float("nan")}),
+    ("Step", {"settled": None}),
+    ("Step", {"latest": "0.5"}),
+    ("Schedule", {"every": 2.5}),
+    ("Schedule", {"warm_up": float("nan")}),
+    ("Schedule", {"cool_down": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), WRONG, ids=str)
+def test_wrong_settings_are_one_sentence(name: str, settings: dict[str, Any]) -> None:
+    ((setting, value),) = settings.items()
+    with pytest.raises(MethodError, match=rf"^{setting}=.*; give ") as caught:
+        getattr(training, name)(**settings)
+    assert str(value) in str(caught.value) or name == "Step"
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:4@v4", "unstructured:0.3", "block4x4:0.5"])
+@pytest.mark.parametrize("method", ["fixed", "gradual", "obd", "obs", "gradient", "movement", "sr-ste", "step", "rigl"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_weights_are_no_hindrance(method: str, pattern: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 0), nn.Linear(0, 16), nn.Linear(16, 8))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    handle = sc.sparsify(model, pattern, optimizer, method, steps=6)
+    for _ in range(6):
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+    handle.bake()
+    assert 0.2 < handle.density < 0.6

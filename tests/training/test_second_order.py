@@ -329,7 +329,7 @@ def test_groups_that_would_lie_in_two_blocks_are_refused():
         (lambda: Obd(gradients=0), "gradients=0 sees none"),
         (lambda: Obs(block=0), "block=0 holds no weight"),
         (lambda: Obs(damp=0.0), "damp=0.0 leaves matrices singular"),
-        (lambda: Obs(damp=float("nan")), "damp=nan leaves"),
+        (lambda: Obs(damp=float("nan")), "damp=nan is not allowed"),
     ],
 )
 def test_settings_that_make_no_matrix_are_refused(make, words):

@@ -7,9 +7,10 @@ in ``Progress.extra``, from where it is saved and resumed.
 from __future__ import annotations
 
 import difflib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -96,6 +97,12 @@ class Rule(ABC):
     # whether masks change at all once training has begun
     changes_masks: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        """Refuse settings of the dataclass that are no numbers, or no whole ones where the default is one."""
+        for each in fields(self):  # type: ignore[arg-type]
+            if isinstance(each.default, int | float | tuple):
+                require_numbers(each.name, getattr(self, each.name), each.default)
+
     def default(self, steps: int) -> Schedule:
         """The schedule where the user gives none."""
         return Schedule()
@@ -133,6 +140,27 @@ class Rule(ABC):
 
     def finish(self, progress: Progress) -> None:  # noqa: B027  (a rule may have nothing to do then)
         """Called once by ``bake``, before masks become zeros for good."""
+
+
+def require_numbers(name: str, value: object, default: object) -> None:
+    """Raises MethodError unless ``value`` is a number like ``default``, or as many of them as it has."""
+    if isinstance(default, tuple):
+        if isinstance(value, tuple | list) and len(value) == len(default) and all(map(_is_number, value)):
+            return
+        wanted = f"{len(default)} numbers"
+    elif isinstance(default, int):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return
+        wanted = "a whole number"
+    else:
+        if _is_number(value):
+            return
+        wanted = "a number"
+    raise MethodError(f"{name}={value!r} is not allowed; give {wanted}, such as {default}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
 _RULES: dict[str, type[Rule]] = {}

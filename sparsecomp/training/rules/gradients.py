@@ -31,6 +31,7 @@ class Gradient(Dropping):
 
     def __post_init__(self) -> None:
         """Refuse what is no momentum."""
+        super().__post_init__()
         if not 0.0 <= self.momentum <= 1.0:
             raise MethodError(f"momentum={self.momentum} is not allowed; give a number from 0 to 1")
 

@@ -46,6 +46,7 @@ class RigL(Rule):
 
     def __post_init__(self) -> None:
         """Refuse a share that is none."""
+        super().__post_init__()
         if not 0.0 < self.alpha <= 1.0:
             raise MethodError(f"alpha={self.alpha} is no share of weights to drop; give a number above 0, at most 1")
 
@@ -151,7 +152,8 @@ def to_groups(layer: TrainedLayer, stored: Tensor, scope: Scope) -> Tensor:
     if isinstance(pattern, NM):
         rows, columns = sums.shape
         padded = functional.pad(sums, (0, -columns % pattern.m, 0, -rows % pattern.mask_rows))
-        return padded.view(-1, pattern.mask_rows, padded.shape[1]).sum(dim=1).view(-1, pattern.m)
+        tiles = padded.view(padded.shape[0] // pattern.mask_rows, pattern.mask_rows, padded.shape[1])
+        return tiles.sum(dim=1).view(-1, pattern.m)
     return sums if isinstance(pattern, Unstructured) and scope == "layer" else sums.reshape(1, -1)
 
 
@@ -160,7 +162,7 @@ def from_groups(layer: TrainedLayer, kept: Tensor, scope: Scope) -> Tensor:
     pattern = layer.pattern
     rows, columns = layer.grouped(layer.mask).shape
     if isinstance(pattern, NM):
-        tiles = kept.view(-1, pattern.groups(columns) * pattern.m)
+        tiles = kept.view(-(-rows // pattern.mask_rows), pattern.groups(columns) * pattern.m)
         return layer.ungrouped(tiles.repeat_interleave(pattern.mask_rows, dim=0)[:rows, :columns])
     shape = pattern.grid(rows, columns) if isinstance(pattern, Block) else (rows, columns)
     return from_units(layer, kept.view(shape))

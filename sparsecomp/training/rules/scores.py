@@ -41,11 +41,12 @@ class LearnedScores(Rule):
 
     def __post_init__(self) -> None:
         """Refuse settings with which nothing is learned."""
-        if not self.lr > 0.0:
+        super().__post_init__()
+        if not 0.0 < self.lr < math.inf:
             raise MethodError(f"lr={self.lr} of scores learns nothing; give a number above 0, such as 0.01")
         if not all(0.0 <= each < 1.0 for each in self.betas):
             raise MethodError(f"betas={self.betas} of scores are no shares; give two numbers from 0 to below 1")
-        if not self.damping >= 0.0:
+        if not 0.0 <= self.damping < math.inf:
             raise MethodError(f"damping={self.damping} of scores is below 0; give a number from 0, such as 1.0")
 
     def default(self, steps: int) -> Schedule:

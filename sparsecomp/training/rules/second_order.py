@@ -32,6 +32,7 @@ class _Collecting(Dropping):
 
     def __post_init__(self) -> None:
         """Refuse a window without a gradient."""
+        super().__post_init__()
         if self.gradients < 1:
             raise MethodError(f"gradients={self.gradients} sees none; give 1 or more steps before each change of masks")
 

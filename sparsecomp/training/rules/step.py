@@ -71,6 +71,7 @@ class Step(Rule):
 
     def __post_init__(self) -> None:
         """Refuse phases that are none."""
+        super().__post_init__()
         if not 0 <= self.earliest <= self.latest <= 1:
             raise MethodError(
                 f"earliest={self.earliest} and latest={self.latest} are no shares of the steps in that order; give "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from sparsecomp.errors import MethodError
 from sparsecomp.training.layers import TrainedLayer
 from sparsecomp.training.rules.base import Progress, Rule, rule
 
@@ -23,6 +25,12 @@ class SrSte(Rule):
     name: ClassVar[str] = "sr-ste"
     keeps_dense: ClassVar[bool] = True
     decay: float = 2e-4
+
+    def __post_init__(self) -> None:
+        """Refuse a decay with which dropped weights would grow."""
+        super().__post_init__()
+        if not 0.0 <= self.decay < math.inf:
+            raise MethodError(f"decay={self.decay} lets dropped weights grow; give 0 or a number above it, as 2e-4")
 
     def begin(self, progress: Progress) -> None:
         """Masks of the largest weights from the start, where the schedule asks for any."""
