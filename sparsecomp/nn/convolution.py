@@ -180,10 +180,10 @@ def _as_linear(conv: nn.Conv2d) -> nn.Linear:
 
 
 def _pair(stride: int | tuple[int, ...]) -> tuple[int, int]:
-    down, across = (stride, stride) if isinstance(stride, int) else stride
-    if min(down, across) < 1:
+    both = (stride, stride) if isinstance(stride, int) else stride
+    if not isinstance(both, tuple | list) or len(both) != 2 or not all(isinstance(e, int) and e >= 1 for e in both):
         raise ModelError(f"stride={stride} is none; allowed are one or two numbers of at least 1")
-    return int(down), int(across)
+    return int(both[0]), int(both[1])
 
 
 def _is_channels_last(x: Tensor) -> bool:

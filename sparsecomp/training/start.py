@@ -41,6 +41,8 @@ def start_masks(
     """
     if start is None:
         start = "magnitude" if calibration is None else "fast"
+    if not isinstance(start, str | Mapping):
+        raise MethodError(f"start is a {type(start).__name__}; give a method's name, or masks (bool) by layer name")
     if not isinstance(start, str):
         return _given(layers, start, scope)
     if start == ZEROS:

@@ -164,3 +164,9 @@ def test_pruned_on_the_way_with_a_gram():
     plain = SparseConv2d.from_conv(conv, "2:4", method="magnitude")
     with torch.no_grad():
         assert float((layer(x) - conv(x)).norm()) < float((plain(x) - conv(x)).norm())
+
+
+@pytest.mark.parametrize("stride", [0, -1, 1.5, (1.5, 2), (1, 2, 3), "ab", None])
+def test_a_stride_that_is_none_is_refused(stride):
+    with pytest.raises(ModelError, match="allowed are one or two numbers of at least 1"):
+        sc.SparseConv2d(16, 8, "2:4", stride=stride)

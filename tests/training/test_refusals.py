@@ -117,6 +117,7 @@ BAD: list[tuple[str, type[Exception], Callable[[nn.Module], Any]]] = [
         PatternError,
         lambda model: sc.sparsify(model, "2:4", start="zeros", steps=1),
     ),
+    ("start is a int; give", MethodError, lambda model: sc.sparsify(model, "2:4", start=3, steps=1)),  # type: ignore[arg-type]
     ("the model is a str", ModelError, lambda _: sc.sparsify("model", "2:4", steps=1)),  # type: ignore[arg-type]
 ]
 
