@@ -79,6 +79,10 @@ class Layouts:
         """Bytes of the layouts and of the places of their values."""
         return sum(each.layout.nbytes for each in (self._forward, self._backward) if each is not None)
 
+    def filled(self) -> tuple[Refillable, Refillable | None]:
+        """The kernel of the weight, and that of its transpose if there is one, as they were filled last."""
+        return self._forward.layout, None if self._backward is None else self._backward.layout
+
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y [batch, out] = x W^T + bias; ModelError where ``weight`` is not zero outside the mask."""
         if self._forward.follow(weight) and bool(weight.detach().view(-1)[self._dropped].any()):

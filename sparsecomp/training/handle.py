@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,13 @@ from sparsecomp.planning.selection import choose_weights
 from sparsecomp.pruning.refilled import zeros_are_kept
 from sparsecomp.training.choice import Scope, check_scope
 from sparsecomp.training.hooks import StepHooks, finite, gradients, innermost, parameters
+from sparsecomp.training.kernels import TrainingKernels, require_seldom
 from sparsecomp.training.layers import TrainedLayer
 from sparsecomp.training.live import discharge, enlist, live_mask
 from sparsecomp.training.rounding import RoundedInputs, RoundedWeight, require_linear
 from sparsecomp.training.rules import Progress, Rule, get_rule
 from sparsecomp.training.saving import restore, saved
-from sparsecomp.training.schedule import CURVES, Schedule
+from sparsecomp.training.schedule import Schedule
 from sparsecomp.training.start import Start, start_masks
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def sparsify(
     only: Globs = None,
     skip: Globs = None,
     seed: int = 0,
+    kernels: bool = False,
 ) -> SparseTraining:
     """Train ``model`` sparse in your own loop; give your ``optimizer``, which holds its weights, and go on as before.
 
@@ -68,9 +70,13 @@ def sparsify(
     Numbers in a name, as in "8:16+int8@a8", are trained with: the model computes, in training and evaluation, with the
     rounded weights and inputs that ``compile`` would give it, and gradients go past the rounding (straight through).
 
+    ``kernels=True`` computes y, and under "2:4@t" the gradient of x too, by sparse kernels on the CPU, for the linear
+    layers that have them; print the handle to see which. Masks that change are packed anew, which pays where they
+    seldom do: it is for "fixed", and for schedules with ``every=20`` or more.
+
     Raises ModelError for an optimizer that does not hold the weights, masks that do not fit, and weights that are in
-    a live training; MethodError for an unknown method, one that cannot use the optimizer, no steps or a schedule that
-    leaves none; what ``prune`` raises for patterns, globs and start.
+    a live training; MethodError for an unknown method, one that cannot use the optimizer, no steps, a schedule that
+    leaves none, or one too busy for ``kernels``; what ``prune`` raises for patterns, globs and start.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise MethodError(
@@ -90,8 +96,9 @@ def sparsify(
         for name in patterns:
             if live_mask(found[name].parameter) is not None:
                 raise ModelError(f"{name}: its weight is in a training that is still live; bake that one first")
-        plan = _schedule(schedule, rule, steps)
-        plan.check(steps)
+        plan = rule.schedule(schedule, steps)
+        if kernels:
+            require_seldom(rule, plan)
         layers = {
             name: TrainedLayer(name, found[name], each, _all(found[name].parameter), found[name].parameter)
             for name, each in patterns.items()
@@ -101,7 +108,7 @@ def sparsify(
         require_linear(layers)
         handle = SparseTraining(model, rule, layers, skipped, plan, steps, scope, seed)
         inner = None if optimizer is None else handle._accepted(optimizer)
-        handle._begin(start, calibration)
+        handle._begin(start, calibration, kernels)
         if inner is not None:
             handle.attach(inner)
     return handle
@@ -138,6 +145,7 @@ class SparseTraining:
         self._progress = Progress(list(layers.values()), steps, schedule, scope, generator)
         self._hooks: StepHooks | None = None
         self._inputs = RoundedInputs(model, [])
+        self._kernels = TrainingKernels(model, ())
         self._warned = False
         self._baked = False
         self._names = {name for name, _ in model.named_modules()}
@@ -190,6 +198,7 @@ class SparseTraining:
             lines.append("masks have not changed yet")
         if (more := self.rule.describe(rule)) is not None:
             lines.append(more)
+        lines += self._kernels.describe()
         if self._baked:
             lines.append("baked: its hooks are gone")
         elif self._hooks is None:
@@ -260,6 +269,7 @@ class SparseTraining:
         self._require_live()
         restore(state, self.rule, self._progress)
         self.history = [Change(*each) for each in state.get("history", ())]
+        self._kernels.follow()
 
     def callback(self, *, bake: bool = True, resume_from: str | Path | None = None) -> MaskCallback:
         """A callback for transformers' Trainer, which attaches the Trainer's optimizer, logs, saves and resumes.
@@ -279,7 +289,7 @@ class SparseTraining:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _begin(self, start: Start, calibration: Mapping[str, LayerStatistics] | None) -> None:
+    def _begin(self, start: Start, calibration: Mapping[str, LayerStatistics] | None, kernels: bool) -> None:
         with torch.no_grad():
             if self.rule.starts_sparse:
                 scope, generator = self._progress.scope, self._progress.generator
@@ -300,6 +310,8 @@ class SparseTraining:
                 each.show()
         rounded = [each for each in self._layers.values() if each.numbers.activation_bits is not None]
         self._inputs = RoundedInputs(self.model, [each.ref.module for each in rounded])
+        self._kernels = TrainingKernels(self.model, self._progress.layers if kernels else ())
+        self._kernels.follow()
 
     def _accepted(self, optimizer: Any) -> torch.optim.Optimizer:
         inner = innermost(optimizer)
@@ -355,6 +367,8 @@ class SparseTraining:
         for each in progress.layers:
             if each.changed:
                 each.show()
+        if changed:
+            self._kernels.follow(changed=True)
 
     def _check_layers(self) -> None:
         added = sorted({name for name, _ in self.model.named_modules()} - self._names)
@@ -374,6 +388,7 @@ class SparseTraining:
     def _release(self) -> None:
         self._baked = True
         self._inputs.remove()
+        self._kernels.release()
         if self._hooks is not None:
             self._hooks.remove()
         discharge(self._layers.values())
@@ -381,15 +396,3 @@ class SparseTraining:
 
 def _all(parameter: Tensor) -> Tensor:
     return torch.ones_like(parameter, dtype=torch.bool)
-
-
-def _schedule(schedule: str | Schedule | None, rule: Rule, steps: int) -> Schedule:
-    if schedule is None:
-        return rule.default(steps)
-    if isinstance(schedule, str):
-        if schedule not in CURVES:
-            raise MethodError(f'a schedule "{schedule}" is not known; choose one of {", ".join(CURVES)}')
-        return replace(rule.default(steps), curve=schedule)
-    if not isinstance(schedule, Schedule):
-        raise MethodError(f"schedule is a {type(schedule).__name__}; give a curve's name or a sparsecomp Schedule")
-    return schedule

@@ -1,21 +1,27 @@
 """Layers of a model under masks, put on sparse kernels for training and taken off again.
 
-Takes masks by layer name and gives, for each layer, what its kernels compute. Knows no optimizer and no rule.
+Takes masks by layer name and gives, for each layer, what its kernels compute. Knows no optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from sparsecomp.errors import PatternError, naming
+from sparsecomp.errors import MethodError, PatternError, naming
 from sparsecomp.models.layers import check_globs
 from sparsecomp.modules.carry import why_not_carried
 from sparsecomp.nn.training import SparseTrainingLinear
 from sparsecomp.patterns import Pattern
+from sparsecomp.reporting.terminal import by_reason
+from sparsecomp.training.layers import TrainedLayer
+from sparsecomp.training.rules import Rule
+from sparsecomp.training.schedule import Schedule
 
 BOTH = "y and the gradient of x are sparse"
+# packing a changed mask takes about as long as sparse kernels save in so many steps, beside a fast dense library
+SELDOM = 20
 
 
 def accelerate(model: nn.Module, masks: Mapping[str, Tensor], patterns: Mapping[str, Pattern]) -> dict[str, str]:
@@ -37,6 +43,47 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SparseTrainingLinear):
             module.give_back()
+
+
+class TrainingKernels:
+    """The sparse kernels of a training: they follow its masks. Without layers it does nothing and says nothing."""
+
+    def __init__(self, model: nn.Module, layers: Iterable[TrainedLayer]) -> None:
+        """``layers`` are those of ``model`` that train; each goes to kernels at the first ``follow``."""
+        self._model = model
+        self._layers = list(layers)
+        self._said: dict[str, str] = {}
+
+    def follow(self, changed: bool = False) -> None:
+        """Pack the masks of all layers, or of those whose last choice ``changed`` them.
+
+        A layer whose mask does not fit its pattern yet stays dense till it does.
+        """
+        floats = [each for each in self._layers if not each.numbers.has_scales and (each.changed or not changed)]
+        masks = {each.name: each.matrix(each.mask) for each in floats}
+        said = accelerate(self._model, masks, {each.name: each.pattern for each in floats})
+        rest = {each.name: f"dense: it trains in {each.numbers}" for each in self._layers if each.numbers.has_scales}
+        self._said |= said | rest
+
+    def describe(self) -> list[str]:
+        """A line for each thing that kernels compute, with the layers of which they do."""
+        return by_reason("kernels", self._said)
+
+    def release(self) -> None:
+        """Make the layers what they were."""
+        if self._layers:
+            restore(self._model)
+        self._layers, self._said = [], {}
+
+
+def require_seldom(rule: Rule, schedule: Schedule) -> None:
+    """Raises MethodError for a rule that changes masks so often that packing takes more than kernels save."""
+    if rule.changes_masks and schedule.every < SELDOM:
+        raise MethodError(
+            f'kernels=True packs every mask that "{rule.name}" changes, here after every {schedule.every} steps; '
+            f'allowed are "fixed" and schedules that change masks after every {SELDOM} steps or less often, so leave '
+            f'kernels out or give schedule=Schedule("{schedule.curve}", every={5 * SELDOM}, ...)'
+        )
 
 
 def _accelerated(model: nn.Module, name: str, module: nn.Module, mask: Tensor, pattern: Pattern) -> str:

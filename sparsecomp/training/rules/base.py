@@ -10,7 +10,7 @@ import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from sparsecomp.errors import MethodError
 from sparsecomp.patterns import Pattern
 from sparsecomp.training.choice import Scope, choose, choose_signed
 from sparsecomp.training.layers import TrainedLayer
-from sparsecomp.training.schedule import Schedule
+from sparsecomp.training.schedule import CURVES, Schedule
 
 
 @dataclass(eq=False)
@@ -106,6 +106,20 @@ class Rule(ABC):
     def default(self, steps: int) -> Schedule:
         """The schedule where the user gives none."""
         return Schedule()
+
+    def schedule(self, given: str | Schedule | None, steps: int) -> Schedule:
+        """The schedule itself, the default with the curve of that name, or the default; MethodError for another."""
+        found = given
+        if given is None:
+            found = self.default(steps)
+        elif isinstance(given, str):
+            if given not in CURVES:
+                raise MethodError(f'a schedule "{given}" is not known; choose one of {", ".join(CURVES)}')
+            found = replace(self.default(steps), curve=given)
+        if not isinstance(found, Schedule):
+            raise MethodError(f"schedule is a {type(given).__name__}; give a curve's name or a sparsecomp Schedule")
+        found.check(steps)
+        return found
 
     def require(self, patterns: Mapping[str, Pattern], scope: Scope) -> None:  # noqa: B027  (a rule may have nothing to do then)
         """Raises PatternError or MethodError for patterns the rule cannot follow."""

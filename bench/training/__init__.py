@@ -1,0 +1,1 @@
+"""What a training step costs that multiplies by sparse kernels, beside dense steps."""
