@@ -67,7 +67,8 @@ class TrainingKernels:
 
     def describe(self) -> list[str]:
         """A line for each thing that kernels compute, with the layers of which they do."""
-        return by_reason("kernels", self._said)
+        # where a mask breaks its pattern differs from layer to layer
+        return by_reason("kernels", {name: each.split(" in row ")[0] for name, each in self._said.items()})
 
     def release(self) -> None:
         """Make the layers what they were."""
