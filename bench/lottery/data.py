@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import os
 import subprocess
 import tarfile
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.fetched import data_folder
 from sparsecomp.errors import SparsecompError
-from sparsecomp.machine.cache import directory
 
-FOLDER = "SPARSECOMP_DATA"
 PACKAGE = "dataset-fashion-mnist"
 ARCHIVE = "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb"
 SHA256 = "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0"
@@ -52,13 +50,7 @@ class Data:
 
 def folder() -> Path:
     """Where the archive lies: $SPARSECOMP_DATA, or "fashion-mnist" in the user's cache directory."""
-    named = os.environ.get(FOLDER)
-    if named:
-        return Path(named)
-    cache = directory()
-    if cache is None:
-        raise SparsecompError(f"there is no cache directory to keep data in; set {FOLDER} to a folder")
-    return cache / "fashion-mnist"
+    return data_folder("fashion-mnist")
 
 
 def load() -> Data:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsecomp as sc
+from bench.fetched import FOLDER
 from bench.lottery import __main__, data, report
 from bench.lottery.data import Data
 from bench.lottery.results import CHOOSING_SEED, Results
@@ -82,7 +83,7 @@ def test_the_archive_is_unpacked_and_checked(tmp_path, monkeypatch):
     control.write_text("Package: a\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: a\n")
     archive = tmp_path / data.ARCHIVE
     subprocess.run(["dpkg-deb", "--build", "--root-owner-group", inside, archive], check=True, capture_output=True)
-    monkeypatch.setenv(data.FOLDER, str(tmp_path))
+    monkeypatch.setenv(FOLDER, str(tmp_path))
     with pytest.raises(SparsecompError, match=r"another file than expected .* delete it"):
         data.load()
     monkeypatch.setattr(data, "SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
@@ -93,15 +94,15 @@ def test_the_archive_is_unpacked_and_checked(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_fetched_is_told_in_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv(data.FOLDER, str(tmp_path / "new"))
+    monkeypatch.setenv(FOLDER, str(tmp_path / "new"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SparsecompError, match="apt-get is not installed"):
         data.load()
-    monkeypatch.delenv(data.FOLDER)
+    monkeypatch.delenv(FOLDER)
     monkeypatch.setenv("SPARSECOMP_CACHE", str(tmp_path))
     assert data.folder() == tmp_path / "fashion-mnist"
     monkeypatch.setenv("SPARSECOMP_CACHE", "off")
-    with pytest.raises(SparsecompError, match=data.FOLDER):
+    with pytest.raises(SparsecompError, match=FOLDER):
         data.folder()
 
 
