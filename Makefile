@@ -88,7 +88,8 @@ defaults: $(READY)
 eager-off: $(READY)
 	SPARSECOMP_EAGER=off $(PYTEST) tests/nn tests/modules tests/files tests/test_compiler.py \
 	  tests/backends/test_registry.py tests/backends/test_cpu_blocks.py tests/backends/test_torch_backends.py \
-	  --ignore tests/nn/test_eager_hidden.py --ignore tests/nn/test_eager_binding.py
+	  --ignore tests/nn/test_eager_hidden.py --ignore tests/nn/test_eager_binding.py \
+	  --ignore tests/nn/test_following.py --ignore tests/nn/test_training.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

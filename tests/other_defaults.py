@@ -27,7 +27,7 @@ _default_dtype = torch.get_default_dtype
 # these look at the call that goes past torch's modes, and a default device is a mode
 PAST_MODES = (
     *("nn/test_eager.py", "nn/test_eager_binding.py", "nn/test_eager_hidden.py", "nn/test_eager_probe.py"),
-    *("nn/test_calls.py", "nn/test_traced.py"),
+    *("nn/test_calls.py", "nn/test_traced.py", "nn/test_following.py", "nn/test_training.py"),
 )
 # strict export is TorchDynamo's, which cannot trace the mode
 TRACED = ("test_export_with_dynamic_batch",)
