@@ -13,6 +13,8 @@ from sparsecomp.errors import SparsecompError
 # rates of the first seed, of which validation chooses one for all seeds
 RATES = (2e-5, 3e-5, 5e-5)
 AGAIN_RATES = (3e-5, 1e-4, 3e-4)
+# sparse runs of two epochs take the rate that one epoch chose; the dense run beside them still tries all
+LONGER_RATES = (3e-4,)
 _TASKS = ("movies", "r8")
 # far from dense: one density over all layers, by percent of weights kept and method, in so many epochs
 _FAR = ((3, "gradual"), (3, "movement"), (3, "soft-movement"), (10, "obs"), (3, "obs"))
@@ -100,7 +102,7 @@ def _sparse(task: str, what: str, epochs: int, sparse: Sparse, checks: int = 0) 
         f"{task}/{what}/{epochs}",
         task,
         epochs,
-        AGAIN_RATES,
+        LONGER_RATES if epochs == 2 else AGAIN_RATES,
         base_name(task),
         sparse,
         again_name(task, epochs),
