@@ -17,8 +17,8 @@ CXX_SOURCES := $(filter %.cpp %.hpp %.h,$(CSRC)) $(wildcard tests/csrc/*.[ch]pp)
 # Times are those of two idle cores once the environment is there; making it takes some minutes more.
 help:
 	@echo 'make demo      the whole job on a real model, beside other engines and dense int8 (under 5 minutes)'
-	@echo 'make quick     the unit tests of the Python package; nothing is compiled (under 90 seconds)'
-	@echo 'make test      the tests (under 12 minutes)'
+	@echo 'make quick     the unit tests of the Python package; nothing is compiled (some 2 minutes)'
+	@echo 'make test      the tests (some 15 minutes)'
 	@echo 'make test-all  all that a change must pass: lint, every test once, the reruns below (under 40 minutes)'
 	@echo 'make lint      ruff, mypy --strict, clang-format, clang-tidy (3 minutes)'
 	@echo 'make defaults  the tests again, while torch has another default device and dtype (4 minutes)'
